@@ -1,0 +1,1 @@
+"""Move a running application from MongoDB to PostgreSQL, and back."""

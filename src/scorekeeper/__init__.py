@@ -1,0 +1,1 @@
+"""The reference service: users and authentication of a card-game score keeper."""
