@@ -1,0 +1,96 @@
+-- Crossfade's own tables in PostgreSQL, in a schema of their own. Idempotent: `crossfade init` runs it
+-- under an advisory lock; a change of shape raises the number at the end and adds ALTERs above it.
+CREATE SCHEMA IF NOT EXISTS crossfade;
+
+CREATE TABLE IF NOT EXISTS crossfade.meta (
+    name  text PRIMARY KEY,
+    value text NOT NULL
+);
+
+-- Where each migration stands. `record` is the whole control record; `epoch` is apart because every writing
+-- transaction reads it under a shared advisory lock.
+CREATE TABLE IF NOT EXISTS crossfade.control (
+    migration text PRIMARY KEY,
+    epoch     bigint NOT NULL,
+    record    jsonb  NOT NULL
+);
+
+CREATE TABLE IF NOT EXISTS crossfade.history (
+    migration  text NOT NULL,
+    epoch      bigint NOT NULL,
+    phase      text NOT NULL,
+    changed_at timestamptz NOT NULL DEFAULT now(),
+    changed_by text NOT NULL,
+    reason     text NOT NULL,
+    PRIMARY KEY (migration, epoch)
+);
+
+-- A deleted record: no image at or under `rev` may come back. Kept until `retire`.
+CREATE TABLE IF NOT EXISTS crossfade.tombstones (
+    entity     text NOT NULL,
+    id         text COLLATE "C" NOT NULL,
+    rev        bigint NOT NULL,
+    op         uuid,
+    deleted_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (entity, id)
+);
+
+-- PostgreSQL primary: one row per record that MongoDB has not confirmed, written in the data's transaction.
+CREATE TABLE IF NOT EXISTS crossfade.outbox (
+    entity      text NOT NULL,
+    id          text COLLATE "C" NOT NULL,
+    rev         bigint NOT NULL,
+    op          uuid NOT NULL,
+    epoch       bigint NOT NULL,
+    base_digest bytea,            -- what the last confirmed delivery left in MongoDB; NULL: nothing
+    tentative   jsonb,            -- ROLLBACK_BOTH: the values before, until success may be told
+    parked      text,             -- why MongoDB refuses it
+    since       timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (entity, id)
+);
+
+-- Content that lost against the primary and that no revision of the primary ever held: kept for a person.
+CREATE TABLE IF NOT EXISTS crossfade.conflicts (
+    number    bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    entity    text NOT NULL,
+    id        text COLLATE "C" NOT NULL,
+    cause     text NOT NULL,
+    store     text NOT NULL,       -- whose content it was
+    rev       bigint,
+    document  bytea NOT NULL,      -- BSON, whole
+    seen_at   timestamptz NOT NULL DEFAULT now()
+);
+
+-- Documents that cannot be carried to PostgreSQL unchanged, whole, with the reason.
+CREATE TABLE IF NOT EXISTS crossfade.quarantine (
+    entity     text NOT NULL,
+    id         text COLLATE "C" NOT NULL,
+    reason     text NOT NULL,
+    field      text,
+    rev        bigint NOT NULL,
+    digest     bytea NOT NULL,
+    document   bytea NOT NULL,     -- BSON, as found
+    first_seen timestamptz NOT NULL DEFAULT now(),
+    last_seen  timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (entity, id)
+);
+
+-- One row per bulk run; the checkpoint is written in the transaction of the rows that it stands for.
+CREATE TABLE IF NOT EXISTS crossfade.runs (
+    run         uuid PRIMARY KEY,
+    migration   text NOT NULL,
+    entity      text NOT NULL,
+    kind        text NOT NULL,     -- backfill, verify, sweep
+    epoch       bigint NOT NULL,   -- evidence counts only for the epoch's life
+    state       text NOT NULL,     -- running, complete
+    position    bytea,             -- BSON {_id: last id done}; NULL: at the beginning
+    counts      jsonb NOT NULL DEFAULT '{}',
+    settings    jsonb NOT NULL DEFAULT '{}',
+    started_at  timestamptz NOT NULL DEFAULT now(),
+    updated_at  timestamptz NOT NULL DEFAULT now(),
+    finished_at timestamptz
+);
+CREATE INDEX IF NOT EXISTS runs_by_entity ON crossfade.runs (migration, entity, kind, started_at);
+
+INSERT INTO crossfade.meta (name, value) VALUES ('schema', '1')
+ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value;
