@@ -1,40 +1,89 @@
-"""An entity: how one kind of record is laid out in PostgreSQL, declared once and used both ways."""
+"""An entity: how one kind of record is laid out in PostgreSQL, declared once and used both ways.
+
+The promise: document -> rows -> document gives back an equal document (types, values, order of fields, at
+every level), or `Unmappable` says why not. It holds by one rule, *the column is for SQL, `extra` is the
+truth*:
+
+- A field whose value its column holds exactly is in the column, and nowhere else.
+- Any other value of a mapped field is kept whole in `extra` under the field's name, which overrides the
+  column on the way back. The column then holds something useful (the same number in another width, what a
+  `stand_in` makes of the value) or NULL.
+- Fields that are not mapped are in `extra`, in their order.
+- `cf_shape` is NULL when the document has every mapped field, in the declared order, and then the unmapped
+  ones. Otherwise it lists the names of the fields that are there, in order; that is also how a missing field
+  is told from null.
+
+Each entity compiles two functions when it is declared, one per direction, from the expressions in
+columns.py. The compiled way to rows takes only what it knows for certain: documents of a shape seen before
+whose values fit their columns. It hands everything else to the *careful* way, which decides field by field
+and then checks that the rows give the document back. So an oddity costs time, never fidelity.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Column, Integer, LargeBinary, Table, Text, Uuid
+from sqlalchemy import BigInteger, Column, Integer, LargeBinary, Table, Uuid
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.types import TypeDecorator
 
-from crossfade.values import Document, id_to_text
+from crossfade.columns import (
+    EXPRESSION_NAMES,
+    SUPPORTED,
+    ColumnKind,
+    DocumentId,
+    dump_checked,
+    kind_of,
+)
+from crossfade.errors import ConfigurationError
+from crossfade.values import (
+    BOOKKEEPING,
+    Document,
+    Unmappable,
+    decode_document,
+    dump_json,
+    encode_document,
+    id_to_text,
+    load_json,
+)
+
+__all__ = [
+    "META_COLUMNS",
+    "Child",
+    "DocumentId",
+    "Entity",
+    "FieldColumn",
+    "Rows",
+    "UniqueRule",
+    "column",
+    "ignoring_case",
+    "list_child",
+    "normalised",
+    "record_columns",
+    "single_child",
+]
 
 META_COLUMNS: Final = ("cf_rev", "cf_op", "cf_digest", "cf_mapping")
+"""Columns of a parent row that the store fills, not the mapping."""
 
+MAX_SHAPES: Final = 1024
+"""Shapes remembered per entity. A collection has a handful; the bound is for documents with keys at
+random."""
 
-class MappingError(Exception):
-    """An entity that is declared wrongly; the message names entity, field and fix."""
+_MISSING: Final[Any] = type("Missing", (), {"__repr__": lambda _self: "<missing>"})()
 
-
-class DocumentId(TypeDecorator[str]):
-    """A column that holds an id as text."""
-
-    impl = Text
-    cache_ok = True
-
-    def __init__(self) -> None:
-        super().__init__(collation="C")
-
-    def process_bind_param(self, value: Any, dialect: Any) -> str | None:
-        """A str is id text already; any other id is turned into its text."""
-        return value if value is None or type(value) is str else id_to_text(value)
+ToColumns = Callable[[Any], "Mapping[str, Any] | None"]
+FromColumns = Callable[[Mapping[str, Any]], Any]
 
 
 def record_columns() -> list[Column[Any]]:
-    """The columns that every parent table has besides its own `id` and the mapped ones."""
+    """The columns that a parent table has besides its `id` (a `DocumentId` primary key) and the mapped ones.
+
+    `extra` what no mapped column holds; `cf_rev` revision; `cf_op` operation id; `cf_digest` digest of the
+    document; `cf_mapping` mapping version of the entity that wrote the row; `cf_shape` fields present, where
+    not the usual. New Column objects on every call: SQLAlchemy ties a Column to one table.
+    """
     return [
         Column("extra", JSONB),
         Column("cf_rev", BigInteger, nullable=False),
@@ -47,45 +96,214 @@ def record_columns() -> list[Column[Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows that stand for one document."""
+    """The rows that stand for one document, as values that psycopg writes to the columns' types.
+
+    Attributes:
+        parent: values in the order of `Entity.parent_columns`. JSONB values are JSON text in bytes, ids are
+            id text, dates are aware and in UTC.
+        children: for each of `Entity.children`, its rows; values in the order of `Child.columns`, the
+            owner's id included, list positions counted from 0.
+    """
 
     parent: tuple[Any, ...]
     children: tuple[tuple[tuple[Any, ...], ...], ...]
 
 
-class Field: ...
+# -- declarations ----------------------------------------------------------------------------------
 
 
-class Rule: ...
+@dataclass(frozen=True, slots=True)
+class FieldColumn:
+    """A top-level field kept in a column of the parent table. Made by `column`."""
+
+    field: str
+    to: str
+    required: bool | None
+    stand_in: Callable[[Any], Any] | None
+    missing: Any
+    fits: Callable[[Any], bool] | None
 
 
+def column(
+    field: str,
+    *,
+    to: str | None = None,
+    required: bool | None = None,
+    stand_in: Callable[[Any], Any] | None = None,
+    missing: Any = _MISSING,
+    fits: Callable[[Any], bool] | None = None,
+) -> FieldColumn:
+    """A top-level field of the document that has a column of its own.
+
+    Args:
+        field: the field's name in the document.
+        to: the column's name; default: the same.
+        required: whether the column must have a value; default: as the table says (NOT NULL). A document for
+            which nothing can be put there is `Unmappable`.
+        stand_in: makes a value for the column out of a BSON value that the column cannot hold; None where it
+            has none. The true value is in `extra`.
+        missing: what the column says while the document lacks the field (a missing role means "user"): a
+            value or a function of the document. The document stays without it.
+        fits: for a column with a CHECK of its own: whether it takes this column value. What does not fit
+            goes to `extra`.
+    """
+    return FieldColumn(field, to or field, required, stand_in, missing, fits)
+
+
+def ignoring_case(text: str) -> str:
+    """The default normal form of a key: without blanks around it, lower case."""
+    return text.strip().lower()
+
+
+@dataclass(frozen=True, slots=True)
+class UniqueRule:
+    """A rule "unique after normalising", with its key in a column. Made by `normalised`."""
+
+    field: str
+    to: str
+    rule: str
+    normalise: Callable[[str], str]
+
+
+def normalised(
+    field: str, *, to: str, rule: str | None = None, normalise: Callable[[str], str] = ignoring_case
+) -> UniqueRule:
+    """A unique rule on a normal form of a string field; both stores enforce it by an index on the key.
+
+    Args:
+        field: the top-level field whose string is normalised. Where it holds no string there is no key.
+        to: the column that holds the key.
+        rule: the rule's name, in `_cf.keys.<rule>` and in errors; default: the field's name.
+        normalise: makes the key; default: `ignoring_case`.
+    """
+    return UniqueRule(field, to, rule or field, normalise)
+
+
+@dataclass(frozen=True, slots=True)
 class Child:
+    """A top-level field kept in rows of a table of its own. Made by `list_child` and `single_child`.
+
+    Attributes:
+        field: the field's name in the document.
+        table: the child table.
+        columns: owner's id first, then the position if the field is a list, then the values.
+        is_list: whether the field is a list, one row per element.
+        split: how an element is spread over the value columns, and put together; None: one column holds it.
+    """
+
+    field: str
     table: Table
     columns: tuple[str, ...]
+    is_list: bool
+    split: tuple[ToColumns, FromColumns] | None
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The columns after owner and position."""
+        return self.columns[2:] if self.is_list else self.columns[1:]
+
+
+def list_child(
+    field: str,
+    *,
+    table: Table,
+    owner: str,
+    position: str,
+    value: str | None = None,
+    split: tuple[ToColumns, FromColumns] | None = None,
+    columns: Sequence[str] | None = None,
+) -> Child:
+    """A list field with one row per element. Order, duplicates and references to nobody are kept.
+
+    If one element does not fit, or the field is no list, the whole field goes to `extra` and there are no
+    rows. An empty list has no rows either.
+
+    Args:
+        field: the field's name in the document.
+        table: the child table.
+        owner: its column for the document's id.
+        position: its integer column for the place in the list, from 0.
+        value: the column that holds an element. Either this or `split`.
+        split: as in `single_child`, for each element.
+        columns: the value columns of `split`; default: all others of the table.
+    """
+    return _child(field, table, (owner, position), value, split, columns)
+
+
+def single_child(
+    field: str,
+    *,
+    table: Table,
+    owner: str,
+    value: str | None = None,
+    split: tuple[ToColumns, FromColumns] | None = None,
+    columns: Sequence[str] | None = None,
+) -> Child:
+    """A field with one row in a table of its own, and none when it is null or missing.
+
+    Args:
+        field: the field's name in the document.
+        table: the child table.
+        owner: its column for the document's id.
+        value: the column that holds the value. Either this or `split`.
+        split: two functions: from the BSON value to a dict by column, or None when the value is not of that
+            form (it then goes to `extra`); and from that dict to the value. The second is called on every
+            result of the first; where it gives another value the field goes to `extra`.
+        columns: the value columns of `split`; default: all others of the table.
+    """
+    return _child(field, table, (owner,), value, split, columns)
+
+
+def _child(
+    field: str,
+    table: Table,
+    head: tuple[str, ...],
+    value: str | None,
+    split: tuple[ToColumns, FromColumns] | None,
+    columns: Sequence[str] | None,
+) -> Child:
+    if (value is None) == (split is None):
+        raise ConfigurationError(f"child {field!r}: give either value= (one column) or split= (several)")
+    if value is not None:
+        names: tuple[str, ...] = (value,)
+    elif columns is not None:
+        names = tuple(columns)
+    else:
+        names = tuple(c.name for c in table.columns if c.name not in head)
+    return Child(field, table, (*head, *names), len(head) == 2, split)
+
+
+# -- the entity ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Mapped:
+    """A field's column with what the table says about it."""
+
     field: str
-
-
-def column(field: str, **kw: Any) -> Field:
-    raise NotImplementedError
-
-
-def normalised(field: str, **kw: Any) -> Rule:
-    raise NotImplementedError
-
-
-def list_child(field: str, **kw: Any) -> Child:
-    raise NotImplementedError
-
-
-def single_child(field: str, **kw: Any) -> Child:
-    raise NotImplementedError
+    to: str
+    kind: ColumnKind
+    required: bool
+    stand_in: Callable[[Any], Any] | None
+    missing: Any
+    fits: Callable[[Any], bool] | None
+    exact: Callable[[Any], Any]
 
 
 class Entity:
-    """A kind of record with its mapping."""
+    """A kind of record with its mapping between a collection and tables. Immutable, safe to share.
 
-    parent_columns: tuple[str, ...]
-    children: tuple[Child, ...]
+    Attributes:
+        name: the entity's name.
+        collection: name of the MongoDB collection.
+        table: the parent table.
+        children: the child tables, as declared.
+        unique: the unique rules, as declared.
+        mapping_version: goes up whenever the same document would give other rows; a row of an older one is
+            written again even when its digest is equal.
+        parent_columns: columns of `Rows.parent`: id, mapped columns, key columns, extra, cf_shape.
+        order: the usual order of the mapped fields in a document.
+    """
 
     def __init__(
         self,
@@ -93,22 +311,593 @@ class Entity:
         *,
         collection: str,
         table: Table,
-        columns: Sequence[Field],
+        columns: Sequence[FieldColumn],
         children: Sequence[Child] = (),
-        unique: Sequence[Rule] = (),
+        unique: Sequence[UniqueRule] = (),
         order: Sequence[str] | None = None,
         mapping_version: int = 1,
     ) -> None:
-        raise NotImplementedError
+        """Declare an entity.
+
+        Args:
+            name: the entity's name.
+            collection: name of the MongoDB collection.
+            table: the parent table: `id` (a `DocumentId`, primary key), the mapped columns,
+                `record_columns()`.
+            columns: the fields that have a column.
+            children: the fields that have a table.
+            unique: the rules "unique after normalising".
+            order: the usual order of the mapped fields, children included, without `_id`; documents that
+                follow it need no `cf_shape`. Default: columns, then children, as declared.
+            mapping_version: see the class.
+
+        Raises:
+            ConfigurationError: the declaration and the tables do not fit; the message says what to change.
+        """
+        self.name = name
+        self.collection = collection
+        self.table = table
+        self.children = tuple(children)
+        self.unique = tuple(unique)
+        self.mapping_version = mapping_version
+        fields = [c.field for c in columns] + [c.field for c in children]
+        self.order = tuple(fields if order is None else order)
+        self.parent_columns = (
+            "id",
+            *(c.to for c in columns),
+            *(rule.to for rule in unique),
+            "extra",
+            "cf_shape",
+        )
+        self._check_table(columns)
+        self._check_fields(fields)
+        self._mapped = tuple(self._bind(c) for c in columns)
+        self._keys = tuple((rule, *self._bind_key(rule)) for rule in unique)
+        self._child_rows = tuple(self._bind_child(child) for child in self.children)
+        self._field_set = frozenset(fields)
+        self._shapes: dict[tuple[str, ...], tuple[bytes | None, tuple[str, ...]]] = {}
+        self._compiled_to_rows = self._compile_to_rows()
+        self._compiled_from_rows = self._compile_from_rows()
+
+    def __repr__(self) -> str:
+        return f"Entity({self.name!r}, collection={self.collection!r}, table={self.table.name!r})"
 
     def to_rows(self, document: Mapping[str, Any], keys: Mapping[str, str] | None = None) -> Rows:
-        raise NotImplementedError
+        """The rows that stand for a document.
+
+        Args:
+            document: the document with its `_id`; a `_cf` in it is left out.
+            keys: normalised keys by rule that replace the computed ones (a name that collides is given a key
+                of its own).
+
+        Raises:
+            Unmappable: the document cannot be carried to these tables and back unchanged.
+        """
+        try:
+            rows = self._compiled_to_rows(document, keys)
+        except Unmappable:
+            # Perhaps only a value that MongoDB would store in another form; the careful way knows, and says
+            # where.
+            rows = None
+        return self._to_rows_carefully(document, keys) if rows is None else rows
 
     def from_rows(self, parent: Sequence[Any], children: Sequence[Sequence[Sequence[Any]]]) -> Document:
-        raise NotImplementedError
+        """The document that rows stand for, `_id` first, without `_cf`.
+
+        Args:
+            parent: values in the order of `parent_columns`; JSONB as text (bytes or str), dates aware.
+            children: for each of `self.children` its rows, in any order, columns as in `Child.columns`.
+
+        Raises:
+            ValueError: the rows were not made by `to_rows`.
+        """
+        try:
+            return self._compiled_from_rows(parent, children)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"a row of {self.table.name} does not fit the mapping of {self.name}: {error!r}"
+            ) from None
 
     def keys(self, document: Mapping[str, Any]) -> dict[str, str]:
-        raise NotImplementedError
+        """Normalised keys of a document by rule; a rule whose field holds no string is left out.
+
+        NUL becomes U+2400 (its picture), since PostgreSQL's text has no NUL: both stores then hold the same
+        key.
+
+        Raises:
+            Unmappable: a rule's function failed on this document's value.
+        """
+        keys: dict[str, str] = {}
+        for rule in self.unique:
+            key = _key(rule, document.get(rule.field))
+            if key is not None:
+                keys[rule.rule] = key
+        return keys
+
+    # -- checks of the declaration -----------------------------------------------------------------
+
+    def _refuse(self, problem: str, fix: str) -> ConfigurationError:
+        return ConfigurationError(f"entity {self.name!r}: {problem}; {fix}")
+
+    def _check_table(self, columns: Sequence[FieldColumn]) -> None:
+        table, known = self.table, self.table.columns
+        absent = [c for c in ("extra", *META_COLUMNS, "cf_shape") if c not in known]
+        if absent:
+            raise self._refuse(
+                f"table {table.name} lacks {', '.join(absent)}", "add *record_columns() to the table"
+            )
+        if "id" not in known or not isinstance(known["id"].type, DocumentId):
+            raise self._refuse(
+                f"table {table.name} has no id column of the type DocumentId",
+                'add Column("id", DocumentId, primary_key=True)',
+            )
+        reserved = {"id", "extra", "cf_shape", *META_COLUMNS}
+        holders: dict[str, str] = {}
+        declared = [(c.field, c.to) for c in columns] + [
+            (f"{rule.field} (rule {rule.rule})", rule.to) for rule in self.unique
+        ]
+        for field, to in declared:
+            if to in reserved:
+                raise self._refuse(
+                    f"field {field!r} goes to {to}, which Crossfade keeps for itself", "give another to="
+                )
+            if to not in known:
+                raise self._refuse(
+                    f"field {field!r} goes to {table.name}.{to}, which does not exist",
+                    f"add the column, or name one of {', '.join(sorted({*known.keys()} - reserved))} in to=",
+                )
+            if to in holders:
+                raise self._refuse(
+                    f"fields {holders[to]!r} and {field!r} both go to {table.name}.{to}",
+                    "give one another to=",
+                )
+            if known[to].computed is not None:
+                raise self._refuse(
+                    f"field {field!r} goes to {table.name}.{to}, which the database computes",
+                    "map it elsewhere",
+                )
+            holders[to] = field
+        self._check_unfilled(table, {*holders, "id", *reserved})
+
+    def _check_unfilled(self, table: Table, filled: Iterable[str]) -> None:
+        for c in table.columns:
+            unfilled = (
+                not c.nullable and c.server_default is None and c.identity is None and c.computed is None
+            )
+            if unfilled and c.name not in filled and c.autoincrement is not True:
+                raise self._refuse(
+                    f"no field goes to {table.name}.{c.name}, which is NOT NULL without a default",
+                    "map a field to it, give it a server_default, or make it nullable",
+                )
+
+    def _check_fields(self, fields: Sequence[str]) -> None:
+        for field in fields:
+            if field in ("_id", BOOKKEEPING):
+                raise self._refuse(f"field {field!r} is mapped by hand", "leave it out, Crossfade keeps it")
+            if fields.count(field) > 1:
+                raise self._refuse(f"field {field!r} is mapped twice", "leave one of the two out")
+        if sorted(self.order) != sorted(fields):
+            odd = sorted(set(self.order) ^ set(fields)) or sorted(self.order)
+            raise self._refuse(
+                f"order= and the mapped fields differ in {', '.join(odd)}", "list each mapped field once"
+            )
+        rules = [rule.rule for rule in self.unique]
+        if len(set(rules)) != len(rules):
+            raise self._refuse("two unique rules have one name", "give each its own rule=")
+
+    def _kind(self, what: str, table: Table, name: str) -> ColumnKind:
+        if name not in table.columns:
+            raise self._refuse(f"{what} goes to {table.name}.{name}, which does not exist", "add the column")
+        kind = kind_of(table.columns[name])
+        if kind is None:
+            raise self._refuse(
+                f"{what} goes to {table.name}.{name} of the type {table.columns[name].type!r}, "
+                "which cannot give BSON values back",
+                f"use one of {SUPPORTED}",
+            )
+        return kind
+
+    def _bind(self, declared: FieldColumn) -> _Mapped:
+        what = f"field {declared.field!r}"
+        kind = self._kind(what, self.table, declared.to)
+        not_null = not self.table.columns[declared.to].nullable
+        if not_null and declared.required is False:
+            raise self._refuse(
+                f"{what} has required=False, but {self.table.name}.{declared.to} is NOT NULL",
+                "make the column nullable, or leave required out",
+            )
+        required = not_null if declared.required is None else declared.required
+        missing = declared.missing
+        if missing is not _MISSING and not callable(missing):
+            takes = (missing is None and not required) or (
+                kind.storable(missing) and (declared.fits is None or declared.fits(missing))
+            )
+            if not takes:
+                raise self._refuse(
+                    f"{what} has missing={missing!r}, which {self.table.name}.{declared.to} cannot hold",
+                    "give a value of the column's type",
+                )
+        return _Mapped(
+            declared.field,
+            declared.to,
+            kind,
+            required,
+            declared.stand_in,
+            missing,
+            declared.fits,
+            _compile_exact(kind, declared.fits),
+        )
+
+    def _bind_key(self, rule: UniqueRule) -> tuple[ColumnKind, bool]:
+        kind = self._kind(f"rule {rule.rule!r}", self.table, rule.to)
+        if not kind.storable("key"):
+            raise self._refuse(
+                f"rule {rule.rule!r} goes to {self.table.name}.{rule.to}, which is no text",
+                "use a Text column",
+            )
+        return kind, not self.table.columns[rule.to].nullable
+
+    def _bind_child(self, child: Child) -> Callable[[str, Any], Any]:
+        what = f"child {child.field!r}"
+        kinds = [self._kind(what, child.table, name) for name in child.columns]
+        if not isinstance(child.table.columns[child.columns[0]].type, DocumentId):
+            raise self._refuse(
+                f"{what} has the owner column {child.columns[0]} of another type", "make it a DocumentId"
+            )
+        self._check_unfilled(child.table, child.columns)
+        nullable = [child.table.columns[name].nullable is not False for name in child.values]
+        if child.split is None:
+            return _value_rows(child, kinds[-1], nullable[0])
+        return _split_rows(child, kinds[-len(child.values) :], nullable)
+
+    # -- to rows, the compiled way -----------------------------------------------------------------
+
+    def _compile_to_rows(self) -> Callable[[Any, Any], Rows | None]:
+        """Write the function that converts plain documents, and gives None for any other.
+
+        Generated because the alternative, a loop over fields with a call for each, takes twice as long, and a
+        backfill spends most of its time here.
+        """
+        names: dict[str, Any] = {
+            **EXPRESSION_NAMES, "M": _MISSING, "Rows": Rows, "shapes": self._shapes, "id_": id_to_text,
+        }  # fmt: skip
+        lines = [
+            "def to_rows(d, given):",
+            "    known = shapes.get(tuple(d))",
+            "    if known is None: return None",
+            "    shape, unmapped = known",
+            '    i = d["_id"]',
+            "    i = i.binary.hex() if type(i) is ObjectId else id_(i)",
+        ]
+        parent = ["i"]
+        for n, mapped in enumerate(self._mapped):
+            v = f"c{n}"
+            test = mapped.kind.accepts.replace("@", v)
+            if mapped.kind.accepts.startswith("@ is not None"):
+                test = f"{v} is not M and {test}"
+            store = mapped.kind.store.replace("@", v)
+            if mapped.fits is not None:
+                names[f"fits{n}"] = mapped.fits
+                test += f" and fits{n}({store})"
+            lines += [f"    {v} = d.get({mapped.field!r}, M)", f"    if {test}:", f"        {v} = {store}"]
+            if not mapped.required:
+                lines += [f"    elif {v} is None: pass"]
+            if mapped.missing is not _MISSING and not callable(mapped.missing):
+                names[f"missing{n}"] = mapped.missing
+                lines += [f"    elif {v} is M: {v} = missing{n}"]
+            elif mapped.missing is _MISSING and not mapped.required:
+                lines += [f"    elif {v} is M: {v} = None"]
+            lines += ["    else: return None"]
+            parent.append(v)
+        for n, (rule, kind, required) in enumerate(self._keys):
+            names[f"key{n}"], names[f"rule{n}"], names[f"storable{n}"] = _key, rule, kind.storable
+            lines += [
+                f"    k{n} = given.get({rule.rule!r}) if given else None",
+                f"    if k{n} is None: k{n} = key{n}(rule{n}, d.get({rule.field!r}))",
+                f"    if k{n} is None:",
+                "        return None" if required else "        pass",
+                f"    elif not storable{n}(k{n}): return None",
+            ]
+            parent.append(f"k{n}")
+        rows = []
+        for n, (child, make) in enumerate(zip(self.children, self._child_rows, strict=True)):
+            names[f"rows{n}"] = make
+            lines += [
+                f"    r{n} = d.get({child.field!r}, M)",
+                f"    if r{n} is M{'' if child.is_list else f' or r{n} is None'}: r{n} = ()",
+                "    else:",
+                f"        r{n} = rows{n}(i, r{n})",
+                f"        if r{n} is None: return None",
+            ]
+            rows.append(f"r{n}")
+        lines += [
+            "    x = dump_checked({name: d[name] for name in unmapped}) if unmapped else None",
+            f"    return Rows(({', '.join([*parent, 'x', 'shape'])}), ({''.join(f'{r}, ' for r in rows)}))",
+        ]
+        compiled: Callable[[Any, Any], Rows | None] = _compile(lines, names, "to_rows", self.name)
+        return compiled
+
+    def _compile_from_rows(self) -> Callable[[Any, Any], Document]:
+        """Write the function that puts a document together from rows."""
+        names: dict[str, Any] = {**EXPRESSION_NAMES, "finish": self._finish}
+        values: dict[str, str] = {}
+        parent = ["i"]
+        for n, mapped in enumerate(self._mapped):
+            load = mapped.kind.load.replace("@", f"c{n}")
+            values[mapped.field] = load if load == f"c{n}" else f"(None if c{n} is None else {load})"
+            parent.append(f"c{n}")
+        parent += [f"_k{n}" for n in range(len(self._keys))]
+        for n, child in enumerate(self.children):
+            kinds = [kind_of(child.table.columns[name]) for name in child.values]
+            names[f"value{n}"] = _value_of(child, [kind for kind in kinds if kind is not None])
+            values[child.field] = f"value{n}(r{n})"
+        rows = "".join(f"r{n}, " for n in range(len(self.children)))
+        fields = ", ".join(f"{field!r}: {values[field]}" for field in self.order)
+        lines = [
+            "def from_rows(parent, children):",
+            f"    ({', '.join([*parent, 'x', 's'])}) = parent",
+            *([f"    ({rows}) = children"] if rows else []),
+            f'    d = {{"_id": text_to_id(i), {fields}}}',
+            "    return d if x is None and s is None else finish(d, x, s)",
+        ]
+        compiled: Callable[[Any, Any], Document] = _compile(lines, names, "from_rows", self.name)
+        return compiled
+
+    @staticmethod
+    def _finish(document: Document, extra: Any, shape: Any) -> Document:
+        """Lay `extra` over the columns (a field that is there keeps its place), then keep what the shape
+        lists."""
+        if extra is not None:
+            document.update(load_json(extra))
+        if shape is None:
+            return document
+        return {"_id": document["_id"], **{name: document[name] for name in load_json(shape)}}
+
+    # -- to rows, the careful way ------------------------------------------------------------------
+
+    def _to_rows_carefully(self, document: Mapping[str, Any], keys: Mapping[str, str] | None) -> Rows:
+        canonical = encode_document(document)
+        plain = decode_document(canonical)
+        if "_id" not in plain:
+            raise Unmappable("the document has no _id", "_id")
+        owner = id_to_text(plain["_id"])
+        extra: Document = {}
+        parent: list[Any] = [owner]
+        for mapped in self._mapped:
+            value, exact = self._column_value(mapped, plain)
+            if not exact:
+                extra[mapped.field] = plain[mapped.field]
+            parent.append(value)
+        for rule, kind, required in self._keys:
+            parent.append(self._key_value(rule, kind, required, plain, keys))
+        rows = []
+        for child, make in zip(self.children, self._child_rows, strict=True):
+            value = plain.get(child.field, _MISSING)
+            made = () if value is _MISSING or (value is None and not child.is_list) else make(owner, value)
+            if made is None:
+                extra[child.field] = value
+            rows.append(made or ())
+        names = [name for name in plain if name != "_id"]
+        unmapped = tuple(name for name in names if name not in self._field_set)
+        extra.update((name, plain[name]) for name in unmapped)
+        shape = None if names == [*self.order, *unmapped] else dump_json(names)
+        result = Rows((*parent, dump_checked(extra) if extra else None, shape), tuple(rows))
+        if encode_document(self.from_rows(result.parent, result.children)) != canonical:
+            raise Unmappable("the document cannot be carried back unchanged")
+        self._remember(document, shape, unmapped)
+        return result
+
+    def _remember(self, document: Mapping[str, Any], shape: bytes | None, unmapped: tuple[str, ...]) -> None:
+        """Let the compiled way take documents with these fields from now on; a first one came back equal."""
+        names = tuple(document)
+        # 2,048: a shape of ordinary field names; documents keyed by data must not fill the memory.
+        if sum(map(len, names)) > 2048:
+            return
+        if len(self._shapes) >= MAX_SHAPES:
+            self._shapes.clear()
+        self._shapes[names] = (shape, unmapped)
+
+    def _column_value(self, mapped: _Mapped, document: Document) -> tuple[Any, bool]:
+        """What goes to the column, and whether it says it all (the field need not go to `extra`)."""
+        value = document.get(mapped.field, _MISSING)
+        if value is _MISSING:
+            return self._value_for_missing(mapped, document), True
+        exact = mapped.exact(value)
+        if exact is not _MISSING:
+            return exact, True
+        if value is None and not mapped.required:
+            return None, True
+        where = f"field {mapped.field!r}"
+        useful = None
+        if mapped.stand_in is not None:
+            useful = _call(mapped.stand_in, value, f"{where}: its stand_in function")
+        if useful is None and value is not None:
+            useful = mapped.kind.nearest(value)
+        if useful is not None and self._takes(mapped, useful):
+            return useful, False
+        if mapped.required:
+            raise Unmappable(
+                f"{where} holds {_described(value)}, which the column {self.table.name}.{mapped.to} "
+                "cannot hold, and that column must have a value",
+                mapped.field,
+            )
+        return None, False
+
+    def _value_for_missing(self, mapped: _Mapped, document: Document) -> Any:
+        value = mapped.missing
+        if callable(value):
+            value = _call(value, document, f"field {mapped.field!r}: its missing function")
+        elif value is _MISSING:
+            value = None
+            if mapped.required and mapped.stand_in is not None:
+                value = _call(mapped.stand_in, None, f"field {mapped.field!r}: its stand_in function")
+        if value is None and not mapped.required:
+            return None
+        if value is None or not self._takes(mapped, value):
+            raise Unmappable(
+                f"field {mapped.field!r} is missing, and the column {self.table.name}.{mapped.to} "
+                "must have a value",
+                mapped.field,
+            )
+        return value
+
+    @staticmethod
+    def _takes(mapped: _Mapped, value: Any) -> bool:
+        return mapped.kind.storable(value) and (mapped.fits is None or mapped.fits(value))
+
+    def _key_value(
+        self,
+        rule: UniqueRule,
+        kind: ColumnKind,
+        required: bool,
+        document: Document,
+        given: Mapping[str, str] | None,
+    ) -> str | None:
+        key = given.get(rule.rule) if given else None
+        if key is None:
+            key = _key(rule, document.get(rule.field))
+        if key is not None and kind.storable(key):
+            return key
+        if key is None and not required:
+            return None
+        problem = (
+            "gives no key" if key is None else f"gives a key that {self.table.name}.{rule.to} cannot hold"
+        )
+        raise Unmappable(f"field {rule.field!r} {problem} for the unique rule {rule.rule!r}", rule.field)
 
 
-__all__ = ["Callable"]
+# -- pieces of the compiled functions --------------------------------------------------------------
+
+
+def _compile(lines: Sequence[str], names: dict[str, Any], function: str, entity: str) -> Any:
+    # Nothing of a document is in the source: only expressions of columns.py, and field names as literals.
+    exec(compile("\n".join(lines), f"<{function} of entity {entity}>", "exec"), names)  # noqa: S102
+    return names[function]
+
+
+def _compile_exact(kind: ColumnKind, fits: Callable[[Any], bool] | None) -> Callable[[Any], Any]:
+    """A function from a BSON value to the column's value, or `_MISSING` when the column does not hold it."""
+    test, store = kind.accepts.replace("@", "v"), kind.store.replace("@", "v")
+    check = f" and fits({store})" if fits is not None else ""
+    lines = ["def exact(v):", f"    return {store} if {test}{check} else M"]
+    compiled: Callable[[Any], Any] = _compile(
+        lines, {**EXPRESSION_NAMES, "M": _MISSING, "fits": fits}, "exact", "column"
+    )
+    return compiled
+
+
+def _value_rows(child: Child, kind: ColumnKind, nullable: bool) -> Callable[[str, Any], Any]:
+    """A function from owner and field value to child rows with one value column, None when it does not
+    fit."""
+    test, store = kind.accepts.replace("@", "v"), kind.store.replace("@", "v")
+    if nullable and child.is_list:
+        test, store = f"(v is None or {test})", f"None if v is None else {store}"
+    if child.is_list:
+        lines = [
+            "def rows(i, field):",
+            "    if type(field) is not list: return None",
+            f"    for v in field:\n        if not ({test}): return None",
+            f"    return tuple([(i, n, {store}) for n, v in enumerate(field)])",
+        ]
+    else:
+        lines = ["def rows(i, v):", f"    return ((i, {store}),) if {test} else None"]
+    compiled: Callable[[str, Any], Any] = _compile(lines, dict(EXPRESSION_NAMES), "rows", child.field)
+    return compiled
+
+
+def _split_rows(
+    child: Child, kinds: Sequence[ColumnKind], nullable: Sequence[bool]
+) -> Callable[[str, Any], Any]:
+    """The same for a value that is spread over several columns."""
+    assert child.split is not None
+    to_columns, from_columns = child.split
+    what = f"field {child.field!r}: its split function"
+    columns = tuple(zip(child.values, kinds, nullable, strict=True))
+
+    def spread(value: Any) -> tuple[Any, ...] | None:
+        parts = _call(to_columns, value, what)
+        if parts is None or set(parts) != set(child.values):
+            return None
+        for name, kind, may_be_null in columns:
+            part = parts[name]
+            if not (may_be_null if part is None else kind.storable(part)):
+                return None
+        if not _same(_call(from_columns, parts, what), value):
+            return None
+        return tuple(parts[name] for name in child.values)
+
+    def rows(owner: str, value: Any) -> tuple[tuple[Any, ...], ...] | None:
+        if not child.is_list:
+            part = spread(value)
+            return None if part is None else ((owner, *part),)
+        if type(value) is not list:
+            return None
+        spreads = [spread(item) for item in value]
+        if None in spreads:
+            return None
+        return tuple((owner, n, *part) for n, part in enumerate(spreads) if part is not None)
+
+    return rows
+
+
+def _value_of(child: Child, kinds: Sequence[ColumnKind]) -> Callable[[Any], Any]:
+    """A function from child rows to the field's value."""
+    names: dict[str, Any] = dict(EXPRESSION_NAMES)
+    first = 2 if child.is_list else 1
+    if child.split is None:
+        load = kinds[0].load.replace("@", "v")
+        item = f"[None if v is None else {load} for v in [row[2] for row in rows]]"
+        single = f"v = rows[0][1]\n    return None if v is None else {load}"
+    else:
+        names["put_together"] = child.split[1]
+        names["columns"] = child.values
+        part = f"put_together(dict(zip(columns, row[{first}:])))"
+        item, single = f"[{part} for row in rows]", f"row = rows[0]\n    return {part}"
+    if child.is_list:
+        names["position"] = lambda row: row[1]
+        lines = [
+            "def value(rows):",
+            "    if len(rows) > 1: rows = sorted(rows, key=position)",
+            f"    return {item}",
+        ]
+    else:
+        lines = ["def value(rows):", "    if not rows: return None", f"    {single}"]
+    compiled: Callable[[Any], Any] = _compile(lines, names, "value", child.field)
+    return compiled
+
+
+def _key(rule: UniqueRule, value: Any) -> str | None:
+    if not isinstance(value, str):
+        return None
+    try:
+        key = rule.normalise(value)
+    except Exception as error:
+        raise Unmappable(
+            f"field {rule.field!r}: the function of the rule {rule.rule!r} raised {type(error).__name__}",
+            rule.field,
+        ) from error
+    return key.replace("\0", "\u2400") if "\0" in key else key
+
+
+def _call(function: Callable[[Any], Any], argument: Any, what: str) -> Any:
+    try:
+        return function(argument)
+    except Exception as error:
+        raise Unmappable(f"{what} raised {type(error).__name__}: {error}") from error
+
+
+def _same(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, str | bytes | int):
+        return bool(one == other)
+    return encode_document({"v": one}) == encode_document({"v": other})
+
+
+def _described(value: Any) -> str:
+    """A value in words, without the value: it may be a secret."""
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return "text with NUL" if "\0" in value else f"text of {len(value)} characters"
+    return f"a value of the type {type(value).__name__}"

@@ -7,9 +7,9 @@ The promise: whatever leaves a document through this module comes back as the ve
   documents are equal when their canonical bytes are: types, values, order of fields, bits of a NaN.
 - *Id text* is what stands for an `_id` in PostgreSQL: 24 hex digits for an ObjectId, a prefixed form for the
   rest. One id has one text and one text has one id.
-- *JSON* is natural JSON where JSON says it all, and wrappers in the style of MongoDB's Extended JSON v2 where it
-  does not. It survives what PostgreSQL's `jsonb` does to a value: keys sorted by length and bytes, `1e16`
-  written out, `-0.0` turned into `0.0`, NUL refused.
+- *JSON* is natural JSON where JSON says it all, and wrappers in the style of MongoDB's Extended JSON v2
+  where it does not. It survives what PostgreSQL's `jsonb` does to a value: keys sorted by length and bytes,
+  `1e16` written out, `-0.0` turned into `0.0`, NUL refused.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ MAX_DEPTH: Final = 200
 JSON levels for each stay below the 1,024 that parsers accept."""
 
 MAX_ID_BYTES: Final = 2000
-"""Longest id text, in bytes of UTF-8: a PostgreSQL B-tree entry ends at 2,704 bytes and may hold a second column."""
+"""Longest id text, in bytes of UTF-8: a PostgreSQL B-tree entry ends at 2,704 bytes and may hold a second
+column."""
 
 _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
@@ -89,15 +90,15 @@ class Unmappable(Exception):
         self.field = field
 
 
-# -- canonical bytes and digests ------------------------------------------------------------------------------
+# -- canonical bytes and digests -------------------------------------------------------------------
 
 
 def encode_document(document: Mapping[str, Any]) -> bytes:
     """Canonical bytes of a document: its BSON without `_cf`, `_id` first.
 
     Raises:
-        Unmappable: a value has no BSON form (a lone surrogate, an integer past 64 bits, NUL in a key, a Python
-            type that BSON does not know).
+        Unmappable: a value has no BSON form (a lone surrogate, an integer past 64 bits, NUL in a key, a
+            Python type that BSON does not know).
     """
     if BOOKKEEPING in document:
         document = {name: value for name, value in document.items() if name != BOOKKEEPING}
@@ -121,13 +122,14 @@ def decode_document(raw: bytes) -> Document:
 
     Raises:
         Unmappable: the bytes are not BSON, or hold what Python's BSON types cannot give back: invalid UTF-8,
-            a field twice, the deprecated types undefined, symbol and DBPointer, an unusual encoding of a value.
+            a field twice, the deprecated types undefined, symbol and DBPointer, an unusual encoding of a
+            value.
     """
     try:
         document = bson.decode(raw, CODEC_OPTIONS)
         if bson.encode(document, codec_options=CODEC_OPTIONS) == raw:
             return document
-    except Exception:  # noqa: BLE001, S110 - whatever PyMongo trips over, the walk below names it or carries it
+    except Exception:  # noqa: S110 - the walk below names what PyMongo trips over
         pass
     return _decode_by_walking(raw)
 
@@ -145,7 +147,7 @@ def normal_form(document: Mapping[str, Any]) -> Document:
 def _encode(document: Mapping[str, Any]) -> bytes:
     try:
         return bson.encode(document, codec_options=CODEC_OPTIONS)
-    except Exception as error:  # noqa: BLE001 - PyMongo raises half a dozen kinds; all mean the same here
+    except Exception as error:  # PyMongo raises half a dozen kinds, all mean the same
         raise _not_encodable(document, error) from None
 
 
@@ -155,7 +157,7 @@ def _not_encodable(document: Mapping[str, Any], error: Exception) -> Unmappable:
     for name, value in document.items():
         try:
             bson.encode({name: value}, codec_options=CODEC_OPTIONS)
-        except Exception as one:  # noqa: BLE001
+        except Exception as one:
             culprit, error = name, one
             break
     where = "the document" if culprit is None else f"field {_shown(culprit)}"
@@ -175,7 +177,7 @@ def _shown(name: object) -> str:
     return ascii(str(name)[:100]) if not str(name).isprintable() or name == "" else str(name)[:100]
 
 
-# -- walking raw BSON -------------------------------------------------------------------------------------------
+# -- walking raw BSON ------------------------------------------------------------------------------
 
 _TYPE_NAMES: Final = {
     0x01: "a double",
@@ -201,7 +203,8 @@ _TYPE_NAMES: Final = {
     0xFF: "a MinKey",
 }
 _FIXED_SIZE: Final = {
-    0x01: 8, 0x06: 0, 0x07: 12, 0x08: 1, 0x09: 8, 0x0A: 0, 0x10: 4, 0x11: 8, 0x12: 8, 0x13: 16, 0x7F: 0, 0xFF: 0,
+    0x01: 8, 0x06: 0, 0x07: 12, 0x08: 1, 0x09: 8, 0x0A: 0, 0x10: 4, 0x11: 8, 0x12: 8, 0x13: 16, 0x7F: 0,
+    0xFF: 0,
 }  # fmt: skip
 _int32: Final = struct.Struct("<i").unpack_from
 
@@ -275,7 +278,7 @@ def _walk(raw: bytes, start: int, end: int, path: str, depth: int) -> Document:
     if depth > MAX_DEPTH:
         raise _too_deep(path[:-1])
     document: Document = {}
-    for kind, name, at, value, after in _elements(raw, start, end, path):
+    for kind, name, _, value, after in _elements(raw, start, end, path):
         here = path + name
         if name in document:
             raise Unmappable(f"field {_shown(here)} is there twice in one document", here)
@@ -284,14 +287,16 @@ def _walk(raw: bytes, start: int, end: int, path: str, depth: int) -> Document:
         elif kind == 0x04:
             items = _walk(raw, value, after, here + ".", depth + 1)
             if any(key != str(index) for index, key in enumerate(items)):
-                raise Unmappable(f"field {_shown(here)} is an array whose positions are not 0, 1, 2 ...", here)
+                raise Unmappable(
+                    f"field {_shown(here)} is an array whose positions are not 0, 1, 2 ...", here
+                )
             document[name] = list(items.values())
         else:
-            document[name] = _scalar(raw, kind, here, at, value, after)
+            document[name] = _scalar(raw, kind, here, value, after)
     return document
 
 
-def _scalar(raw: bytes, kind: int, here: str, at: int, value: int, after: int) -> Any:
+def _scalar(raw: bytes, kind: int, here: str, value: int, after: int) -> Any:
     """One value that is neither document nor array, checked to encode back to the same bytes."""
     element = bytes([kind]) + b"v\0" + raw[value:after]
     small = struct.pack("<i", len(element) + 5) + element + b"\0"
@@ -302,7 +307,7 @@ def _scalar(raw: bytes, kind: int, here: str, at: int, value: int, after: int) -
             return decoded
     except UnicodeDecodeError:
         problem = "that is not valid UTF-8"
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         problem = "that is not valid UTF-8" if "utf-8" in str(error) else "that cannot be decoded"
     else:
         problem = "in a form that would change when written back"
@@ -315,7 +320,7 @@ def _too_deep(path: str | None = None) -> Unmappable:
     return Unmappable(f"documents are nested in one another more than {MAX_DEPTH} levels deep", path)
 
 
-# -- ids as text ------------------------------------------------------------------------------------------------
+# -- ids as text -----------------------------------------------------------------------------------
 
 
 def id_to_text(_id: Any) -> str:
@@ -342,7 +347,9 @@ def id_to_text(_id: Any) -> str:
     except UnicodeEncodeError:
         raise Unmappable("the _id holds text that is not valid Unicode (a lone surrogate)", "_id") from None
     if size > MAX_ID_BYTES:
-        raise Unmappable(f"the _id takes more than {MAX_ID_BYTES} bytes as text, too long for an index", "_id")
+        raise Unmappable(
+            f"the _id takes more than {MAX_ID_BYTES} bytes as text, too long for an index", "_id"
+        )
     return text
 
 
@@ -365,16 +372,16 @@ def text_to_id(text: str) -> Any:
     raise ValueError("not the text of an id: expected 24 hex digits, or a text that begins with s: or j:")
 
 
-# -- any value as JSON ------------------------------------------------------------------------------------------
+# -- any value as JSON -----------------------------------------------------------------------------
 
 
 def to_json(value: Any) -> Json:
     """Any BSON value as a JSON value that survives PostgreSQL's `jsonb`.
 
     Strings, booleans, null and 32-bit integers are themselves; so are doubles between 1e-4 and 1e16 and 0.0.
-    Others are wrapped (`{"$oid": ...}`, `{"$date": {"$numberLong": ...}}`, ...; `{"$utf8": base64}` for a string
-    with NUL). A document is a JSON object; where its order is not that of `jsonb`, a sibling `"$keys"` lists it.
-    A document with a key that begins with `$` becomes `{"$doc": [[key, value], ...]}`.
+    Others are wrapped (`{"$oid": ...}`, `{"$date": {"$numberLong": ...}}`, ...; `{"$utf8": base64}` for a
+    string with NUL). A document is a JSON object; where its order is not that of `jsonb`, a sibling
+    `"$keys"` lists it. A document with a key that begins with `$` becomes `{"$doc": [[key, value], ...]}`.
 
     Raises:
         Unmappable: a value without a BSON form, or more than 200 levels of nesting.
@@ -420,7 +427,8 @@ def _to_json(value: Any, depth: int) -> Json:
     encoder = _TO_JSON.get(type(value))
     if encoder is not None:
         return encoder(value, depth)
-    # Not a type that decoding gives (a tuple, SON, a compiled pattern, a subclass): see what MongoDB would give.
+    # Not a type that decoding gives (a tuple, SON, a compiled pattern, a subclass): see what MongoDB would
+    # give.
     plain = decode_document(_encode({"v": value}))["v"]
     encoder = _TO_JSON.get(type(plain))
     if encoder is None:
@@ -639,7 +647,8 @@ def _from_code(value: Json) -> Code:
 def _from_doc(value: Json) -> Any:
     document = {name: _from_json(item) for name, item in value["$doc"]}
     if "$ref" in document:
-        # What PyMongo decodes as a DBRef comes back as one, as long as encoding it keeps the order of its fields.
+        # What PyMongo decodes as a DBRef comes back as one, as long as encoding it keeps the order of its
+        # fields.
         rest = dict(document)
         try:
             reference = DBRef(rest.pop("$ref"), rest.pop("$id", None), rest.pop("$db", None), rest)
