@@ -1,0 +1,1 @@
+"""Who is asking: passwords, tokens, and the user behind a request."""

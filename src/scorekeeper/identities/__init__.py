@@ -1,0 +1,1 @@
+"""Players as games know them; guests play before they have an account."""

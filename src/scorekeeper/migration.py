@@ -1,0 +1,15 @@
+"""What scorekeeper asks Crossfade to move: the accounts, that is users and the identities that name them."""
+
+from __future__ import annotations
+
+from crossfade.entity import Entity
+from scorekeeper.identities.entity import identities
+from scorekeeper.users.entity import users
+
+#: Name of the migration, in the control record and on the command line.
+name = "accounts"
+
+
+def accounts() -> list[Entity]:
+    """The entities of the migration ``accounts``; they reference each other and so move together."""
+    return [users, identities]
