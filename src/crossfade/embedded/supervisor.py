@@ -151,6 +151,13 @@ def sweep(folder: Path) -> list[int]:
     return found
 
 
+def _wait_until_gone(pids: Iterable[int], seconds: float) -> None:
+    """Wait until none lives. A killed process with much memory takes a moment to end."""
+    deadline = time.monotonic() + seconds
+    while any(started(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
 # --- the supervisor -------------------------------------------------------------------------------------
 
 
@@ -287,8 +294,10 @@ class Supervisor:
             pid = self.running[name].pid
             # Stopped first, it cannot fork between the listing and the killing.
             send([pid], signal.SIGSTOP)
-            send([*descendants(pid), pid], signal.SIGKILL)
+            tree = [*descendants(pid), pid]
+            send(tree, signal.SIGKILL)
             self.running[name].wait()
+            _wait_until_gone(tree, 5.0)
         return self.do_list()
 
     def do_pause(self, name: str) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 MongoDB: each message starts with its length; an answer names the request it answers.
 PostgreSQL: a client's question is a run of messages (parse, bind, describe, execute, sync) that the server
-answers as one, ending in ReadyForQuery. One request here is that run, up to the message that asks for the answer.
+answers as one, ending in ReadyForQuery. One request here is that run, up to the message that asks for the
+answer.
 Any other protocol (Redis): what one read returns; its answer is the next thing the server sends.
 
 Sources: MongoDB wire protocol specification (OP_MSG, OP_QUERY); PostgreSQL documentation, chapter
@@ -26,15 +27,13 @@ _MONGO_OPENING = {
     b"saslStart",
     b"saslContinue",
     b"endSessions",
-    b"buildInfo",
 }
 _OP_QUERY, _OP_MSG = 2004, 2013
 #: Redis commands by which a driver opens connections.
 _REDIS_OPENING = (b"HELLO", b"AUTH", b"CLIENT", b"SELECT")
 #: PostgreSQL messages of a client that ask for an answer: Query, Sync, FunctionCall, CopyFail.
 _ASKING = b"QSFf"
-#: PostgreSQL's special first messages: SSLRequest and GSSENCRequest are answered with one byte, a CancelRequest
-#: with the end of the connection.
+#: PostgreSQL's special first messages, answered with one byte without framing.
 _SSL_REQUEST, _GSS_REQUEST = 80877103, 80877104
 
 
@@ -50,7 +49,7 @@ class Request:
     """One piece that is forwarded whole.
 
     opening: it belongs to opening or watching the connection, or is a part of a stream (COPY data).
-    identity: MongoDB's request number, else 0. single_byte: PostgreSQL answers with one byte, without framing.
+    identity: MongoDB's request number, else 0. single_byte: PostgreSQL answers it with one byte.
     """
 
     data: bytes

@@ -4,7 +4,7 @@ Fixtures
     servers             the set of the run, shared by all tests and xdist workers; tests must not stop it
     mongo_uri           its MongoDB URI, with a database of the test's own
     database_url        its PostgreSQL URL, with a database of the test's own
-    database_template   (session; override it) name of the PostgreSQL database that `database_url` is cloned from
+    database_template   (session; override it) the PostgreSQL database that `database_url` is cloned from
     redis_url           its Redis URL, with a numbered database of the test's own
     own_servers         a private set that the test may stop, kill and pause
     mongo_proxy, postgres_proxy, redis_proxy

@@ -1,13 +1,13 @@
 """FaultProxy: a TCP proxy in front of a store that fails in exactly the way a test asks for.
 
 Design
-    One thread with one event loop per proxy, so it serves synchronous and asynchronous tests alike. The proxy
-    reads the framing of the MongoDB and PostgreSQL protocols (`framing.py`), so "the next request" is one whole
-    request, wherever TCP cuts it. What belongs to opening and watching a connection (greeting, login, heartbeat)
-    is passed on and is no request, unless a test's own predicate matches it.
+    One thread with one event loop per proxy, so it serves synchronous and asynchronous tests alike. The
+    proxy reads the framing of the MongoDB and PostgreSQL protocols (`framing.py`), so "the next request" is
+    one whole request, wherever TCP cuts it. What belongs to opening and watching a connection (greeting,
+    login, heartbeat) is passed on and is no request, unless a test's own predicate matches it.
 
-    Faults act at points that are certain. `cut_after_request` first receives the server's whole answer to that
-    request and only then cuts: the server *has* acted, the client cannot know.
+    Faults act at points that are certain. `cut_after_request` first receives the server's whole answer to
+    that request and only then cuts: the server *has* acted, the client cannot know.
 
 Modes (how the proxy treats all connections): `pass_through`, `refuse`, `delay`, `swallow_answers`.
 Faults (one at a time, on the next requests that match): `cut_before_request`, `cut_after_request`.
@@ -43,7 +43,7 @@ _ANSWER_WITHIN = 30.0
 class Mode(Enum):
     """How the proxy treats every connection."""
 
-    PASS = "pass"
+    FORWARD = "forward"
     REFUSE = "refuse"
     SWALLOW = "swallow"
 
@@ -61,9 +61,9 @@ class Fault:
 class Counts:
     """What the proxy has seen and done since its start.
 
-    connections: accepted; refused: turned away; requests: forwarded or cut; faults: requests that met a fault;
-    swallowed: bytes of answers that were not passed on; cut: connections reset on purpose; unanswered: requests to
-    be cut after, to which the server gave no answer (within 30 seconds, or it ended the connection).
+    connections: accepted; refused: turned away; requests: whole ones, cut or not; faults: requests that met
+    a fault; swallowed: bytes of answers not passed on; cut: connections reset on purpose; unanswered:
+    requests to be cut after, to which the server gave no answer (in 30 seconds, or it ended the connection).
     """
 
     connections: int = 0
@@ -90,7 +90,7 @@ class FaultProxy:
         scheme = parts.scheme.partition("+")[0]
         self._protocol = protocol_of(scheme)
         self._parts = parts
-        self._mode = Mode.PASS
+        self._mode = Mode.FORWARD
         self._delay = 0.0
         self._fault: Fault | None = None
         self._counts = Counts()
@@ -126,9 +126,9 @@ class FaultProxy:
     # --- modes ---
 
     def pass_through(self) -> None:
-        """Forward everything at once; ends every other mode and takes back a fault that has not met its request.
+        """Forward everything at once; ends every other mode, takes back a fault that has not met its request.
 
-        What was swallowed stays lost; its connections were kept open and may be in any state, so they are cut.
+        What was swallowed stays lost; connections that lost answers may be in any state, so they are cut.
         """
         self._call(self._pass_through())
 
@@ -158,8 +158,8 @@ class FaultProxy:
         self._call(self._set_fault(Fault(deliver=False, left=n, when=when)))
 
     def cut_after_request(self, n: int = 1, *, when: When | None = None) -> None:
-        """Deliver the next `n` requests that match, wait until the server has answered, swallow the answer and
-        cut the connection: the server has acted and the client does not know.
+        """Deliver the next `n` requests that match, wait until the server has answered, swallow the answer
+        and cut the connection: the server has acted and the client does not know.
 
         when: says of a request's bytes whether it matches; None: every request does.
         """
@@ -201,7 +201,7 @@ class FaultProxy:
         if self._mode is Mode.SWALLOW:
             for pair in [pair for pair in self._pairs if pair.swallowed]:
                 await pair.reset()
-        self._mode, self._delay, self._fault = Mode.PASS, 0.0, None
+        self._mode, self._delay, self._fault = Mode.FORWARD, 0.0, None
         await self._listen()
 
     async def _set_mode(self, mode: Mode) -> None:

@@ -1,0 +1,32 @@
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from crossfade.embedded import supervisor
+
+
+@pytest.fixture
+def gone():
+    """Waits until every given process has ended; returns those that have not within 15 seconds."""
+
+    def wait(pids):
+        deadline = time.monotonic() + 15
+        while (left := [pid for pid in pids if supervisor.started(pid)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return left
+
+    return wait
+
+
+@pytest.fixture
+def reachable(tmp_path_factory):
+    """A folder that PostgreSQL's account may enter, also when the tests run as root."""
+    folder = tmp_path_factory.mktemp("open")
+    if os.geteuid() == 0:
+        for part in [folder, *folder.parents]:
+            if part == Path("/"):
+                break
+            part.chmod(part.stat().st_mode | 0o011)
+    return folder
