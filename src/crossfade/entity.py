@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Column, Integer, LargeBinary, Table, Uuid
+from sqlalchemy import BigInteger, Column, Enum, Integer, LargeBinary, String, Table, Uuid
 from sqlalchemy.dialects.postgresql import JSONB
 
 from crossfade.columns import (
@@ -530,7 +530,8 @@ class Entity:
 
     def _bind_key(self, rule: UniqueRule) -> tuple[ColumnKind, bool]:
         kind = self._kind(f"rule {rule.rule!r}", self.table, rule.to)
-        if not kind.storable("key"):
+        sql_type = self.table.columns[rule.to].type
+        if not isinstance(sql_type, String) or isinstance(sql_type, Enum):
             raise self._refuse(
                 f"rule {rule.rule!r} goes to {self.table.name}.{rule.to}, which is no text",
                 "use a Text column",
@@ -590,13 +591,13 @@ class Entity:
             lines += ["    else: return None"]
             parent.append(v)
         for n, (rule, kind, required) in enumerate(self._keys):
-            names[f"key{n}"], names[f"rule{n}"], names[f"storable{n}"] = _key, rule, kind.storable
+            names[f"key{n}"], names[f"rule{n}"] = _key, rule
             lines += [
                 f"    k{n} = given.get({rule.rule!r}) if given else None",
                 f"    if k{n} is None: k{n} = key{n}(rule{n}, d.get({rule.field!r}))",
                 f"    if k{n} is None:",
                 "        return None" if required else "        pass",
-                f"    elif not storable{n}(k{n}): return None",
+                f"    elif not ({kind.accepts.replace('@', f'k{n}')}): return None",
             ]
             parent.append(f"k{n}")
         rows = []
@@ -796,7 +797,7 @@ def _value_rows(child: Child, kind: ColumnKind, nullable: bool) -> Callable[[str
         lines = [
             "def rows(i, field):",
             "    if type(field) is not list: return None",
-            f"    for v in field:\n        if not ({test}): return None",
+            f"    if [1 for v in field if not ({test})]: return None",
             f"    return tuple([(i, n, {store}) for n, v in enumerate(field)])",
         ]
     else:

@@ -41,6 +41,7 @@ from bson import (
 )
 from bson.binary import UuidRepresentation
 from bson.codec_options import CodecOptions, DatetimeConversion
+from bson.errors import InvalidId
 
 Document = dict[str, Any]
 Json = Any
@@ -359,15 +360,14 @@ def text_to_id(text: str) -> Any:
     Raises:
         ValueError: the text did not come from `id_to_text`.
     """
-    if text[1:2] != ":":
-        if len(text) == 24:
-            try:
-                return ObjectId(bytes.fromhex(text))
-            except ValueError:
-                pass
-    elif text[0] == "s":
+    if len(text) == 24 and text[1] != ":":
+        try:
+            return ObjectId(bytes.fromhex(text))
+        except (ValueError, InvalidId):
+            pass
+    elif text[:2] == "s:":
         return text[2:]
-    elif text[0] == "j":
+    elif text[:2] == "j:":
         return load_json(text[2:])
     raise ValueError("not the text of an id: expected 24 hex digits, or a text that begins with s: or j:")
 
@@ -511,6 +511,8 @@ _REGEX_LETTERS: Final = {"i": 2, "l": 4, "m": 8, "s": 16, "u": 32, "x": 64}
 
 def _regex(value: Regex[Any], _depth: int) -> Json:
     pattern = value.pattern if isinstance(value.pattern, str) else value.pattern.decode()
+    if "\0" in pattern:
+        raise Unmappable("a regular expression has NUL in its pattern")
     options = "".join(letter for letter, flag in _REGEX_LETTERS.items() if value.flags & flag)
     return {"$regularExpression": {"pattern": pattern, "options": options}}
 
@@ -546,11 +548,12 @@ def _document(value: dict[str, Any], depth: int) -> Json:
         encoder = _TO_JSON.get(type(item))
         natural[name] = encoder(item, depth + 1) if encoder is not None else _to_json(item, depth + 1)
     names = list(value)
-    if len(names) > 1 or (names and not names[0].isascii()) or "\0" in "".join(names):
+    joined = "".join(names)
+    if "\0" in joined or not joined.isascii():
         for name in names:
             _name(name)
-        if names != sorted(names, key=_jsonb_order):
-            natural["$keys"] = names
+    if len(names) > 1 and names != sorted(names, key=_jsonb_order):
+        natural["$keys"] = names
     return natural
 
 
