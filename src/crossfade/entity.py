@@ -25,8 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Column, Enum, Integer, LargeBinary, String, Table, Uuid
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import Enum, String, Table
 
 from crossfade.columns import (
     EXPRESSION_NAMES,
@@ -36,7 +35,22 @@ from crossfade.columns import (
     dump_checked,
     kind_of,
 )
+from crossfade.compiled import call, compile_function, exact_value, split_rows, value_of, value_rows
 from crossfade.errors import ConfigurationError
+from crossfade.fields import (
+    META_COLUMNS,
+    MISSING,
+    Child,
+    FieldColumn,
+    UniqueRule,
+    column,
+    ignoring_case,
+    key_of,
+    list_child,
+    normalised,
+    record_columns,
+    single_child,
+)
 from crossfade.values import (
     BOOKKEEPING,
     Document,
@@ -64,34 +78,9 @@ __all__ = [
     "single_child",
 ]
 
-META_COLUMNS: Final = ("cf_rev", "cf_op", "cf_digest", "cf_mapping")
-"""Columns of a parent row that the store fills, not the mapping."""
-
 MAX_SHAPES: Final = 1024
 """Shapes remembered per entity. A collection has a handful; the bound is for documents with keys at
 random."""
-
-_MISSING: Final[Any] = type("Missing", (), {"__repr__": lambda _self: "<missing>"})()
-
-ToColumns = Callable[[Any], "Mapping[str, Any] | None"]
-FromColumns = Callable[[Mapping[str, Any]], Any]
-
-
-def record_columns() -> list[Column[Any]]:
-    """The columns that a parent table has besides its `id` (a `DocumentId` primary key) and the mapped ones.
-
-    `extra` what no mapped column holds; `cf_rev` revision; `cf_op` operation id; `cf_digest` digest of the
-    document; `cf_mapping` mapping version of the entity that wrote the row; `cf_shape` fields present, where
-    not the usual. New Column objects on every call: SQLAlchemy ties a Column to one table.
-    """
-    return [
-        Column("extra", JSONB),
-        Column("cf_rev", BigInteger, nullable=False),
-        Column("cf_op", Uuid),
-        Column("cf_digest", LargeBinary, nullable=False),
-        Column("cf_mapping", Integer, nullable=False),
-        Column("cf_shape", JSONB),
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,170 +96,6 @@ class Rows:
 
     parent: tuple[Any, ...]
     children: tuple[tuple[tuple[Any, ...], ...], ...]
-
-
-# -- declarations ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class FieldColumn:
-    """A top-level field kept in a column of the parent table. Made by `column`."""
-
-    field: str
-    to: str
-    required: bool | None
-    stand_in: Callable[[Any], Any] | None
-    missing: Any
-    fits: Callable[[Any], bool] | None
-
-
-def column(
-    field: str,
-    *,
-    to: str | None = None,
-    required: bool | None = None,
-    stand_in: Callable[[Any], Any] | None = None,
-    missing: Any = _MISSING,
-    fits: Callable[[Any], bool] | None = None,
-) -> FieldColumn:
-    """A top-level field of the document that has a column of its own.
-
-    Args:
-        field: the field's name in the document.
-        to: the column's name; default: the same.
-        required: whether the column must have a value; default: as the table says (NOT NULL). A document for
-            which nothing can be put there is `Unmappable`.
-        stand_in: makes a value for the column out of a BSON value that the column cannot hold; None where it
-            has none. The true value is in `extra`.
-        missing: what the column says while the document lacks the field (a missing role means "user"): a
-            value or a function of the document. The document stays without it.
-        fits: for a column with a CHECK of its own: whether it takes this column value. What does not fit
-            goes to `extra`.
-    """
-    return FieldColumn(field, to or field, required, stand_in, missing, fits)
-
-
-def ignoring_case(text: str) -> str:
-    """The default normal form of a key: without blanks around it, lower case."""
-    return text.strip().lower()
-
-
-@dataclass(frozen=True, slots=True)
-class UniqueRule:
-    """A rule "unique after normalising", with its key in a column. Made by `normalised`."""
-
-    field: str
-    to: str
-    rule: str
-    normalise: Callable[[str], str]
-
-
-def normalised(
-    field: str, *, to: str, rule: str | None = None, normalise: Callable[[str], str] = ignoring_case
-) -> UniqueRule:
-    """A unique rule on a normal form of a string field; both stores enforce it by an index on the key.
-
-    Args:
-        field: the top-level field whose string is normalised. Where it holds no string there is no key.
-        to: the column that holds the key.
-        rule: the rule's name, in `_cf.keys.<rule>` and in errors; default: the field's name.
-        normalise: makes the key; default: `ignoring_case`.
-    """
-    return UniqueRule(field, to, rule or field, normalise)
-
-
-@dataclass(frozen=True, slots=True)
-class Child:
-    """A top-level field kept in rows of a table of its own. Made by `list_child` and `single_child`.
-
-    Attributes:
-        field: the field's name in the document.
-        table: the child table.
-        columns: owner's id first, then the position if the field is a list, then the values.
-        is_list: whether the field is a list, one row per element.
-        split: how an element is spread over the value columns, and put together; None: one column holds it.
-    """
-
-    field: str
-    table: Table
-    columns: tuple[str, ...]
-    is_list: bool
-    split: tuple[ToColumns, FromColumns] | None
-
-    @property
-    def values(self) -> tuple[str, ...]:
-        """The columns after owner and position."""
-        return self.columns[2:] if self.is_list else self.columns[1:]
-
-
-def list_child(
-    field: str,
-    *,
-    table: Table,
-    owner: str,
-    position: str,
-    value: str | None = None,
-    split: tuple[ToColumns, FromColumns] | None = None,
-    columns: Sequence[str] | None = None,
-) -> Child:
-    """A list field with one row per element. Order, duplicates and references to nobody are kept.
-
-    If one element does not fit, or the field is no list, the whole field goes to `extra` and there are no
-    rows. An empty list has no rows either.
-
-    Args:
-        field: the field's name in the document.
-        table: the child table.
-        owner: its column for the document's id.
-        position: its integer column for the place in the list, from 0.
-        value: the column that holds an element. Either this or `split`.
-        split: as in `single_child`, for each element.
-        columns: the value columns of `split`; default: all others of the table.
-    """
-    return _child(field, table, (owner, position), value, split, columns)
-
-
-def single_child(
-    field: str,
-    *,
-    table: Table,
-    owner: str,
-    value: str | None = None,
-    split: tuple[ToColumns, FromColumns] | None = None,
-    columns: Sequence[str] | None = None,
-) -> Child:
-    """A field with one row in a table of its own, and none when it is null or missing.
-
-    Args:
-        field: the field's name in the document.
-        table: the child table.
-        owner: its column for the document's id.
-        value: the column that holds the value. Either this or `split`.
-        split: two functions: from the BSON value to a dict by column, or None when the value is not of that
-            form (it then goes to `extra`); and from that dict to the value. The second is called on every
-            result of the first; where it gives another value the field goes to `extra`.
-        columns: the value columns of `split`; default: all others of the table.
-    """
-    return _child(field, table, (owner,), value, split, columns)
-
-
-def _child(
-    field: str,
-    table: Table,
-    head: tuple[str, ...],
-    value: str | None,
-    split: tuple[ToColumns, FromColumns] | None,
-    columns: Sequence[str] | None,
-) -> Child:
-    if (value is None) == (split is None):
-        raise ConfigurationError(f"child {field!r}: give either value= (one column) or split= (several)")
-    if value is not None:
-        names: tuple[str, ...] = (value,)
-    elif columns is not None:
-        names = tuple(columns)
-    else:
-        names = tuple(c.name for c in table.columns if c.name not in head)
-    return Child(field, table, (*head, *names), len(head) == 2, split)
 
 
 # -- the entity ------------------------------------------------------------------------------------
@@ -297,6 +122,7 @@ class Entity:
         name: the entity's name.
         collection: name of the MongoDB collection.
         table: the parent table.
+        columns: the fields with a column, as declared.
         children: the child tables, as declared.
         unique: the unique rules, as declared.
         mapping_version: goes up whenever the same document would give other rows; a row of an older one is
@@ -337,6 +163,7 @@ class Entity:
         self.name = name
         self.collection = collection
         self.table = table
+        self.columns = tuple(columns)
         self.children = tuple(children)
         self.unique = tuple(unique)
         self.mapping_version = mapping_version
@@ -385,7 +212,8 @@ class Entity:
         """The document that rows stand for, `_id` first, without `_cf`.
 
         Args:
-            parent: values in the order of `parent_columns`; JSONB as text (bytes or str), dates aware.
+            parent: values in the order of `parent_columns`; JSONB as text (bytes or str), dates aware, read
+                in a session whose time zone is UTC (another would move year 1 or 9999 out of Python's range).
             children: for each of `self.children` its rows, in any order, columns as in `Child.columns`.
 
         Raises:
@@ -393,7 +221,7 @@ class Entity:
         """
         try:
             return self._compiled_from_rows(parent, children)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(
                 f"a row of {self.table.name} does not fit the mapping of {self.name}: {error!r}"
             ) from None
@@ -401,15 +229,12 @@ class Entity:
     def keys(self, document: Mapping[str, Any]) -> dict[str, str]:
         """Normalised keys of a document by rule; a rule whose field holds no string is left out.
 
-        NUL becomes U+2400 (its picture), since PostgreSQL's text has no NUL: both stores then hold the same
-        key.
-
         Raises:
             Unmappable: a rule's function failed on this document's value.
         """
         keys: dict[str, str] = {}
         for rule in self.unique:
-            key = _key(rule, document.get(rule.field))
+            key = key_of(rule, document.get(rule.field))
             if key is not None:
                 keys[rule.rule] = key
         return keys
@@ -508,7 +333,7 @@ class Entity:
             )
         required = not_null if declared.required is None else declared.required
         missing = declared.missing
-        if missing is not _MISSING and not callable(missing):
+        if missing is not MISSING and not callable(missing):
             takes = (missing is None and not required) or (
                 kind.storable(missing) and (declared.fits is None or declared.fits(missing))
             )
@@ -525,7 +350,7 @@ class Entity:
             declared.stand_in,
             missing,
             declared.fits,
-            _compile_exact(kind, declared.fits),
+            exact_value(kind, declared.fits),
         )
 
     def _bind_key(self, rule: UniqueRule) -> tuple[ColumnKind, bool]:
@@ -548,8 +373,8 @@ class Entity:
         self._check_unfilled(child.table, child.columns)
         nullable = [child.table.columns[name].nullable is not False for name in child.values]
         if child.split is None:
-            return _value_rows(child, kinds[-1], nullable[0])
-        return _split_rows(child, kinds[-len(child.values) :], nullable)
+            return value_rows(child, kinds[-1], nullable[0])
+        return split_rows(child, kinds[-len(child.values) :], nullable)
 
     # -- to rows, the compiled way -----------------------------------------------------------------
 
@@ -560,7 +385,7 @@ class Entity:
         backfill spends most of its time here.
         """
         names: dict[str, Any] = {
-            **EXPRESSION_NAMES, "M": _MISSING, "Rows": Rows, "shapes": self._shapes, "id_": id_to_text,
+            **EXPRESSION_NAMES, "M": MISSING, "Rows": Rows, "shapes": self._shapes, "id_": id_to_text,
         }  # fmt: skip
         lines = [
             "def to_rows(d, given):",
@@ -583,15 +408,15 @@ class Entity:
             lines += [f"    {v} = d.get({mapped.field!r}, M)", f"    if {test}:", f"        {v} = {store}"]
             if not mapped.required:
                 lines += [f"    elif {v} is None: pass"]
-            if mapped.missing is not _MISSING and not callable(mapped.missing):
+            if mapped.missing is not MISSING and not callable(mapped.missing):
                 names[f"missing{n}"] = mapped.missing
                 lines += [f"    elif {v} is M: {v} = missing{n}"]
-            elif mapped.missing is _MISSING and not mapped.required:
+            elif mapped.missing is MISSING and not mapped.required:
                 lines += [f"    elif {v} is M: {v} = None"]
             lines += ["    else: return None"]
             parent.append(v)
         for n, (rule, kind, required) in enumerate(self._keys):
-            names[f"key{n}"], names[f"rule{n}"] = _key, rule
+            names[f"key{n}"], names[f"rule{n}"] = key_of, rule
             lines += [
                 f"    k{n} = given.get({rule.rule!r}) if given else None",
                 f"    if k{n} is None: k{n} = key{n}(rule{n}, d.get({rule.field!r}))",
@@ -615,7 +440,7 @@ class Entity:
             "    x = dump_checked({name: d[name] for name in unmapped}) if unmapped else None",
             f"    return Rows(({', '.join([*parent, 'x', 'shape'])}), ({''.join(f'{r}, ' for r in rows)}))",
         ]
-        compiled: Callable[[Any, Any], Rows | None] = _compile(lines, names, "to_rows", self.name)
+        compiled: Callable[[Any, Any], Rows | None] = compile_function(lines, names, "to_rows", self.name)
         return compiled
 
     def _compile_from_rows(self) -> Callable[[Any, Any], Document]:
@@ -630,7 +455,7 @@ class Entity:
         parent += [f"_k{n}" for n in range(len(self._keys))]
         for n, child in enumerate(self.children):
             kinds = [kind_of(child.table.columns[name]) for name in child.values]
-            names[f"value{n}"] = _value_of(child, [kind for kind in kinds if kind is not None])
+            names[f"value{n}"] = value_of(child, [kind for kind in kinds if kind is not None])
             values[child.field] = f"value{n}(r{n})"
         rows = "".join(f"r{n}, " for n in range(len(self.children)))
         fields = ", ".join(f"{field!r}: {values[field]}" for field in self.order)
@@ -641,7 +466,7 @@ class Entity:
             f'    d = {{"_id": text_to_id(i), {fields}}}',
             "    return d if x is None and s is None else finish(d, x, s)",
         ]
-        compiled: Callable[[Any, Any], Document] = _compile(lines, names, "from_rows", self.name)
+        compiled: Callable[[Any, Any], Document] = compile_function(lines, names, "from_rows", self.name)
         return compiled
 
     @staticmethod
@@ -673,8 +498,8 @@ class Entity:
             parent.append(self._key_value(rule, kind, required, plain, keys))
         rows = []
         for child, make in zip(self.children, self._child_rows, strict=True):
-            value = plain.get(child.field, _MISSING)
-            made = () if value is _MISSING or (value is None and not child.is_list) else make(owner, value)
+            value = plain.get(child.field, MISSING)
+            made = () if value is MISSING or (value is None and not child.is_list) else make(owner, value)
             if made is None:
                 extra[child.field] = value
             rows.append(made or ())
@@ -700,18 +525,18 @@ class Entity:
 
     def _column_value(self, mapped: _Mapped, document: Document) -> tuple[Any, bool]:
         """What goes to the column, and whether it says it all (the field need not go to `extra`)."""
-        value = document.get(mapped.field, _MISSING)
-        if value is _MISSING:
+        value = document.get(mapped.field, MISSING)
+        if value is MISSING:
             return self._value_for_missing(mapped, document), True
         exact = mapped.exact(value)
-        if exact is not _MISSING:
+        if exact is not MISSING:
             return exact, True
         if value is None and not mapped.required:
             return None, True
         where = f"field {mapped.field!r}"
         useful = None
         if mapped.stand_in is not None:
-            useful = _call(mapped.stand_in, value, f"{where}: its stand_in function")
+            useful = call(mapped.stand_in, value, f"{where}: its stand_in function")
         if useful is None and value is not None:
             useful = mapped.kind.nearest(value)
         if useful is not None and self._takes(mapped, useful):
@@ -727,11 +552,11 @@ class Entity:
     def _value_for_missing(self, mapped: _Mapped, document: Document) -> Any:
         value = mapped.missing
         if callable(value):
-            value = _call(value, document, f"field {mapped.field!r}: its missing function")
-        elif value is _MISSING:
+            value = call(value, document, f"field {mapped.field!r}: its missing function")
+        elif value is MISSING:
             value = None
             if mapped.required and mapped.stand_in is not None:
-                value = _call(mapped.stand_in, None, f"field {mapped.field!r}: its stand_in function")
+                value = call(mapped.stand_in, None, f"field {mapped.field!r}: its stand_in function")
         if value is None and not mapped.required:
             return None
         if value is None or not self._takes(mapped, value):
@@ -756,7 +581,7 @@ class Entity:
     ) -> str | None:
         key = given.get(rule.rule) if given else None
         if key is None:
-            key = _key(rule, document.get(rule.field))
+            key = key_of(rule, document.get(rule.field))
         if key is not None and kind.storable(key):
             return key
         if key is None and not required:
@@ -765,134 +590,6 @@ class Entity:
             "gives no key" if key is None else f"gives a key that {self.table.name}.{rule.to} cannot hold"
         )
         raise Unmappable(f"field {rule.field!r} {problem} for the unique rule {rule.rule!r}", rule.field)
-
-
-# -- pieces of the compiled functions --------------------------------------------------------------
-
-
-def _compile(lines: Sequence[str], names: dict[str, Any], function: str, entity: str) -> Any:
-    # Nothing of a document is in the source: only expressions of columns.py, and field names as literals.
-    exec(compile("\n".join(lines), f"<{function} of entity {entity}>", "exec"), names)  # noqa: S102
-    return names[function]
-
-
-def _compile_exact(kind: ColumnKind, fits: Callable[[Any], bool] | None) -> Callable[[Any], Any]:
-    """A function from a BSON value to the column's value, or `_MISSING` when the column does not hold it."""
-    test, store = kind.accepts.replace("@", "v"), kind.store.replace("@", "v")
-    check = f" and fits({store})" if fits is not None else ""
-    lines = ["def exact(v):", f"    return {store} if {test}{check} else M"]
-    compiled: Callable[[Any], Any] = _compile(
-        lines, {**EXPRESSION_NAMES, "M": _MISSING, "fits": fits}, "exact", "column"
-    )
-    return compiled
-
-
-def _value_rows(child: Child, kind: ColumnKind, nullable: bool) -> Callable[[str, Any], Any]:
-    """A function from owner and field value to child rows with one value column, None when it does not
-    fit."""
-    test, store = kind.accepts.replace("@", "v"), kind.store.replace("@", "v")
-    if nullable and child.is_list:
-        test, store = f"(v is None or {test})", f"None if v is None else {store}"
-    if child.is_list:
-        lines = [
-            "def rows(i, field):",
-            "    if type(field) is not list: return None",
-            f"    if [1 for v in field if not ({test})]: return None",
-            f"    return tuple([(i, n, {store}) for n, v in enumerate(field)])",
-        ]
-    else:
-        lines = ["def rows(i, v):", f"    return ((i, {store}),) if {test} else None"]
-    compiled: Callable[[str, Any], Any] = _compile(lines, dict(EXPRESSION_NAMES), "rows", child.field)
-    return compiled
-
-
-def _split_rows(
-    child: Child, kinds: Sequence[ColumnKind], nullable: Sequence[bool]
-) -> Callable[[str, Any], Any]:
-    """The same for a value that is spread over several columns."""
-    assert child.split is not None
-    to_columns, from_columns = child.split
-    what = f"field {child.field!r}: its split function"
-    columns = tuple(zip(child.values, kinds, nullable, strict=True))
-
-    def spread(value: Any) -> tuple[Any, ...] | None:
-        parts = _call(to_columns, value, what)
-        if parts is None or set(parts) != set(child.values):
-            return None
-        for name, kind, may_be_null in columns:
-            part = parts[name]
-            if not (may_be_null if part is None else kind.storable(part)):
-                return None
-        if not _same(_call(from_columns, parts, what), value):
-            return None
-        return tuple(parts[name] for name in child.values)
-
-    def rows(owner: str, value: Any) -> tuple[tuple[Any, ...], ...] | None:
-        if not child.is_list:
-            part = spread(value)
-            return None if part is None else ((owner, *part),)
-        if type(value) is not list:
-            return None
-        spreads = [spread(item) for item in value]
-        if None in spreads:
-            return None
-        return tuple((owner, n, *part) for n, part in enumerate(spreads) if part is not None)
-
-    return rows
-
-
-def _value_of(child: Child, kinds: Sequence[ColumnKind]) -> Callable[[Any], Any]:
-    """A function from child rows to the field's value."""
-    names: dict[str, Any] = dict(EXPRESSION_NAMES)
-    first = 2 if child.is_list else 1
-    if child.split is None:
-        load = kinds[0].load.replace("@", "v")
-        item = f"[None if v is None else {load} for v in [row[2] for row in rows]]"
-        single = f"v = rows[0][1]\n    return None if v is None else {load}"
-    else:
-        names["put_together"] = child.split[1]
-        names["columns"] = child.values
-        part = f"put_together(dict(zip(columns, row[{first}:])))"
-        item, single = f"[{part} for row in rows]", f"row = rows[0]\n    return {part}"
-    if child.is_list:
-        names["position"] = lambda row: row[1]
-        lines = [
-            "def value(rows):",
-            "    if len(rows) > 1: rows = sorted(rows, key=position)",
-            f"    return {item}",
-        ]
-    else:
-        lines = ["def value(rows):", "    if not rows: return None", f"    {single}"]
-    compiled: Callable[[Any], Any] = _compile(lines, names, "value", child.field)
-    return compiled
-
-
-def _key(rule: UniqueRule, value: Any) -> str | None:
-    if not isinstance(value, str):
-        return None
-    try:
-        key = rule.normalise(value)
-    except Exception as error:
-        raise Unmappable(
-            f"field {rule.field!r}: the function of the rule {rule.rule!r} raised {type(error).__name__}",
-            rule.field,
-        ) from error
-    return key.replace("\0", "\u2400") if "\0" in key else key
-
-
-def _call(function: Callable[[Any], Any], argument: Any, what: str) -> Any:
-    try:
-        return function(argument)
-    except Exception as error:
-        raise Unmappable(f"{what} raised {type(error).__name__}: {error}") from error
-
-
-def _same(one: Any, other: Any) -> bool:
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, str | bytes | int):
-        return bool(one == other)
-    return encode_document({"v": one}) == encode_document({"v": other})
 
 
 def _described(value: Any) -> str:
