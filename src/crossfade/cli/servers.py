@@ -120,20 +120,12 @@ def up(
     """Start the servers; they run until `down`. Starts what is down if some run already."""
     with _outcome(as_json):
         from crossfade.embedded import EmbeddedServers
-        from crossfade.embedded.servers import running_set
 
         place = _place(directory)
         given = {"mongo": mongo_port, "postgres": postgres_port, "redis": redis_port}
-        already = running_set(place) is not None
-        if already:
-            servers = EmbeddedServers.attach(place)
-            for server in servers.servers:
-                if server.is_ours and not server.is_running:
-                    server.start()
-        else:
-            ports = {name: port for name, port in given.items() if port is not None}
-            servers = EmbeddedServers(place, detached=True, environ=_without_own(place), ports=ports)
-            servers.start()
+        ports = {name: port for name, port in given.items() if port is not None}
+        servers = EmbeddedServers(place, detached=True, environ=_without_own(place), ports=ports)
+        already = servers.start_or_attach()
         report = {**_report(servers, place), "already_running": already}
         if as_json:
             print(json.dumps(report))

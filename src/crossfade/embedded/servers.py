@@ -265,17 +265,19 @@ class EmbeddedServers:
         console: Console | None = None,
     ) -> None:
         self._wanted = {"mongo": mongo, "postgres": postgres, "redis": redis}
-        self._given = directory
+        self._given = directory.absolute() if directory else None
         self._temporary = directory is None if temporary is None else temporary
         self._durable = durable
-        self._owner = None if detached else (owner or os.getpid())
+        # A detached set, too, belongs to this process until all of it is up.
+        self._owner = owner if owner is not None and not detached else os.getpid()
+        self._detached = detached
         self._environ = os.environ if environ is None else environ
         self._ports = dict(ports or {})
         self._console = console or Console(stderr=True)
         self._servers: dict[str, Server] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._control: Control | None = None
-        self.directory: Path | None = directory
+        self.directory = self._given
 
     # --- the stores ---
 
@@ -339,26 +341,50 @@ class EmbeddedServers:
 
         The first time on a machine this sets up the programs (`programs.py`), which takes minutes.
         """
+        if self._begin():
+            raise EmbeddedError(
+                f"the servers in {self.directory} run already. Use them (`crossfade servers env`), stop them "
+                "(`crossfade servers down`), or choose another directory."
+            )
+        return self
+
+    def start_or_attach(self) -> bool:
+        """Start the set, or if it runs already in the directory, attach to it and start what is down of it.
+
+        Returns whether it ran already. Of several processes at once, one starts it.
+        """
+        already = self._begin()
+        if already:
+            assert self.directory is not None
+            self._attach(self.directory)
+            for server in self.servers:
+                if server.is_ours and not server.is_running:
+                    server.start()
+        return already
+
+    def _begin(self) -> bool:
+        """Start the set unless it runs already, in which case the answer is True."""
         if self._control is not None:
             raise EmbeddedError("this set of servers runs already.")
+        if self._given is not None and running_set(self._given) is not None and _read_state(self._given):
+            with FileLock(self._given / "lock"):
+                if running_set(self._given) is not None:
+                    return True
         ours = self._sort_out_own_servers()
         if not ours:
-            return self
+            return False
         programs = self._programs(ours)
         directory = self._make_directory()
         with FileLock(directory / "lock"):
             if running_set(directory) is not None:
-                raise EmbeddedError(
-                    f"the servers in {directory} run already. Use them (`crossfade servers env`), stop them "
-                    "(`crossfade servers down`), or choose another directory."
-                )
+                return True
             supervisor.sweep(directory)
             try:
                 self._start(directory, ours, programs)
             except BaseException:
                 self.stop()
                 raise
-        return self
+        return False
 
     def _start(self, directory: Path, ours: list[str], programs: Programs) -> None:
         self._control = self._start_supervisor(directory)
@@ -384,6 +410,8 @@ class EmbeddedServers:
             directory / STATE,
             json.dumps({"servers": [asdict(server._state) for server in self.servers]}, indent=1),
         )
+        if self._detached:
+            self._control.ask("release")
 
     def stop(self) -> None:
         """Stop every server of ours gracefully; a temporary folder is removed. May be called again."""
@@ -413,17 +441,19 @@ class EmbeddedServers:
 
         Leaving it as a context manager stops it like its own.
         """
-        identity = running_set(directory)
-        state = _read_state(directory)
-        if identity is None or not state:
-            raise EmbeddedError(f"no servers run in {directory}. `crossfade servers up` starts them.")
         servers = cls(directory, detached=True)
-        servers._control = Control(state_control(directory))
+        servers._attach(directory)
+        return servers
+
+    def _attach(self, directory: Path) -> None:
+        state = _read_state(directory)
+        if running_set(directory) is None or not state:
+            raise EmbeddedError(f"no servers run in {directory}. `crossfade servers up` starts them.")
+        self._control = Control(state_control(directory))
         for entry in state["servers"]:
             units = [Unit(**unit) for unit in entry["units"]]
             known = ServerState(entry["name"], entry["uri"], entry["port"], units)
-            servers._servers[known.name] = Server(known, servers._control)
-        return servers
+            self._servers[known.name] = Server(known, self._control)
 
     # --- parts of start ---
 
@@ -455,16 +485,14 @@ class EmbeddedServers:
             if account.switches:
                 self.directory.chmod(0o711)
             return make_reachable(self.directory, account, variable="TMPDIR")
-        self.directory = make_reachable(self._given.absolute(), account, variable="the directory")
+        self.directory = make_reachable(self._given, account, variable="the directory")
         return self.directory
 
     def _start_supervisor(self, directory: Path) -> Control:
         control = _control_path(directory)
-        owner, since = 0, ""
-        if self._owner is not None:
-            owner, since = self._owner, supervisor.started(self._owner) or ""
-            if not since:
-                raise EmbeddedError(f"the owner of the servers, process {owner}, does not live.")
+        owner, since = self._owner, supervisor.started(self._owner)
+        if since is None:
+            raise EmbeddedError(f"the owner of the servers, process {owner}, does not live.")
         end = "remove" if self._temporary else "keep"
         argv = [sys.executable, "-I", "-S", supervisor.__file__, str(directory), control]
         with (directory / "supervisor.log").open("ab") as log:

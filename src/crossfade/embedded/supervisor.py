@@ -165,7 +165,7 @@ class Supervisor:
     """Starts, signals and watches named processes, on request.
 
     directory: the folder of the set; the socket and `processes.json` are in it.
-    owner: process number and start time of whom the set lives and dies with; None: nobody.
+    owner: process number and start time of whom the set lives and dies with; None: nobody (`release`).
     remove: the folder goes away at the end.
     """
 
@@ -177,6 +177,8 @@ class Supervisor:
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.stop_signals: dict[str, int] = {}
         self.ending = False
+        self._selector = selectors.DefaultSelector()
+        self._owner_descriptor: int | None = None
 
     def serve(self, ready: Callable[[], None]) -> None:
         """Answer requests until told to stop, or until the owner is gone; then end every server."""
@@ -190,17 +192,19 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        selector = selectors.DefaultSelector()
+        selector = self._selector
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(self.control)
         os.chmod(self.control, 0o600)
         listener.listen(64)
         selector.register(listener, selectors.EVENT_READ)
         selector.register(wake_read, selectors.EVENT_READ)
-        interval = self._watch_owner(selector)
+        self._watch_owner()
         ready()
         while not self.ending and self._owner_lives():
-            for key, _ in selector.select(interval):
+            # Without a descriptor of the owner (old kernel, other system), look every 0.3 seconds.
+            blind = self.owner is not None and self._owner_descriptor is None
+            for key, _ in selector.select(0.3 if blind else None):
                 if key.fileobj is listener:
                     self._answer(listener)
                 elif key.fileobj is wake_read:
@@ -214,16 +218,14 @@ class Supervisor:
     def _end(self, *_: object) -> None:
         self.ending = True
 
-    def _watch_owner(self, selector: selectors.BaseSelector) -> float | None:
-        """Watch the owner by pidfd; without one (old kernel, other system), look every 0.3 seconds."""
+    def _watch_owner(self) -> None:
         if self.owner is None:
-            return None
+            return
         try:
-            descriptor = os.pidfd_open(self.owner[0])
+            self._owner_descriptor = os.pidfd_open(self.owner[0])
         except (AttributeError, OSError):
-            return 0.3
-        selector.register(descriptor, selectors.EVENT_READ)
-        return None
+            return
+        self._selector.register(self._owner_descriptor, selectors.EVENT_READ)
 
     def _owner_lives(self) -> bool:
         return self.owner is None or started(self.owner[0]) == self.owner[1]
@@ -313,6 +315,15 @@ class Supervisor:
             send(self._tree(name), signal.SIGCONT)
         return self.do_list()
 
+    def do_release(self) -> dict[str, Any]:
+        """From now on nobody's end ends the set."""
+        self.owner = None
+        if self._owner_descriptor is not None:
+            self._selector.unregister(self._owner_descriptor)
+            os.close(self._owner_descriptor)
+            self._owner_descriptor = None
+        return {}
+
     def do_end(self) -> dict[str, Any]:
         """End every server, then the supervisor."""
         self.ending = True
@@ -382,9 +393,9 @@ class Supervisor:
 
 
 def main() -> None:
-    """`supervisor.py DIRECTORY CONTROL_SOCKET OWNER_PID OWNER_STARTED keep|remove`; no owner: 0."""
+    """`supervisor.py DIRECTORY CONTROL_SOCKET OWNER_PID OWNER_STARTED keep|remove`."""
     directory, control, owner_pid, owner_started, end = sys.argv[1:]
-    owner = (int(owner_pid), owner_started) if int(owner_pid) else None
+    owner = (int(owner_pid), owner_started)
     supervisor = Supervisor(Path(directory), control, owner, remove=end == "remove")
 
     def ready() -> None:

@@ -80,19 +80,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def _shared(config: pytest.Config) -> EmbeddedServers:
     """The run's set: attach to it, or be the first and start it."""
-    from filelock import FileLock
-
     from crossfade.embedded import EmbeddedServers
-    from crossfade.embedded.servers import running_set
 
     worker: dict[str, Any] = getattr(config, "workerinput", {})
     run = Path(worker["crossfade_run"]) if worker else config.stash[_RUN]
-    owner = worker.get("crossfade_owner", os.getpid())
-    run.mkdir(mode=0o711, exist_ok=True)
-    with FileLock(run / "run.lock"):
-        if running_set(run) is not None:
-            return EmbeddedServers.attach(run)
-        return EmbeddedServers(run, durable=False, owner=owner, temporary=True).start()
+    shared = EmbeddedServers(run, durable=False, owner=worker.get("crossfade_owner"), temporary=True)
+    shared.start_or_attach()
+    return shared
 
 
 # --- the servers ----------------------------------------------------------------------------------------
