@@ -82,8 +82,9 @@ CREATE TABLE IF NOT EXISTS crossfade.runs (
     entity      text NOT NULL,
     kind        text NOT NULL,     -- backfill, verify, sweep
     epoch       bigint NOT NULL,   -- evidence counts only for the epoch's life
-    state       text NOT NULL,     -- running, complete
+    state       text NOT NULL,     -- running, complete, abandoned
     position    bytea,             -- BSON {_id: last id done}; NULL: at the beginning
+    pending     bytea,             -- BSON: what the last chunk left to do after its commit; NULL: nothing
     counts      jsonb NOT NULL DEFAULT '{}',
     settings    jsonb NOT NULL DEFAULT '{}',
     started_at  timestamptz NOT NULL DEFAULT now(),

@@ -1,0 +1,311 @@
+"""The debt board: what a worker knows of the control record and of the records in debt, and how old that is.
+
+Debt lives in the primary, the reader asks PostgreSQL; so every worker keeps the ids in debt, read again every
+`Options.poll` seconds. Each look reads the control record *first* and the debts after it: a look that saw the
+secondary as readable has therefore seen every debt that was written before that.
+
+A look's age counts from its *start*, on a clock that runs through suspension. The lease is the same look: a
+write is acknowledged only if the lease was still valid when the answer arrived, so a coordinator that waits
+for the lease's length knows that no older acknowledgement can follow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from crossfade import errors, observe
+from crossfade.control import SWITCHING, Control, ControlRecord
+from crossfade.entity import Entity
+from crossfade.record import new_operation
+from crossfade.stores.mongo import MongoStore, Owed
+from crossfade.stores.postgres import Delivery, PostgresStore
+from crossfade.values import id_to_text
+
+
+def boot_clock() -> float:
+    """Seconds on a monotonic clock that runs through suspension of the machine."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Times and limits; the defaults are protocol.md's. All times in seconds.
+
+    Attributes:
+        primary_deadline: for the store that decides.
+        secondary_deadline: for the other one: how much longer it may make a caller wait.
+        poll: between two looks at the control record and the debts.
+        board_age: the oldest board that a reader accepts; a write that leaves debt on a failure waits it out.
+        lease: how long a look allows a worker to acknowledge writes.
+        tentative: how long a ``ROLLBACK_BOTH`` write may stay open before the reconciler undoes it.
+        reconcile_age: how long a debt must have been seen before the reconciler takes it: a write in
+            flight settles its own.
+        parked_retry: between two attempts at a debt that PostgreSQL's rules refuse.
+        sweep: between two sweeps for foreign writes by ``updatedAt``; 0: none.
+        full_sweep: between two full passes against the rows' digests; 0: none.
+        board_limit: ids per entity on the board; more than that: the whole entity is read from the primary.
+        mongo_pool, postgres_pool: connections at most.
+        background: ``mode="async"`` writes under way at most; more of them leave their debt to the reconciler.
+    """
+
+    primary_deadline: float = 5.0
+    secondary_deadline: float = 0.25
+    poll: float = 0.25
+    board_age: float = 0.5
+    lease: float = 2.0
+    tentative: float = 2.0
+    reconcile_age: float = 1.0
+    parked_retry: float = 30.0
+    sweep: float = 2.0
+    full_sweep: float = 300.0
+    board_limit: int = 10_000
+    mongo_pool: int = 50
+    postgres_pool: int = 20
+    background: int = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look.
+
+    Attributes:
+        began: when it began, by `boot_clock`.
+        control: the control record.
+        ids: (entity, id text) in debt.
+        owed_entities: entities with any debt, any record in quarantine, or more debts than the board holds.
+        overflown: entities with more debts than the board holds.
+        quarantined: entities with a record in quarantine.
+        owed, deliveries: the debts themselves, whichever kind the primary has.
+        mongo, postgres: whether the store answered.
+    """
+
+    began: float
+    control: Control
+    ids: frozenset[tuple[str, str]]
+    owed_entities: frozenset[str]
+    overflown: frozenset[str]
+    quarantined: frozenset[str]
+    owed: tuple[Owed, ...] = ()
+    deliveries: tuple[Delivery, ...] = ()
+    mongo: bool = True
+    postgres: bool = True
+
+
+@dataclass
+class Board:
+    """Keeps the latest look of one migration in one worker; see the module's docstring."""
+
+    migration: str
+    entities: Mapping[str, Entity]
+    mongo: MongoStore
+    postgres: PostgresStore
+    record: ControlRecord
+    options: Options
+    look: Look | None = None
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _flagging: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _task: asyncio.Task[None] | None = None
+    _first_seen: dict[tuple[Any, ...], float] = field(default_factory=dict)
+
+    @property
+    def control(self) -> Control:
+        """The newest control record this worker has seen.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: it has never seen one.
+        """
+        if self.look is None:
+            raise errors.StoreUnavailable("mongo", f"the control record of {self.migration} was never read")
+        return self.look.control
+
+    @property
+    def age(self) -> float:
+        """Seconds since the latest successful look began."""
+        return float("inf") if self.look is None else boot_clock() - self.look.began
+
+    @property
+    def lease_valid(self) -> bool:
+        """Whether a write may be acknowledged now."""
+        return self.age <= self.options.lease
+
+    async def start(self) -> None:
+        """Take the first look, and go on looking in the background."""
+        with contextlib.suppress(errors.CrossfadeError):
+            await self.refresh()
+        self._task = asyncio.create_task(self._run(), name=f"board of {self.migration}")
+
+    async def stop(self) -> None:
+        """Stop looking."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self.options.poll)
+            try:
+                await self.refresh()
+            except errors.CrossfadeError as cause:
+                observe.log().debug(f"The debt board could not be read: {cause}", context="Debt Board")
+
+    async def refresh(self) -> Look:
+        """Look now.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: the primary does not answer; the look before stays, and ages.
+        """
+        options = self.options
+        timeout = options.board_age
+        began = boot_clock()
+        seen = await self.record.look(timeout=timeout)
+        control = seen.control
+        if control is None:
+            raise errors.SchemaNotReady(
+                f"migration {self.migration!r} has no control record: run `crossfade init`"
+            )
+        if not seen.decisive:
+            raise errors.StoreUnavailable(
+                control.phase.rules.primary, f"{control.phase.rules.primary} does not answer"
+            )
+        await self.record.spread(seen, timeout=timeout)
+        owed: tuple[Owed, ...] = ()
+        deliveries: tuple[Delivery, ...] = ()
+        limit = options.board_limit
+        if control.phase.rules.primary == "mongo":
+            if control.phase.rules.dual:
+                owed = tuple(await self.mongo.debts(self.entities.values(), limit=limit, timeout=timeout * 4))
+            found: list[tuple[str, Any]] = [(debt.entity, debt.id) for debt in owed]
+        else:
+            deliveries = tuple(await self.postgres.outbox(self.entities, limit=limit, timeout=timeout * 4))
+            found = [(debt.entity, debt.id) for debt in deliveries]
+        try:
+            quarantined = await self.postgres.quarantined_entities(self.entities, timeout=timeout)
+        except errors.CrossfadeError:
+            quarantined = set(self.entities)  # not known: nothing may be called absent
+        counts: dict[str, int] = {}
+        for entity, _ in found:
+            counts[entity] = counts.get(entity, 0) + 1
+        overflown = frozenset(entity for entity, number in counts.items() if number >= limit)
+        look = Look(
+            began,
+            control,
+            frozenset((entity, id_to_text(id_)) for entity, id_ in found),
+            frozenset(counts) | frozenset(quarantined),
+            overflown,
+            frozenset(quarantined),
+            owed,
+            deliveries,
+            mongo=seen.mongo != -1,
+            postgres=seen.postgres != -1,
+        )
+        self._note_ages(look)
+        async with self._changed:
+            self.look = look
+            self._changed.notify_all()
+        return look
+
+    def _note_ages(self, look: Look) -> None:
+        """Remember since when each revision in debt has been seen; the reconciler goes by that."""
+        now = boot_clock()
+        keys = [debt_key(debt) for debt in (*look.owed, *look.deliveries)]
+        self._first_seen = {key: self._first_seen.get(key, now) for key in keys}
+        observe.DEBTS.labels(self.migration).set(len(keys))
+        observe.PHASE.labels(self.migration).set(look.control.phase.number)
+        oldest = min(self._first_seen.values(), default=now)
+        observe.DEBT_AGE.labels(self.migration).set(now - oldest)
+
+    def seen_for(self, debt: Owed | Delivery) -> float:
+        """Seconds for which this worker has seen this very revision in debt."""
+        return boot_clock() - self._first_seen.get(debt_key(debt), boot_clock())
+
+    async def wait_until(self, condition: Callable[[Control], bool], timeout: float) -> Control:
+        """The control record once it fulfils ``condition``.
+
+        Raises:
+            crossfade.errors.Busy: it did not within ``timeout`` seconds.
+        """
+        try:
+            async with asyncio.timeout(timeout), self._changed:
+                while self.look is None or not condition(self.look.control):
+                    await self._changed.wait()
+                return self.look.control
+        except TimeoutError:
+            raise errors.Busy(
+                f"migration {self.migration}: a switch held all writes for {timeout:g} s"
+            ) from None
+
+    async def steady(self) -> Control:
+        """The control record; while a switch is under way, the one that it leads to."""
+        control = self.control
+        if control.state == SWITCHING:
+            control = await self.wait_until(lambda c: c.state != SWITCHING, self.options.primary_deadline)
+        return control
+
+    # --- "secondary unreadable" ----------------------------------------------------------------------------
+
+    async def mark_unreadable(self, token: str) -> None:
+        """Return once no worker serves an older row: the flag stands, and every board from before is too old.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: the flag could not be set.
+        """
+        control = self.control
+        if control.unreadable is not None and not control.lifting and self.age <= self.options.board_age:
+            return
+        async with self._flagging:
+            for _ in range(20):
+                seen = await self.record.look(timeout=self.options.primary_deadline)
+                now = seen.control
+                if now is None:
+                    raise errors.StoreUnavailable("mongo", "the control record cannot be read")
+                if now.unreadable is not None and not now.lifting:
+                    break
+                new = now.changed(
+                    by="a worker", reason="a write met a failure", unreadable=token, lifting=False
+                )
+                if await self.record.change(now, new, timeout=self.options.secondary_deadline):
+                    break
+            else:
+                raise errors.StoreUnavailable("mongo", "the control record could not be changed")
+        await asyncio.sleep(self.options.board_age)
+
+    async def lift_unreadable(self, settle_everything: Callable[[], Awaitable[bool]]) -> bool:
+        """Make the secondary readable again, if every debt can be settled first.
+
+        In two steps, because a writer that saw the flag up to `Options.board_age` ago does not wait: "lifting"
+        makes every later writer set the flag anew, and after `board_age` no such writer is left.
+        """
+        control = self.control
+        if control.unreadable is None:
+            return True
+        token = control.unreadable
+        lifting = control.changed(by="a reconciler", reason="the secondary answers again", lifting=True)
+        if not control.lifting and not await self.record.change(
+            control, lifting, timeout=self.options.primary_deadline
+        ):
+            return False
+        await asyncio.sleep(self.options.board_age * 1.1)
+        if not await settle_everything():
+            return False
+        look = await self.refresh()
+        now = look.control
+        if now.unreadable != token or not now.lifting:
+            return False
+        readable = now.changed(
+            by="a reconciler", reason="every debt is settled", unreadable=None, lifting=False
+        )
+        return await self.record.change(now, readable, timeout=self.options.primary_deadline)
+
+    def new_token(self) -> str:
+        """A token for `mark_unreadable`."""
+        return new_operation()
+
+
+def debt_key(debt: Owed | Delivery) -> tuple[Any, ...]:
+    """What tells one owed revision from another."""
+    return (debt.entity, id_to_text(debt.id), debt.rev, debt.op, getattr(debt, "tombstone", False))

@@ -1,0 +1,625 @@
+"""Settling what the secondary is owed: read, apply, on *behind* lift. Backfill, sweep and repair end here too.
+
+Why a debt is never erased too early: the secondary confirms only an image whose revision *and* digest are the
+row's. *Behind* is not a confirmation: the primary is read again. If it has moved on, its own newer debt brings
+that; if it has not, the row's content does not stem from it, and the primary's record is lifted above the row.
+A debt is erased where revision and operation id still match, so a newer write keeps its own.
+
+Why a delete is final: it is decided in the document, a tombstone stands before the document is removed, and the
+tombstone's debt is erased only after a second look that found no document.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from bson.int64 import Int64
+
+from crossfade import errors, observe
+from crossfade.board import Board, Options
+from crossfade.control import Control
+from crossfade.entity import Entity, Rows, UniqueRule
+from crossfade.record import CF, Applied, Debt, Held, Image, new_operation
+from crossfade.stores.errors import RuleBroken
+from crossfade.stores.mongo import MongoStore
+from crossfade.stores.postgres import Change, Delivery, PostgresStore
+from crossfade.values import Unmappable, digest_of_bytes, id_to_text
+
+#: How often a record that keeps changing under us is tried again before it is left to the next round.
+ATTEMPTS = 8
+#: Records that may have to change places in one transaction: a chain of renames longer than this is parked.
+LONGEST_CHAIN = 16
+
+
+class Settled(StrEnum):
+    """How an attempt to settle ended."""
+
+    #: The secondary holds the primary's revision.
+    CONFIRMED = "confirmed"
+    #: The primary has moved on; the newer revision's own debt brings it.
+    SUPERSEDED = "superseded"
+    #: The secondary's rules, or the mapping, refuse it; noted with its cause.
+    PARKED = "parked"
+    #: A ``ROLLBACK_BOTH`` write that is still open.
+    OPEN = "open"
+    #: There is nothing in the primary.
+    GONE = "gone"
+
+
+@dataclass
+class Pair:
+    """The two stores of one migration, and what a worker knows of them."""
+
+    name: str
+    entities: dict[str, Entity]
+    mongo: MongoStore
+    postgres: PostgresStore
+    board: Board
+    options: Options
+
+
+def acceptable_key(key: str | None, plain: str, id_: Any) -> bool:
+    """Whether a stamped key fits the name that ``plain`` is made from: itself, or made unique by the id."""
+    return key in (plain, unique_key(plain, id_))
+
+
+def unique_key(plain: str, id_: Any) -> str:
+    """The key of a record whose plain key another, older record has."""
+    return f"{plain}#{id_to_text(id_)}"
+
+
+def keys_to_stamp(entity: Entity, image: Image) -> dict[str, str]:
+    """The keys that the document should carry and does not."""
+    return {
+        rule: plain
+        for rule, plain in entity.keys(image.document).items()
+        if not acceptable_key(image.keys.get(rule), plain, image.id)
+    }
+
+
+@dataclass
+class Settler:
+    """Settles single records of one migration, in both directions."""
+
+    pair: Pair
+    _queue: asyncio.Queue[tuple[Entity, Any, int, str]] = field(default_factory=lambda: asyncio.Queue(10_000))
+    _task: asyncio.Task[None] | None = None
+
+    # --- settling in batches, behind the caller's back -------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to erase confirmed debts in the background."""
+        self._task = asyncio.create_task(self._erase(), name=f"settling {self.pair.name}")
+
+    async def stop(self) -> None:
+        """Erase what is confirmed already, for at most a second; the rest costs an idempotent re-apply."""
+        if self._task is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._queue.join()
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    def erase_soon(self, entity: Entity, image: Image) -> None:
+        """Erase a confirmed debt with the next batch; a full queue leaves it to the reconciler."""
+        if image.op is not None:
+            with contextlib.suppress(asyncio.QueueFull):
+                self._queue.put_nowait((entity, image.id, image.rev, image.op))
+
+    async def _erase(self) -> None:
+        while True:
+            batch = [await self._queue.get()]
+            # Long enough that a burst shares a round trip, short enough that the board stays small.
+            await asyncio.sleep(0.02)
+            while not self._queue.empty() and len(batch) < 1000:
+                batch.append(self._queue.get_nowait())
+            try:
+                await self._erase_batch(batch)
+            except errors.CrossfadeError:
+                pass  # the debts stand, and the reconciler settles them
+            finally:
+                for _ in batch:
+                    self._queue.task_done()
+
+    async def _erase_batch(self, batch: Sequence[tuple[Entity, Any, int, str]]) -> None:
+        by_entity: dict[str, list[tuple[Any, int, str]]] = {}
+        for entity, id_, rev, op in batch:
+            by_entity.setdefault(entity.name, []).append((id_, rev, op))
+        for name, settled in by_entity.items():
+            await self.pair.mongo.settle(
+                self.pair.entities[name], settled, timeout=self.pair.options.primary_deadline
+            )
+
+    # --- MongoDB primary: images to PostgreSQL ---------------------------------------------------------------
+
+    async def bring(self, entity: Entity, image: Image, control: Control, *, timeout: float) -> Settled:
+        """Bring one image to PostgreSQL; on *behind*, lift and bring that.
+
+        ``timeout`` bounds each call to PostgreSQL, in seconds.
+
+        Raises:
+            crossfade.errors.StoreUnavailable, Fenced: the debt stays.
+        """
+        pair = self.pair
+        for _ in range(ATTEMPTS):
+            try:
+                rows = entity.to_rows(image.document, image.keys)
+                [(verdict, held)] = await pair.postgres.apply(
+                    [(entity, image, rows)], migration=pair.name, epoch=control.epoch, timeout=timeout
+                )
+            except (Unmappable, errors.Quarantined) as cause:
+                return await self._quarantine(entity, image, cause, timeout=timeout)
+            except RuleBroken as cause:
+                if not await self._bring_together(entity, image, control, timeout=timeout):
+                    return await self._park(entity, image, str(cause))
+                return Settled.CONFIRMED
+            if verdict is not Applied.BEHIND:
+                return Settled.CONFIRMED
+            current = await pair.mongo.read(entity, image.id, timeout=pair.options.primary_deadline)
+            if current is None or current.deleted:
+                return Settled.SUPERSEDED
+            if current.rev > held.highest:
+                if current.rev > image.rev:
+                    return Settled.SUPERSEDED
+                image = current
+                continue
+            if held.rev == current.rev and held.digest == current.digest and not _covered(held):
+                self.erase_soon(entity, current)
+                return Settled.CONFIRMED
+            await self._note_row(entity, current, held)
+            lifted = await self.lift(entity, image.id, above=held.highest, control=control)
+            if lifted is None:
+                return Settled.SUPERSEDED
+            image = lifted
+        return Settled.SUPERSEDED
+
+    async def lift(self, entity: Entity, id_: Any, *, above: int, control: Control) -> Image | None:
+        """Give a record the next revision above ``above``, with debt, so that its present content wins.
+
+        None: the record is gone, its delete is decided, or another write holds it; each brings its own.
+        Normalised keys are stamped anew where a foreign writer changed the name.
+        """
+        pair = self.pair
+        timeout = pair.options.primary_deadline
+        suffixed: set[str] = set()
+        for _ in range(ATTEMPTS):
+            image = await pair.mongo.read(entity, id_, timeout=timeout)
+            if (
+                image is None
+                or image.deleted
+                or (image.debt is not None and image.debt.tentative is not None)
+            ):
+                return None
+            stale = keys_to_stamp(entity, image)
+            keys = {rule: unique_key(key, id_) if rule in suffixed else key for rule, key in stale.items()}
+            try:
+                lifted = await pair.mongo.compare_and_set(
+                    entity,
+                    id_,
+                    rev=image.rev,
+                    set_={
+                        f"{CF}.rev": Int64(max(image.rev, above) + 1),
+                        f"{CF}.op": new_operation(),
+                        f"{CF}.debt": Debt(control.epoch).to_document(),
+                        **{f"{CF}.keys.{rule}": key for rule, key in keys.items()},
+                    },
+                    also={f"{CF}.debt.tentative": {"$exists": False}, f"{CF}.deleted": {"$ne": True}},
+                    timeout=timeout,
+                )
+            except RuleBroken:
+                # An older record has the plain key: this one keeps its name, and gets a key of its own.
+                suffixed |= set(stale)
+                continue
+            if lifted is not None and not keys_to_stamp(entity, lifted):
+                return lifted
+        return None
+
+    async def finish_delete(self, entity: Entity, id_: Any, rev: int, op: str, control: Control) -> Settled:
+        """Roll a decided delete forward: tombstone, removal, PostgreSQL, second look; any number of times.
+
+        Raises:
+            crossfade.errors.StoreUnavailable, Fenced: the debt stays.
+        """
+        pair = self.pair
+        timeout = pair.options.primary_deadline
+        dual = control.phase.rules.dual
+        await pair.mongo.bury(entity, id_, rev=rev, op=op, owed=dual, timeout=timeout)
+        await pair.mongo.remove(entity, id_, rev=rev, op=op, timeout=timeout)
+        if not dual:
+            return Settled.CONFIRMED
+        return await self.bring_tombstone(entity, id_, control, timeout=pair.options.secondary_deadline)
+
+    async def bring_tombstone(self, entity: Entity, id_: Any, control: Control, *, timeout: float) -> Settled:
+        """Bring a tombstone to PostgreSQL, and erase its debt after a second look."""
+        pair = self.pair
+        primary = pair.options.primary_deadline
+        for _ in range(ATTEMPTS):
+            tombstone = await pair.mongo.tombstone(entity, id_, timeout=primary)
+            if tombstone is None:
+                return Settled.GONE
+            verdict, held = await pair.postgres.apply_delete(
+                entity, id_, rev=tombstone.rev, op=tombstone.op,
+                migration=pair.name, epoch=control.epoch, timeout=timeout,
+            )  # fmt: skip
+            found = await pair.mongo.read(entity, id_, timeout=primary)
+            if found is not None and not found.deleted:
+                # Made again since: what is in the document must win over the tombstone.
+                if found.rev <= max(tombstone.rev, held.tombstone or 0):
+                    lifted = await self.lift(
+                        entity, id_, above=max(tombstone.rev, held.highest), control=control
+                    )
+                    if lifted is None:
+                        continue
+                    found = lifted
+                settled = await self.bring(entity, found, control, timeout=timeout)
+                if settled is Settled.CONFIRMED:
+                    self.erase_soon(entity, found)
+            elif found is not None:
+                return Settled.SUPERSEDED  # deleted once more: that delete brings its own tombstone
+            elif verdict is Applied.BEHIND:
+                # A row above the tombstone, and no document that it could stem from: the delete must win.
+                row = await pair.postgres.read(entity, id_, timeout=timeout)
+                if row is not None:
+                    await pair.postgres.note_conflict(
+                        entity, row, cause="a row newer than the delete", store="postgres", timeout=timeout
+                    )
+                await pair.mongo.bury(
+                    entity, id_, rev=held.highest + 1, op=new_operation(), owed=True, timeout=primary
+                )
+                continue
+            await pair.mongo.settle_tombstone(
+                entity, id_, rev=tombstone.rev, op=tombstone.op, timeout=primary
+            )
+            with contextlib.suppress(errors.CrossfadeError):
+                await pair.postgres.release(entity, [id_], timeout=timeout)
+            return Settled.CONFIRMED
+        return Settled.SUPERSEDED
+
+    async def settle_one(
+        self, entity: Entity, id_: Any, control: Control, *, undo_tentative: bool = False
+    ) -> Settled:
+        """Settle whatever one record owes (MongoDB primary), or adopt what a foreign writer left.
+
+        ``undo_tentative``: an open ``ROLLBACK_BOTH`` write is past its deadline.
+
+        Raises:
+            crossfade.errors.StoreUnavailable, Fenced: the debt stays.
+        """
+        pair = self.pair
+        timeout = pair.options.primary_deadline
+        try:
+            image = await pair.mongo.read(entity, id_, timeout=timeout)
+        except Unmappable as cause:
+            raw = await pair.mongo.read_raw(entity, id_, timeout=timeout)
+            await self._quarantine_bytes(entity, id_, raw or b"", cause)
+            return Settled.PARKED
+        if image is None:
+            return await self.bring_tombstone(entity, id_, control, timeout=timeout)
+        if image.debt is not None and image.debt.tentative is not None:
+            if not undo_tentative:
+                return Settled.OPEN
+            return await self.undo(entity, image, control)
+        if image.deleted:
+            if image.op is None:
+                return Settled.GONE
+            return await self.finish_delete(entity, id_, image.rev, image.op, control)
+        if image.debt is None:
+            adopted = await self._adopt(entity, image, control)
+            if adopted is None:
+                return Settled.CONFIRMED
+            image = adopted
+        settled = await self.bring(entity, image, control, timeout=timeout)
+        if settled is Settled.CONFIRMED and image.op is not None:
+            await pair.mongo.settle(entity, [(id_, image.rev, image.op)], timeout=timeout)
+            with contextlib.suppress(errors.CrossfadeError):
+                await pair.postgres.release(entity, [id_], timeout=timeout)
+        return settled
+
+    async def _adopt(self, entity: Entity, image: Image, control: Control) -> Image | None:
+        """Lift a document without debt whose content is not the row's; None: they are equal."""
+        held = await self.pair.postgres.held(entity, image.id, timeout=self.pair.options.primary_deadline)
+        same = held.digest == image.digest and held.mapping == entity.mapping_version and not _covered(held)
+        if same and held.rev == image.rev and not keys_to_stamp(entity, image):
+            return None
+        return await self.lift(entity, image.id, above=held.highest, control=control)
+
+    # --- ROLLBACK_BOTH, MongoDB primary ----------------------------------------------------------------------
+
+    async def undo(self, entity: Entity, image: Image, control: Control) -> Settled:
+        """Take an open write back, as a new revision, *whatever PostgreSQL did* with it.
+
+        Only the operation's own fields, and only where they still hold its values: a foreign write stays.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: it could not be done now; the open write still stands.
+        """
+        pair = self.pair
+        timeout = pair.options.primary_deadline
+        for _ in range(ATTEMPTS):
+            assert image.debt is not None
+            assert image.debt.tentative is not None
+            note = image.debt.tentative
+            op = new_operation()
+            marks: dict[str, Any] = {
+                f"{CF}.rev": Int64(image.rev + 1),
+                f"{CF}.op": op,
+                f"{CF}.debt": Debt(control.epoch).to_document(),
+            }
+            also: dict[str, Any] = {f"{CF}.op": image.op, f"{CF}.debt.tentative": {"$exists": True}}
+            unset: list[str] = []
+            if note["kind"] == "insert":
+                marks[f"{CF}.deleted"] = True
+            elif note["kind"] == "delete":
+                unset.append(f"{CF}.deleted")
+            else:
+                wrote, before = note["wrote"], note["before"]
+                for name in (*wrote, *note["removed"]):
+                    mine = (
+                        image.document.get(name) == wrote[name]
+                        if name in wrote
+                        else name not in image.document
+                    )
+                    if not mine:
+                        continue
+                    also[name] = {"$eq": wrote[name]} if name in wrote else {"$exists": False}
+                    if name in before:
+                        marks[name] = before[name]
+                    else:
+                        unset.append(name)
+                for rule, key in note["keys"].items():
+                    marks[f"{CF}.keys.{rule}"] = key
+            try:
+                undone = await pair.mongo.compare_and_set(
+                    entity, image.id, rev=image.rev, set_=marks, unset=unset, also=also, timeout=timeout
+                )
+            except RuleBroken as cause:
+                return await self._park(entity, image, f"the undo breaks a rule: {cause}")
+            if undone is not None:
+                if undone.deleted:
+                    return await self.finish_delete(entity, image.id, undone.rev, op, control)
+                settled = await self.bring(entity, undone, control, timeout=pair.options.secondary_deadline)
+                if settled is Settled.CONFIRMED:
+                    self.erase_soon(entity, undone)
+                return settled
+            current = await pair.mongo.read(entity, image.id, timeout=timeout)
+            if current is None:
+                return Settled.GONE
+            if current.debt is None or current.debt.tentative is None or current.op != image.op:
+                return Settled.SUPERSEDED  # confirmed or undone by somebody else
+            image = current
+        return Settled.OPEN
+
+    # --- PostgreSQL primary: deliveries to MongoDB -----------------------------------------------------------
+
+    async def deliver(self, owed: Delivery, control: Control, *, timeout: float) -> Settled:
+        """Bring what PostgreSQL holds of a record to MongoDB.
+
+        Only the document that was looked at is replaced, whole: any write in between makes it look again. A
+        content that the last delivery did not leave is a foreign write, and is journaled first.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: the outbox row stays.
+        """
+        entity = self.pair.entities[owed.entity]
+        for _ in range(ATTEMPTS):
+            settled = await self._deliver_once(entity, owed, control, timeout=timeout)
+            if settled is not None:
+                return settled
+        return Settled.SUPERSEDED
+
+    async def _deliver_once(
+        self, entity: Entity, owed: Delivery, control: Control, *, timeout: float
+    ) -> Settled | None:
+        pair = self.pair
+        primary = pair.options.primary_deadline
+        row = await pair.postgres.read(entity, owed.id, timeout=primary)
+        now = await pair.postgres.outbox_row(entity, owed.id, timeout=primary)
+        if now is None:
+            return Settled.CONFIRMED
+        if row is not None and row.rev != now.rev:
+            return None  # written between the two statements: look again
+        raw = await pair.mongo.read_raw(entity, owed.id, timeout=timeout)
+        there = None
+        if raw is not None:
+            try:
+                there = Image.from_raw(raw)
+            except Unmappable:
+                there = Image(owed.id, {"_id": owed.id}, 0, None, {}, digest_of_bytes(raw))
+            expected = {now.base_digest, there.delivered, None if row is None else row.digest}
+            if there.digest not in expected:
+                await pair.postgres.note_conflict(
+                    entity, there, cause="written in MongoDB while PostgreSQL was primary",
+                    store="mongo", timeout=primary,
+                )  # fmt: skip
+        if row is None:
+            await pair.mongo.bury(entity, owed.id, rev=now.rev, op=now.op, owed=False, timeout=timeout)
+            if raw is not None and not await pair.mongo.deliver_removal(entity, raw, timeout=timeout):
+                return None
+        elif there is not None and there.rev > row.rev:
+            # A worker that slept through the switch numbered a revision of its own: PostgreSQL goes above it.
+            await self._lift_row(entity, owed.id, above=there.rev, control=control)
+            return None
+        else:
+            try:
+                if not await self._put(entity, raw, row, timeout=timeout):
+                    return None
+            except RuleBroken as cause:
+                return await self._give_way(entity, row, now, cause, timeout=timeout)
+        if now.tentative is None and not await pair.postgres.settle(
+            entity, owed.id, now.rev, now.op, timeout=primary
+        ):
+            return None
+        return Settled.CONFIRMED
+
+    async def _put(self, entity: Entity, raw: bytes | None, row: Image, *, timeout: float) -> bool:
+        notes: dict[str, Any] = {"rev": Int64(row.rev), "op": row.op, "digest": row.digest}
+        if row.keys:
+            notes["keys"] = row.keys
+        return await self.pair.mongo.deliver(entity, raw, {**row.document, CF: notes}, timeout=timeout)
+
+    async def _give_way(
+        self,
+        entity: Entity,
+        row: Image,
+        now: Delivery,
+        control: Control,
+        cause: RuleBroken,
+        *,
+        timeout: float,
+    ) -> Settled | None:
+        """Another document holds a value that PostgreSQL gave to this record: deliver that one first."""
+        pair = self.pair
+        primary = pair.options.primary_deadline
+        for rule in entity.unique:
+            key = row.keys.get(rule.rule)
+            if key is None:
+                continue
+            for query in ({f"{CF}.keys.{rule.rule}": key}, {rule.field: row.document.get(rule.field)}):
+                for rival in await pair.mongo.find(entity, query, limit=2, timeout=timeout):
+                    if rival.id == row.id:
+                        continue
+                    owed = await pair.postgres.outbox_row(entity, rival.id, timeout=primary)
+                    if owed is None:
+                        continue
+                    # Free the value: the rival's own delivery, still owed, writes its new one.
+                    freed = await pair.mongo.compare_and_set(
+                        entity,
+                        rival.id,
+                        rev=rival.rev,
+                        set_={rule.field: unique_key(key, rival.id)},
+                        unset=[f"{CF}.keys.{rule.rule}"],
+                        also={rule.field: rival.document.get(rule.field)},
+                        timeout=timeout,
+                    )
+                    if freed is not None:
+                        # Told apart from a foreign write: what stands there now was left by us.
+                        await pair.mongo.compare_and_set(
+                            entity,
+                            rival.id,
+                            rev=rival.rev,
+                            set_={f"{CF}.digest": freed.digest},
+                            timeout=timeout,
+                        )
+                        return None
+        await pair.postgres.park(entity, row.id, now.rev, now.op, str(cause), timeout=primary)
+        observe.log().warning(f"Parked: {cause}", context="Reconcile", entity=entity.name, id=str(row.id))
+        return Settled.PARKED
+
+    async def _lift_row(self, entity: Entity, id_: Any, *, above: int, control: Control) -> None:
+        op = new_operation()
+
+        def decide(before: Image | None, _tombstone: int) -> Change:
+            if before is None:
+                raise errors.NotFound("gone meanwhile")
+            rev = max(above, before.rev) + 1
+            lifted = Image(id_, before.document, rev, op, before.keys, before.digest)
+            return Change(lifted, entity.to_rows(before.document, before.keys), rev, op)
+
+        with contextlib.suppress(errors.NotFound):
+            await self.pair.postgres.write(
+                entity, id_, decide, migration=self.pair.name, epoch=control.epoch,
+                timeout=self.pair.options.primary_deadline,
+            )  # fmt: skip
+
+    # --- what cannot be applied ------------------------------------------------------------------------------
+
+    async def _bring_together(
+        self, entity: Entity, image: Image, control: Control, *, timeout: float
+    ) -> bool:
+        """Apply an image together with the records that must give up a value for it; False: one will not.
+
+        Each store's history is fine, yet PostgreSQL may see A take a name before it has seen B leave it.
+        """
+        pair = self.pair
+        together: dict[str, tuple[Image, Rows]] = {
+            id_to_text(image.id): (image, entity.to_rows(image.document, image.keys))
+        }
+        waiting = [image]
+        while waiting:
+            taker = waiting.pop()
+            for rule in entity.unique:
+                key = self._row_key(entity, rule, together[id_to_text(taker.id)][1])
+                if key is None:
+                    continue
+                holder = await pair.postgres.holder(entity, rule.to, key, timeout=timeout)
+                if holder is None or id_to_text(holder) in together:
+                    continue
+                if len(together) >= LONGEST_CHAIN:
+                    return False
+                rival = await pair.mongo.read(entity, holder, timeout=pair.options.primary_deadline)
+                if rival is None or rival.deleted:
+                    if await self._remove_rival(entity, holder, rival, control, timeout=timeout):
+                        continue
+                    return False
+                rows = entity.to_rows(rival.document, rival.keys)
+                if self._row_key(entity, rule, rows) == key:
+                    return False
+                together[id_to_text(holder)] = (rival, rows)
+                waiting.append(rival)
+        answers = await pair.postgres.apply(
+            [(entity, one, rows) for one, rows in together.values()],
+            migration=pair.name, epoch=control.epoch, timeout=timeout,
+        )  # fmt: skip
+        return answers[0][0] is not Applied.BEHIND
+
+    @staticmethod
+    def _row_key(entity: Entity, rule: UniqueRule, rows: Rows) -> str | None:
+        key: str | None = rows.parent[entity.parent_columns.index(rule.to)]
+        return key
+
+    async def _remove_rival(
+        self, entity: Entity, id_: Any, rival: Image | None, control: Control, *, timeout: float
+    ) -> bool:
+        """Bring a rival's delete to PostgreSQL; False: it has no tombstone (deleted by a foreign writer)."""
+        if rival is not None and rival.op is not None:
+            settled = await self.finish_delete(entity, id_, rival.rev, rival.op, control)
+        else:
+            settled = await self.bring_tombstone(entity, id_, control, timeout=timeout)
+        return settled is Settled.CONFIRMED
+
+    async def _note_row(self, entity: Entity, current: Image, held: Held) -> None:
+        """Journal the row's content if it claims a revision that the primary does not have."""
+        if held.rev is None or held.rev < current.rev or held.digest == current.digest or held.rev == 0:
+            return
+        row = await self.pair.postgres.read(entity, current.id, timeout=self.pair.options.primary_deadline)
+        if row is not None:
+            await self.pair.postgres.note_conflict(
+                entity, row, cause="PostgreSQL held a revision that MongoDB never had", store="postgres",
+                timeout=self.pair.options.primary_deadline,
+            )  # fmt: skip
+
+    async def _quarantine(
+        self, entity: Entity, image: Image, cause: Unmappable | errors.Quarantined, *, timeout: float
+    ) -> Settled:
+        reason = getattr(cause, "reason", str(cause))
+        with contextlib.suppress(errors.StoreUnavailable):
+            await self.pair.postgres.quarantine(
+                entity, image, reason=reason, field=getattr(cause, "field", None), timeout=timeout
+            )
+        return await self._park(entity, image, f"quarantined: {reason}")
+
+    async def _quarantine_bytes(self, entity: Entity, id_: Any, raw: bytes, cause: Unmappable) -> None:
+        image = Image(id_, {"_id": id_}, 0, None, {}, digest_of_bytes(raw))
+        await self.pair.postgres.quarantine(
+            entity, image, reason=cause.reason, field=cause.field,
+            timeout=self.pair.options.primary_deadline, document=raw,
+        )  # fmt: skip
+
+    async def _park(self, entity: Entity, image: Image, cause: str) -> Settled:
+        observe.log().warning(f"Parked: {cause}", context="Reconcile", entity=entity.name, id=str(image.id))
+        if image.debt is not None:
+            await self.pair.mongo.park(
+                entity, image.id, image.rev, image.op, cause, timeout=self.pair.options.primary_deadline
+            )
+        return Settled.PARKED
+
+
+def _covered(held: Held) -> bool:
+    """Whether a tombstone stands over the row."""
+    return held.tombstone is not None and (held.rev is None or held.tombstone >= held.rev)

@@ -1,0 +1,362 @@
+"""What an application holds: `Crossfade` (two stores), `Migration` (entities that move together), `EntityHandle`.
+
+cf = Crossfade.from_env()
+accounts = cf.migration("accounts", [users, friend_requests])
+async with cf:
+    user = await accounts.users.insert({...}, context="User Registration")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from crossfade import errors, observe
+from crossfade.board import Board, Options
+from crossfade.breaker import Breaker
+from crossfade.control import Control, ControlRecord
+from crossfade.debt import Pair, Settler, unique_key
+from crossfade.entity import Entity
+from crossfade.phase import Phase
+from crossfade.read import Reader
+from crossfade.reconcile import Reconciler
+from crossfade.record import Record
+from crossfade.stores.mongo import MongoStore
+from crossfade.stores.postgres import PostgresStore
+from crossfade.strategy import FailureStrategy, default_strategy
+from crossfade.write import Writer
+
+Mode = Literal["sync", "async"]
+
+
+class EntityHandle:
+    """One entity of a migration, as an application uses it. Ids, revisions and stores look after themselves."""
+
+    def __init__(self, migration: Migration, entity: Entity) -> None:
+        self._migration = migration
+        self.entity = entity
+
+    async def insert(
+        self,
+        document: Mapping[str, Any],
+        *,
+        context: str = "Insert",
+        strategy: FailureStrategy | None = None,
+        mode: Mode = "sync",
+    ) -> Record:
+        """Insert a document; an ``_id`` (an ObjectId) is made where it has none.
+
+        ``context`` names the operation in log lines. ``mode="async"`` acknowledges once the primary has it.
+
+        Raises:
+            crossfade.errors.DuplicateKey: the id, or a value of a unique rule, is taken.
+            crossfade.errors.StoreUnavailable: the primary cannot be reached; nothing was written.
+            crossfade.errors.OutcomeUnknown, Undone, UndoPending, NotAllowedInPhase: see `crossfade.errors`.
+        """
+        return await self._migration.writer.insert(
+            self.entity, document, context=context, strategy=strategy, asynchronous=mode == "async"
+        )
+
+    async def get(self, id_: Any) -> Record | None:
+        """The record with this id, or None.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: no store that may answer did.
+        """
+        return await self._migration.reader.get(self.entity, id_)
+
+    async def find_by_key(self, rule: str, value: str) -> Record | None:
+        """The record that holds ``value`` under a unique rule: as spelt if there is one, else normalised."""
+        return await self._migration.reader.find_by_key(self.entity, rule, value)
+
+    async def find(self, where: Mapping[str, Any] | None = None, *, limit: int = 100) -> list[Record]:
+        """Up to ``limit`` records whose fields equal these values, by id."""
+        return await self._migration.reader.find(self.entity, where or {}, limit=limit)
+
+    async def find_one(self, where: Mapping[str, Any]) -> Record | None:
+        """One record whose fields equal these values, or None."""
+        found = await self.find(where, limit=1)
+        return found[0] if found else None
+
+    async def count(self, where: Mapping[str, Any] | None = None) -> int:
+        """How many records have fields that equal these values."""
+        return await self._migration.reader.count(self.entity, where or {})
+
+    async def update(
+        self,
+        id_: Any,
+        set: Mapping[str, Any] | None = None,  # the word of the operation
+        *,
+        unset: Iterable[str] = (),
+        if_revision: int | None = None,
+        context: str = "Update",
+        strategy: FailureStrategy | None = None,
+        mode: Mode = "sync",
+    ) -> Record:
+        """Set and remove top-level fields; ``if_revision``: only if the record is still at it.
+
+        Raises:
+            crossfade.errors.NotFound, StaleRevision, DuplicateKey: nothing was written.
+            crossfade.errors.StoreUnavailable: the primary cannot be reached; nothing was written.
+            crossfade.errors.OutcomeUnknown, Undone, UndoPending, Busy, NotAllowedInPhase: see `crossfade.errors`.
+        """
+        return await self._migration.writer.update(
+            self.entity, id_, set_=set or {}, unset=unset, if_revision=if_revision,
+            context=context, strategy=strategy, asynchronous=mode == "async",
+        )  # fmt: skip
+
+    async def delete(
+        self, id_: Any, *, context: str = "Delete", strategy: FailureStrategy | None = None
+    ) -> None:
+        """Delete a record for good; see `update` for what it raises."""
+        await self._migration.writer.delete(self.entity, id_, context=context, strategy=strategy)
+
+
+class Migration:
+    """Entities that move together, in one phase. Made by `Crossfade.migration`."""
+
+    def __init__(
+        self,
+        name: str,
+        entities: Sequence[Entity],
+        mongo: MongoStore,
+        postgres: PostgresStore,
+        options: Options,
+        first: Control,
+    ) -> None:
+        by_name = {entity.name: entity for entity in entities}
+        if len(by_name) != len(entities) or not entities:
+            raise errors.ConfigurationError(f"migration {name!r} needs entities, each with a name of its own")
+        self.name = name
+        self.entities = by_name
+        self.record = ControlRecord(name, mongo, postgres)
+        self.board = Board(name, by_name, mongo, postgres, self.record, options)
+        self.pair = Pair(name, by_name, mongo, postgres, self.board, options)
+        # One breaker for both: what a writer has learnt of PostgreSQL spares the readers the wait, too.
+        breaker = Breaker()
+        self.settler = Settler(self.pair)
+        self.writer = Writer(self.pair, self.settler, breaker)
+        self.reader = Reader(self.pair, Breaker())
+        self.reconciler = Reconciler(self.pair, self.settler, self.writer)
+        self._handles = {entity.name: EntityHandle(self, entity) for entity in entities}
+        self._first = first
+
+    def __getitem__(self, entity: str) -> EntityHandle:
+        """The handle of an entity, by its name."""
+        return self._handles[entity]
+
+    def __getattr__(self, entity: str) -> EntityHandle:
+        """``migration.users`` is ``migration["users"]``."""
+        handles = self.__dict__.get("_handles", {})
+        if entity in handles:
+            return handles[entity]  # type: ignore[no-any-return]
+        raise AttributeError(f"migration has no entity {entity!r}; it has: {', '.join(handles)}")
+
+    @property
+    def control(self) -> Control:
+        """The newest control record this worker has seen."""
+        return self.board.control
+
+    @property
+    def phase(self) -> Phase:
+        """Where the migration stands."""
+        return self.control.phase
+
+    @property
+    def primary(self) -> str:
+        """ "mongo" or "postgres"."""
+        return self.phase.rules.primary
+
+    @property
+    def strategy(self) -> FailureStrategy:
+        """The strategy of a write that asks for none."""
+        return default_strategy(self.phase)
+
+    async def start(self, *, background: bool) -> None:
+        """Read (or begin) the control record; with ``background``, look, settle and reconcile from now on.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: the store that holds the control record cannot be reached.
+        """
+        await self._begin()
+        if background:
+            await self.board.start()
+            self.reconciler.start()
+        else:
+            await self.board.refresh()
+        self.settler.start()
+
+    async def _begin(self) -> None:
+        options = self.pair.options
+        seen = await self.record.look(timeout=options.primary_deadline)
+        if seen.control is not None:
+            return
+        first = self._first
+        if first.phase.rules.dual:
+            first = await self._prepared(first)
+        await self.record.begin(first, timeout=options.primary_deadline)
+
+    async def _prepared(self, first: Control) -> Control:
+        await self.prepare()
+        empty = await self.pair.postgres.is_empty(
+            self.entities.values(), timeout=self.pair.options.primary_deadline
+        )
+        return first.changed(by="the first worker", reason="began here", began_empty=empty, dual_epoch=1)
+
+    async def prepare(self) -> dict[str, list[tuple[str, Any]]]:
+        """What `crossfade init` does: Crossfade's tables, indexes, and normalised keys on old documents.
+
+        Idempotent and resumable. Returns the documents whose key another, older one has, by rule: (entity,
+        id); they are kept, with a key of their own.
+
+        Raises:
+            crossfade.errors.SchemaNotReady: an entity's table is missing.
+        """
+        await self.pair.postgres.prepare()
+        timeout = self.pair.options.primary_deadline
+        missing = await self.pair.postgres.missing(self.entities.values(), timeout=timeout)
+        if missing:
+            raise errors.SchemaNotReady(
+                f"PostgreSQL at {self.pair.postgres.address} lacks: {'; '.join(missing)}. The schema is not at "
+                "head: run the application's migrations (alembic upgrade head)"
+            )
+        await self.pair.mongo.prepare(self.entities.values(), timeout=300.0)
+        colliding: dict[str, list[tuple[str, Any]]] = {}
+        for entity in self.entities.values():
+            for rule in entity.unique:
+                colliding[rule.rule] = await self._stamp(entity, rule.field, rule.rule)
+        return colliding
+
+    async def _stamp(self, entity: Entity, field: str, rule: str) -> list[tuple[str, Any]]:
+        """Stamp the keys of one rule, oldest document first."""
+        mongo, timeout = self.pair.mongo, self.pair.options.primary_deadline
+        colliding: list[tuple[str, Any]] = []
+        async for documents in mongo.unstamped(entity, field, rule, batch=1000, timeout=timeout):
+            keys: list[tuple[Any, Any, str]] = []
+            for document in documents:
+                key = entity.keys(document).get(rule)
+                if key is not None:
+                    keys.append((document["_id"], document[field], key))
+            refused = await mongo.stamp(entity, field, rule, keys, timeout=timeout)
+            for id_, value, key in refused:
+                own = unique_key(key, id_)
+                if not await mongo.stamp(entity, field, rule, [(id_, value, own)], timeout=timeout):
+                    colliding.append((entity.name, id_))
+                    observe.log().warning(
+                        f"The key {rule!r} of this document is an older one's; it gets one of its own",
+                        context="Init", entity=entity.name, id=str(id_),
+                    )  # fmt: skip
+        return colliding
+
+    async def stop(self) -> None:
+        """Stop the background work; what is not settled stays in debt."""
+        await self.writer.close()
+        await self.reconciler.stop()
+        await self.settler.stop()
+        await self.board.stop()
+
+
+class Crossfade:
+    """The two stores and the migrations between them; an async context manager.
+
+    Args:
+        mongo_uri: ``mongodb://host:port/<database>``.
+        database_url: ``postgresql://user:password@host:port/<database>``.
+        use_postgres: a migration without a control record begins in phase 1 instead of 0.
+        initial_phase: begin it in this phase instead: for a fresh installation with two empty stores.
+        foreign_writers: an old application still writes to MongoDB (recorded when the migration begins).
+        options: times and limits.
+        background: look at the board, settle and reconcile in the background (a worker does; a one-shot
+            command does not).
+
+    Raises:
+        crossfade.errors.ConfigurationError: an address cannot be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        mongo_uri: str,
+        database_url: str,
+        use_postgres: bool = False,
+        initial_phase: Phase | str | None = None,
+        foreign_writers: bool = False,
+        options: Options | None = None,
+        background: bool = True,
+    ) -> None:
+        self.options = options or Options()
+        self.mongo = MongoStore(mongo_uri, max_pool=self.options.mongo_pool)
+        self.postgres = PostgresStore(database_url, max_pool=self.options.postgres_pool)
+        if initial_phase is None:
+            self._initial = Phase.DUAL_WRITE if use_postgres else Phase.MONGO_ONLY
+        else:
+            self._initial = Phase.parse(str(initial_phase))
+        self._foreign_writers = foreign_writers
+        self._background = background
+        self._migrations: dict[str, Migration] = {}
+
+    @classmethod
+    def from_env(cls, **settings: Any) -> Self:
+        """From ``MONGO_URI``, ``DATABASE_URL`` and ``USE_POSTGRES``; ``settings`` as in the constructor.
+
+        Raises:
+            crossfade.errors.ConfigurationError: a variable is missing or unusable; the message names it.
+        """
+        values: dict[str, Any] = {}
+        for name, argument, example in (
+            ("MONGO_URI", "mongo_uri", "mongodb://127.0.0.1:27017/app"),
+            ("DATABASE_URL", "database_url", "postgresql://app:secret@127.0.0.1:5432/app"),
+        ):
+            value = os.environ.get(name)
+            if not value:
+                raise errors.ConfigurationError(f"{name} is not set: for example {example}")
+            values[argument] = value
+        flag = os.environ.get("USE_POSTGRES", "false").strip().lower()
+        if flag not in ("true", "false", "1", "0", ""):
+            raise errors.ConfigurationError(f"USE_POSTGRES is {flag!r}: write true or false")
+        return cls(**values, use_postgres=flag in ("true", "1"), **settings)
+
+    def migration(self, name: str, entities: Sequence[Entity]) -> Migration:
+        """Declare a migration; before ``async with``."""
+        first = Control(name, phase=self._initial, foreign_writers=self._foreign_writers)
+        made = Migration(name, entities, self.mongo, self.postgres, self.options, first)
+        self._migrations[name] = made
+        return made
+
+    async def __aenter__(self) -> Self:
+        """Open the pools and start every migration."""
+        await self.postgres.open()
+        try:
+            for migration in self._migrations.values():
+                await migration.start(background=self._background)
+        except BaseException:
+            await self._close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the background work and close the pools."""
+        await self._close()
+
+    async def _close(self) -> None:
+        for migration in self._migrations.values():
+            await migration.stop()
+        await self.mongo.close()
+        await self.postgres.close()
+
+    async def health(self, timeout: float = 1.0) -> dict[str, tuple[bool, float | None]]:
+        """Per store ("mongo", "postgres"): whether it answers, and the seconds that a round trip took."""
+
+        async def ask(store: MongoStore | PostgresStore) -> tuple[bool, float | None]:
+            try:
+                return True, await store.ping(timeout)
+            except errors.CrossfadeError:
+                return False, None
+
+        mongo, postgres = await asyncio.gather(ask(self.mongo), ask(self.postgres))
+        return {"mongo": mongo, "postgres": postgres}

@@ -1,0 +1,285 @@
+"""The read side: found, absent and failed kept apart, and no row older than an acknowledged write.
+
+PostgreSQL is asked first only where it cannot be older than what was acknowledged: the debt board is fresh, the
+record is not on it, and the secondary is not marked unreadable. Otherwise the primary is asked. A record that
+PostgreSQL lacks is asked of MongoDB too, unless absence is final: falling back on errors alone would lock out
+everyone who has not been copied yet.
+
+Promised: an acknowledged write is seen by every later read, on every worker. Not promised: monotonic reads of
+writes that nobody acknowledged; anything marked `Record.stale`; ``mode="async"`` writes before PostgreSQL has
+them; a foreign writer's change before the sweep has found it (`Options.sweep`).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from crossfade import errors, observe
+from crossfade.breaker import Breaker
+from crossfade.control import Control
+from crossfade.debt import Pair
+from crossfade.entity import Entity, UniqueRule
+from crossfade.phase import Phase
+from crossfade.record import CF, Image, Record
+from crossfade.stores.errors import Fenced
+from crossfade.values import Unmappable, id_to_text
+
+_T = TypeVar("_T")
+_FAILED = (errors.StoreUnavailable, Fenced)
+
+
+@dataclass
+class Reader:
+    """Reads records of one migration."""
+
+    pair: Pair
+    breaker: Breaker = field(default_factory=Breaker)
+
+    async def get(self, entity: Entity, id_: Any) -> Record | None:
+        """The record with this id, or None.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: no store that may answer did.
+        """
+        options = self.pair.options
+
+        async def mongo(timeout: float) -> Image | None:
+            return _alive(await self.pair.mongo.read(entity, id_, timeout=timeout))
+
+        async def postgres(timeout: float) -> Image | None:
+            return await self.pair.postgres.read(entity, id_, timeout=timeout)
+
+        found, source, stale = await self._first(
+            entity, mongo, postgres, options.primary_deadline, id_=id_, missing=lambda image: image is None
+        )
+        return None if found is None else _record(found, source, stale=stale)
+
+    async def find_by_key(self, entity: Entity, rule_name: str, value: str) -> Record | None:
+        """The record that holds ``value`` under a unique rule: exactly as spelt, else normalised; or None."""
+        rule = _rule(entity, rule_name)
+        phase = self.pair.board.control.phase
+
+        async def mongo(timeout: float) -> Image | None:
+            return await self._mongo_by_key(entity, rule, value, phase, timeout)
+
+        async def postgres(timeout: float) -> Image | None:
+            columns = {column.field: column.to for column in entity.columns}
+            if "\0" in value:
+                return (
+                    None  # PostgreSQL's text cannot hold it, so no row does; MongoDB is asked where it may be
+                )
+            found = await self.pair.postgres.read_where(entity, columns[rule.field], value, timeout=timeout)
+            if found is not None and found.document.get(rule.field) == value:
+                return found
+            return await self.pair.postgres.read_where(
+                entity, rule.to, rule.normalise(value), timeout=timeout
+            )
+
+        found, source, stale = await self._first(
+            entity, mongo, postgres, self.pair.options.primary_deadline, missing=lambda image: image is None
+        )
+        return None if found is None else _record(found, source, stale=stale)
+
+    async def _mongo_by_key(
+        self, entity: Entity, rule: UniqueRule, value: str, phase: Phase, timeout: float
+    ) -> Image | None:
+        queries: list[dict[str, Any]] = [
+            {rule.field: value},
+            {f"{CF}.keys.{rule.rule}": rule.normalise(value)},
+        ]
+        if phase is Phase.MONGO_ONLY:
+            # Before `crossfade init` has stamped them, old documents have no normalised key.
+            queries.append({rule.field: {"$regex": f"^\\s*{re.escape(value.strip())}\\s*$", "$options": "i"}})
+        for query in queries:
+            found = await self.pair.mongo.find(entity, query, limit=1, timeout=timeout)
+            if found:
+                return found[0]
+        return None
+
+    async def find(self, entity: Entity, where: Mapping[str, Any], *, limit: int) -> list[Record]:
+        """Up to ``limit`` records whose fields equal these values, by id."""
+
+        async def mongo(timeout: float) -> list[Image]:
+            return await self.pair.mongo.find(entity, where, limit=limit, timeout=timeout)
+
+        async def postgres(timeout: float) -> list[Image]:
+            return await self.pair.postgres.find(entity, where, limit=limit, timeout=timeout)
+
+        found, source, stale = await self._first(
+            entity, mongo, postgres, self.pair.options.primary_deadline, where=where
+        )
+        return [_record(image, source, stale=stale) for image in found]
+
+    async def count(self, entity: Entity, where: Mapping[str, Any]) -> int:
+        """How many records have fields that equal these values."""
+
+        async def mongo(timeout: float) -> int:
+            return await self.pair.mongo.count(entity, where, timeout=timeout)
+
+        async def postgres(timeout: float) -> int:
+            return await self.pair.postgres.count(entity, where, timeout=timeout)
+
+        number, _, _ = await self._first(
+            entity, mongo, postgres, self.pair.options.primary_deadline, where=where
+        )
+        return number
+
+    async def _first(
+        self,
+        entity: Entity,
+        mongo: Callable[[float], Awaitable[_T]],
+        postgres: Callable[[float], Awaitable[_T]],
+        deadline: float,
+        *,
+        id_: Any = None,
+        where: Mapping[str, Any] | None = None,
+        missing: Callable[[_T], bool] | None = None,
+    ) -> tuple[_T, str, bool]:
+        """Ask the stores in the order that the phase and the board allow: (answer, source, stale)."""
+        began = time.perf_counter()
+        control = self.pair.board.control
+        try:
+            if control.phase.rules.primary == "postgres":
+                return await self._postgres_primary(entity, control, mongo, postgres, deadline, id_)
+            return await self._mongo_primary(entity, control, mongo, postgres, deadline, id_, where, missing)
+        except Unmappable as cause:
+            raise errors.Quarantined(f"a document of {entity.name} cannot be read: {cause}") from cause
+        finally:
+            observe.READ_SECONDS.labels(self.pair.name).observe(time.perf_counter() - began)
+
+    async def _mongo_primary(
+        self,
+        entity: Entity,
+        control: Control,
+        mongo: Callable[[float], Awaitable[_T]],
+        postgres: Callable[[float], Awaitable[_T]],
+        deadline: float,
+        id_: Any,
+        where: Mapping[str, Any] | None,
+        missing: Callable[[_T], bool] | None,
+    ) -> tuple[_T, str, bool]:
+        reason = self._not_postgres(entity, control, id_, where)
+        if reason is None:
+            try:
+                answer = await self._guarded(postgres)
+            except _FAILED:
+                reason = "postgres failed"
+            else:
+                if missing is None or not missing(answer) or self._absence_is_final(entity, control):
+                    self._count(entity, "postgres", "first")
+                    return answer, "postgres", False
+                reason = "absent in postgres"
+        try:
+            answer = await mongo(deadline)
+        except _FAILED:
+            if not control.postgres_first or control.unreadable or self._on_board(entity, id_):
+                raise
+            if where is not None and not self.pair.postgres.can_find(entity, where):
+                raise
+            answer = await self._guarded(postgres)
+            if missing is not None and missing(answer):
+                raise
+            self._count(entity, "postgres", "mongo failed")
+            return answer, "postgres", True
+        self._count(entity, "mongo", reason)
+        return answer, "mongo", False
+
+    async def _postgres_primary(
+        self,
+        entity: Entity,
+        control: Control,
+        mongo: Callable[[float], Awaitable[_T]],
+        postgres: Callable[[float], Awaitable[_T]],
+        deadline: float,
+        id_: Any,
+    ) -> tuple[_T, str, bool]:
+        try:
+            answer = await postgres(deadline if self.breaker.state == "closed" else 0.25)
+        except _FAILED as cause:
+            self.breaker.failed()
+            if not control.phase.rules.dual or self._on_board(entity, id_):
+                # MongoDB is known to lack an acknowledged write of this record.
+                raise
+            try:
+                answer = await mongo(self.pair.options.secondary_deadline * 4)
+            except _FAILED:
+                raise cause from None
+            self._count(entity, "mongo", "postgres failed")
+            return answer, "mongo", True
+        self.breaker.succeeded()
+        self._count(entity, "postgres", "primary")
+        return answer, "postgres", False
+
+    def _not_postgres(
+        self, entity: Entity, control: Control, id_: Any, where: Mapping[str, Any] | None
+    ) -> str | None:
+        """Why PostgreSQL may not be asked first; None: it may."""
+        board = self.pair.board
+        look = board.look
+        if not control.postgres_first:
+            return "phase"
+        if look is None or board.age > self.pair.options.board_age:
+            return "board too old"
+        if control.unreadable is not None:
+            return "secondary unreadable"
+        if id_ is None:
+            if entity.name in look.owed_entities:
+                return "entity in debt"
+            if where is not None and not self.pair.postgres.can_find(entity, where):
+                return "no column"
+        elif entity.name in look.overflown or (entity.name, id_to_text(id_)) in look.ids:
+            return "in debt"
+        return None if self.breaker.allows() else "postgres down"
+
+    def _on_board(self, entity: Entity, id_: Any) -> bool:
+        look = self.pair.board.look
+        if look is None or entity.name in look.overflown:
+            return True
+        if id_ is None:
+            return entity.name in look.owed_entities
+        return (entity.name, id_to_text(id_)) in look.ids
+
+    def _absence_is_final(self, entity: Entity, control: Control) -> bool:
+        """Backfilled (phase 3 wants that), nobody writes to MongoDB alone, and nothing is owed."""
+        look = self.pair.board.look
+        return (
+            control.phase is Phase.POSTGRES_READ
+            and not control.foreign_writers
+            and look is not None
+            and entity.name not in look.owed_entities
+        )
+
+    async def _guarded(self, postgres: Callable[[float], Awaitable[_T]]) -> _T:
+        try:
+            answer = await postgres(self.pair.options.secondary_deadline)
+        except _FAILED:
+            self.breaker.failed()
+            raise
+        except BaseException:
+            self.breaker.succeeded()
+            raise
+        self.breaker.succeeded()
+        return answer
+
+    def _count(self, entity: Entity, source: str, reason: str | None) -> None:
+        observe.READS.labels(self.pair.name, entity.name, source, reason or "first").inc()
+
+
+def _alive(image: Image | None) -> Image | None:
+    return None if image is None or image.deleted else image
+
+
+def _record(image: Image, source: str, *, stale: bool) -> Record:
+    return Record(image.id, image.document, image.rev, source, stale)
+
+
+def _rule(entity: Entity, name: str) -> UniqueRule:
+    for rule in entity.unique:
+        if rule.rule == name:
+            return rule
+    known = ", ".join(rule.rule for rule in entity.unique) or "none"
+    raise errors.ConfigurationError(f"entity {entity.name!r} has no unique rule {name!r}; it has: {known}")

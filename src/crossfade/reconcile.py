@@ -1,0 +1,291 @@
+"""Drives every debt to settled: a background task of each worker, and `crossfade reconcile`.
+
+Any number of reconcilers may run on the same debts: each step is idempotent, and they take them in random
+order. A debt is taken once it has been *seen* for a while by this process's own clock: a write in flight settles
+its own, and no two clocks are compared.
+
+The sweeps adopt what foreign writers left: by ``updatedAt`` with an overlap, and, as the guarantee, a full pass
+against the rows' digests, which also finds what was deleted behind our back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from crossfade import errors, observe
+from crossfade.board import boot_clock
+from crossfade.control import STEADY, Control
+from crossfade.debt import Pair, Settled, Settler
+from crossfade.entity import Entity
+from crossfade.record import Image, new_operation
+from crossfade.stores.errors import Fenced
+from crossfade.stores.mongo import Owed
+from crossfade.stores.postgres import Delivery
+from crossfade.values import Unmappable, id_to_text
+from crossfade.write import Writer
+
+#: A foreign writer's clock may be this wrong before the sweep by ``updatedAt`` misses its write.
+OVERLAP = timedelta(seconds=60)
+_AT_ONCE = 8
+_BATCH = 1000
+
+
+@dataclass
+class Round:
+    """What one round of reconciling did.
+
+    Attributes:
+        settled, parked, open: debts by how they ended; ``open``: still tentative, or written meanwhile.
+        failed: a store did not answer.
+        adopted: foreign writes that a sweep lifted.
+        cause: why the last one failed.
+    """
+
+    settled: int = 0
+    parked: int = 0
+    open: int = 0
+    failed: int = 0
+    adopted: int = 0
+    cause: str = ""
+
+    @property
+    def clean(self) -> bool:
+        """Nothing is left to do but what waits for a person."""
+        return not self.open and not self.failed
+
+
+@dataclass
+class Reconciler:
+    """Reconciles one migration in one worker."""
+
+    pair: Pair
+    settler: Settler
+    writer: Writer
+    _task: asyncio.Task[None] | None = None
+    _parked: dict[tuple[str, str, int], float] = field(default_factory=dict)
+    _swept: datetime | None = None
+
+    def start(self) -> None:
+        """Reconcile in the background until `stop`."""
+        self._task = asyncio.create_task(self._run(), name=f"reconciler of {self.pair.name}")
+
+    async def stop(self) -> None:
+        """Stop at the next await; what is not settled stays in debt."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        options = self.pair.options
+        # Workers that start together must not sweep together.
+        next_sweep = boot_clock() + options.sweep * random.random()
+        next_full = boot_clock() + options.full_sweep * (0.5 + random.random())
+        while True:
+            await asyncio.sleep(options.poll * (0.8 + 0.4 * random.random()))
+            try:
+                await self._background_round()
+                control = self.pair.board.control
+                if control.phase.rules.primary == "mongo" and control.phase.rules.dual:
+                    if options.full_sweep and boot_clock() >= next_full:
+                        await self.full_sweep()
+                        next_full = boot_clock() + options.full_sweep
+                    if options.sweep and boot_clock() >= next_sweep:
+                        await self.sweep()
+                        next_sweep = boot_clock() + options.sweep
+            except (errors.CrossfadeError, Unmappable) as cause:
+                observe.log().debug(f"Reconciling waits: {cause}", context="Reconcile")
+
+    async def _background_round(self) -> None:
+        board, options = self.pair.board, self.pair.options
+        look = board.look
+        if look is None or look.control.state != STEADY or not board.lease_valid:
+            return
+        due = [
+            debt
+            for debt in (*look.owed, *look.deliveries)
+            if board.seen_for(debt) >= (options.tentative if debt.tentative else options.reconcile_age)
+        ]
+        secondary_answers = look.postgres if look.control.phase.rules.primary == "mongo" else look.mongo
+        if due and secondary_answers:
+            done = await self._settle(due, look.control, retry_parked=False)
+            if done.settled:
+                observe.log().info(
+                    f"Settled {done.settled} debts", context="Reconcile", migration=self.pair.name
+                )
+        if look.control.unreadable is not None and look.postgres:
+            await board.lift_unreadable(self._settle_everything)
+
+    async def _settle_everything(self) -> bool:
+        return (await self.reconcile(retry_parked=False, wait_for_open=False)).clean
+
+    async def reconcile(self, *, retry_parked: bool = True, wait_for_open: bool = True) -> Round:
+        """Settle until nothing is owed but what is parked.
+
+        ``wait_for_open``: wait for open ``ROLLBACK_BOTH`` writes to pass their deadline, and undo them.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: the primary cannot be reached.
+        """
+        total = Round()
+        began = boot_clock()
+        while True:
+            look = await self.pair.board.refresh()
+            debts = [*look.owed, *look.deliveries]
+            done = await self._settle(debts, look.control, retry_parked=retry_parked)
+            retry_parked = False
+            total.settled += done.settled
+            total.parked, total.open, total.failed = done.parked, done.open, done.failed
+            total.cause = done.cause or total.cause
+            if done.failed or (not done.settled and not done.open):
+                return total
+            if done.open and (
+                not wait_for_open or boot_clock() - began > self.pair.options.tentative * 4 + 10
+            ):
+                return total
+            if done.open:
+                await asyncio.sleep(self.pair.options.poll)
+
+    async def _settle(
+        self, debts: Sequence[Owed | Delivery], control: Control, *, retry_parked: bool
+    ) -> Round:
+        """Settle these, in random order, some at once; stops asking a store that does not answer."""
+        done = Round()
+        waiting = list(debts)
+        random.shuffle(waiting)
+
+        async def work() -> None:
+            while waiting and done.failed < _AT_ONCE:
+                debt = waiting.pop()
+                if debt.parked is not None and not retry_parked and not self._retry_due(debt):
+                    done.parked += 1
+                    continue
+                try:
+                    settled = await self._one(debt, control)
+                except (errors.StoreUnavailable, Fenced) as cause:
+                    done.failed += 1
+                    done.cause = str(cause)
+                    continue
+                if settled in (Settled.CONFIRMED, Settled.GONE):
+                    done.settled += 1
+                    observe.SETTLED.labels(self.pair.name, debt.entity).inc()
+                elif settled is Settled.PARKED:
+                    done.parked += 1
+                else:
+                    done.open += 1
+
+        await asyncio.gather(*(work() for _ in range(_AT_ONCE)))
+        done.failed += len(waiting)
+        return done
+
+    def _retry_due(self, debt: Owed | Delivery) -> bool:
+        """A parked debt is tried again now and then, never in a hot loop."""
+        key = (debt.entity, id_to_text(debt.id), debt.rev)
+        now = boot_clock()
+        if now < self._parked.setdefault(key, now + self.pair.options.parked_retry):
+            return False
+        self._parked[key] = now + self.pair.options.parked_retry
+        return True
+
+    async def _one(self, debt: Owed | Delivery, control: Control) -> Settled:
+        entity = self.pair.entities[debt.entity]
+        timeout = self.pair.options.primary_deadline
+        overdue = self.pair.board.seen_for(debt) >= self.pair.options.tentative
+        if isinstance(debt, Delivery):
+            if debt.tentative is not None:
+                if overdue:
+                    await self.writer.undo_in_postgres(entity, debt, control)
+                return Settled.OPEN
+            return await self.settler.deliver(debt, control, timeout=timeout)
+        if debt.tombstone:
+            return await self.settler.bring_tombstone(entity, debt.id, control, timeout=timeout)
+        return await self.settler.settle_one(entity, debt.id, control, undo_tentative=overdue)
+
+    # --- sweeping for foreign writes ------------------------------------------------------------------------
+
+    async def sweep(self) -> int:
+        """Adopt documents changed since the last sweep, by ``updatedAt``; how many were lifted."""
+        began = datetime.now(UTC)
+        since = (self._swept or began) - OVERLAP
+        adopted = 0
+        for entity in self.pair.entities.values():
+            if any(column.field == "updatedAt" for column in entity.columns):
+                changed = self.pair.mongo.changed_since(
+                    entity, "updatedAt", since, batch=_BATCH, timeout=self.pair.options.primary_deadline
+                )
+                adopted += await self._adopt_all(entity, changed)
+        self._swept = began
+        return adopted
+
+    async def full_sweep(self) -> int:
+        """Adopt every document whose content is not its row's, and every foreign delete; how many."""
+        adopted = 0
+        for entity in self.pair.entities.values():
+            found = self.pair.mongo.scan(entity, batch=_BATCH, timeout=self.pair.options.primary_deadline)
+            adopted += await self._adopt_all(entity, found)
+            adopted += await self._adopt_deletes(entity)
+        return adopted
+
+    async def _adopt_all(self, entity: Entity, found: AsyncIterator[Image | tuple[Any, bytes]]) -> int:
+        adopted = 0
+        batch: list[Image | tuple[Any, bytes]] = []
+        async for one in found:
+            batch.append(one)
+            if len(batch) >= _BATCH:
+                adopted += await self._adopt_batch(entity, batch)
+                batch = []
+        return adopted + await self._adopt_batch(entity, batch)
+
+    async def _adopt_batch(self, entity: Entity, batch: Sequence[Image | tuple[Any, bytes]]) -> int:
+        if not batch:
+            return 0
+        timeout = self.pair.options.primary_deadline
+        control = self.pair.board.control
+        ids = [one.id if isinstance(one, Image) else one[0] for one in batch]
+        held = await self.pair.postgres.held_many(entity, ids, timeout=timeout)
+        quarantined = await self.pair.postgres.quarantined_among(entity, ids, timeout=timeout)
+        adopted = 0
+        for id_, one in zip(ids, batch, strict=True):
+            key = id_to_text(id_)
+            if isinstance(one, Image):
+                if one.debt is not None or one.deleted or held.get(key) == (one.rev, one.digest):
+                    continue
+                if quarantined.get(key) == one.digest:
+                    continue
+            elif key in quarantined:
+                continue
+            if await self.settler.settle_one(entity, id_, control) is Settled.CONFIRMED:
+                adopted += 1
+        return adopted
+
+    async def _adopt_deletes(self, entity: Entity) -> int:
+        """Rows whose document is gone without a tombstone: deleted by a foreign writer, after a second look."""
+        pair = self.pair
+        timeout = pair.options.primary_deadline
+        control = pair.board.control
+        adopted = 0
+        after = ""
+        while True:
+            rows = await pair.postgres.ids_after(entity, after, limit=_BATCH, timeout=timeout)
+            if not rows:
+                return adopted
+            after = rows[-1][0]
+            present = await pair.mongo.present(entity, [id_ for _, id_, _ in rows], timeout=timeout)
+            gone = [(id_, rev) for text, id_, rev in rows if text not in present]
+            if gone:
+                await asyncio.sleep(1.0)  # a write in flight may have put the row first: look again
+            for id_, rev in gone:
+                if await pair.mongo.read_raw(entity, id_, timeout=timeout) is not None:
+                    continue
+                now = await pair.postgres.held(entity, id_, timeout=timeout)
+                if now.rev != rev:
+                    continue
+                await pair.mongo.bury(
+                    entity, id_, rev=rev + 1, op=new_operation(), owed=True, timeout=timeout
+                )
+                await self.settler.bring_tombstone(entity, id_, control, timeout=timeout)
+                adopted += 1

@@ -1,0 +1,177 @@
+"""Reading whole collections from MongoDB: raw BSON, in ``_id`` order, for a thread of its own.
+
+One long sorted cursor is about twice as fast as a query per chunk. It may be lost (a fail-over, a cursor that
+timed out); it is then opened again behind the last document that was handed out, so the caller never notices.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import bson
+import pymongo
+from bson.errors import BSONError
+from bson.raw_bson import RawBSONDocument
+from pymongo import MongoClient
+from pymongo.errors import (
+    AutoReconnect,
+    ConfigurationError,
+    CursorNotFound,
+    OperationFailure,
+    PyMongoError,
+)
+from pymongo.read_preferences import ReadPreference
+
+from crossfade import errors
+from crossfade.entity import Entity
+from crossfade.values import CODEC_OPTIONS
+
+STORE = "mongo"
+#: How often a lost cursor is opened again before the store counts as unreachable.
+ATTEMPTS = 5
+
+_RAW = CODEC_OPTIONS.with_options(document_class=RawBSONDocument)
+_length = struct.Struct("<i").unpack_from
+
+
+def split(batch: bytes) -> list[bytes]:
+    """The documents of a raw batch."""
+    documents = []
+    at = 0
+    while at < len(batch):
+        end = at + _length(batch, at)[0]
+        documents.append(batch[at:end])
+        at = end
+    return documents
+
+
+def id_of(raw: bytes) -> Any:
+    """The ``_id`` of a stored document that may not decode as a whole; invalid UTF-8 in it is replaced."""
+    options = CODEC_OPTIONS.with_options(unicode_decode_error_handler="backslashreplace")
+    try:
+        # Every server stores it first.
+        return bson.decode(raw, options)["_id"]
+    except (BSONError, KeyError):
+        return RawBSONDocument(raw, _RAW)["_id"]
+
+
+class BulkMongo:
+    """One MongoDB database, read in bulk. Blocking: every method belongs into a thread.
+
+    Args:
+        uri: ``mongodb://.../<database>``.
+        select_timeout: seconds to find a server.
+
+    Raises:
+        crossfade.errors.ConfigurationError: the URI cannot be understood or names no database.
+    """
+
+    def __init__(self, uri: str, *, select_timeout: float = 5.0) -> None:
+        try:
+            self._client: MongoClient[Any] = MongoClient(
+                uri,
+                serverSelectionTimeoutMS=int(select_timeout * 1000),
+                connectTimeoutMS=int(select_timeout * 1000),
+                # A round trip fetches at most 16 MiB; a server that needs longer hangs.
+                socketTimeoutMS=120_000,
+                appname="crossfade bulk",
+            )
+            self._database = self._client.get_default_database().with_options(
+                codec_options=_RAW, read_preference=ReadPreference.PRIMARY
+            )
+        except ConfigurationError as cause:
+            raise errors.ConfigurationError(
+                f"MONGO_URI cannot be used: {cause}. Write mongodb://host:port/<database>"
+            ) from None
+        except (PyMongoError, ValueError) as cause:
+            raise errors.ConfigurationError(f"MONGO_URI cannot be used: {cause}") from None
+        nodes = pymongo.uri_parser.parse_uri(uri, validate=False)["nodelist"] if "+srv" not in uri else []
+        self.address = ",".join(f"{host}:{port}" for host, port in nodes) or "the cluster in MONGO_URI"
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def count(self, entity: Entity) -> int:
+        """About how many documents there are; for a progress bar only."""
+        try:
+            return int(self._database[entity.collection].estimated_document_count())
+        except PyMongoError as cause:
+            raise self._unreachable(cause) from cause
+
+    def read(
+        self,
+        entity: Entity,
+        queries_after: Callable[[Mapping[str, Any] | None], list[dict[str, Any]]],
+        position: Mapping[str, Any] | None,
+        *,
+        batch: int,
+    ) -> Iterator[bytes]:
+        """Every document after ``position``, raw, in the server's order of ids.
+
+        Args:
+            entity: whose collection to read.
+            queries_after: the plan (`crossfade.bulk.plan.queries_after`).
+            position: ``{"_id": last id done}`` or None.
+            batch: documents fetched in one round trip, at most; the server also ends one at 16 MiB.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: no answer, also not after `ATTEMPTS` tries.
+        """
+        failures = 0
+        last: bytes | None = None
+        while True:
+            try:
+                for query in queries_after(position):
+                    cursor = self._database[entity.collection].find_raw_batches(
+                        query, sort=[("_id", 1)], batch_size=batch
+                    )
+                    for raw_batch in cursor:
+                        for raw in split(raw_batch):
+                            last = raw
+                            yield raw
+                        failures = 0
+                return
+            except (AutoReconnect, CursorNotFound, OperationFailure) as cause:
+                failures += 1
+                if failures >= ATTEMPTS or (isinstance(cause, OperationFailure) and not _is_passing(cause)):
+                    raise self._unreachable(cause) from cause
+                time.sleep(0.2 * 2**failures)
+            except PyMongoError as cause:
+                raise self._unreachable(cause) from cause
+            if last is not None:
+                position = {"_id": id_of(last)}
+
+    def fetch(self, entity: Entity, ids: Sequence[Any]) -> list[bytes]:
+        """The documents with these ids, raw, those that there are."""
+        try:
+            found = self._database[entity.collection].find_raw_batches({"_id": {"$in": list(ids)}})
+            return [raw for batch in found for raw in split(batch)]
+        except PyMongoError as cause:
+            raise self._unreachable(cause) from cause
+
+    def tombstones(self, entity: Entity, ids: Iterable[str]) -> set[str]:
+        """Those of these id texts that have a tombstone whose delete PostgreSQL has not confirmed."""
+        from crossfade.stores.mongo import TOMBSTONES
+
+        keys = [{"entity": entity.name, "id": text} for text in ids]
+        try:
+            found = self._database[TOMBSTONES].find({"_id": {"$in": keys}, "debt": {"$exists": True}})
+            return {str(note["_id"]["id"]) for note in found}
+        except PyMongoError as cause:
+            raise self._unreachable(cause) from cause
+
+    def _unreachable(self, cause: Exception) -> errors.StoreUnavailable:
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0][:200]
+        return errors.StoreUnavailable(
+            STORE,
+            f"cannot read MongoDB at {self.address} ({reason}). Is it running? MONGO_URI sets the address.",
+        )
+
+
+def _is_passing(cause: OperationFailure) -> bool:
+    # DocumentDB reports an engine that restarts as code 1; refused credentials do not pass.
+    return isinstance(cause, CursorNotFound) or cause.code not in (13, 18)

@@ -1,0 +1,791 @@
+"""Writing whole collections to PostgreSQL, a chunk in a transaction, and reading them back in ranges.
+
+What a chunk promises
+    The chunk's rows, the quarantine entries and the checkpoint are one transaction, bound to one epoch of the
+    control record under the shared advisory lock: after a kill at any instant the run goes on behind what is
+    there. The upsert carries the same guard as a single image's: it replaces a row only by a newer revision
+    (or the same content under a newer mapping), and inserts nothing that a tombstone covers. A delete that
+    commits while the chunk is under way cannot be seen by it; therefore `look_again`, after the commit.
+
+Why it is fast
+    Parents go through a temporary table, because only an INSERT can be guarded. Child rows, most of the
+    volume, are copied straight into their table, once it is known which parents won.
+
+One bad row and its neighbours
+    A chunk is written at once inside a savepoint. If the server refuses it, rows that collide on a unique key
+    are found by joins and set aside; what still fails is halved until the one row is found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+import psycopg
+from psycopg import AsyncConnection, sql
+from psycopg.abc import Buffer
+from psycopg.adapt import Loader
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import Format
+from sqlalchemy import Table
+
+from crossfade import errors
+from crossfade.entity import META_COLUMNS, Entity
+from crossfade.stores.copy_format import HEADER, TRAILER, ColumnType, compile_row, compile_rows
+from crossfade.stores.errors import Fenced
+
+STORE = "postgres"
+#: Times a chunk is tried when the server breaks a deadlock or a snapshot conflict by refusing it.
+ATTEMPTS = 5
+
+# What a row is to blame for: bad values (class 22), broken rules (class 23), too large for an index or a page.
+_ROW_FAULTS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
+_PASSING = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRow:
+    """A document, converted and encoded.
+
+    Attributes:
+        id: the document's ``_id``; ``text`` is its id text.
+        raw: the document as found.
+        rev, digest: of its image.
+        parent: the parent row in binary COPY form.
+        children: for each child table, the rows in binary COPY form, joined.
+    """
+
+    id: Any
+    text: str
+    raw: bytes
+    rev: int
+    digest: bytes
+    parent: bytes
+    children: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BadDocument:
+    """A document that cannot be carried over, as it goes to quarantine.
+
+    Attributes:
+        id: its ``_id`` as far as it can be told; ``text`` is its id text.
+        reason, field: for a person, without the value.
+        digest: of the bytes as found.
+    """
+
+    id: Any
+    text: str
+    raw: bytes
+    rev: int
+    digest: bytes
+    reason: str
+    field: str | None
+
+
+@dataclass(slots=True)
+class Written:
+    """What became of a chunk's rows.
+
+    Attributes:
+        inserted, updated, same: rows.
+        behind: ids of documents whose row is newer, or a fork, or covered by a tombstone.
+        violations: (id, rule) of documents that break a unique rule or a reference; not written.
+        refused: documents that the table does not take for another reason; in quarantine.
+    """
+
+    inserted: int = 0
+    updated: int = 0
+    same: int = 0
+    behind: list[Any] = field(default_factory=list)
+    violations: list[tuple[Any, str]] = field(default_factory=list)
+    refused: list[BadDocument] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A row of ``crossfade.runs``; see schema.sql for the columns."""
+
+    run: uuid.UUID
+    epoch: int
+    state: str
+    position: bytes | None
+    pending: bytes | None
+    counts: dict[str, Any]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRecord:
+    """A record as PostgreSQL holds it.
+
+    Attributes:
+        text: id text.
+        parent, children: as `Entity.from_rows` takes them.
+        rev, digest: as noted in the row.
+    """
+
+    text: str
+    parent: tuple[Any, ...]
+    children: tuple[tuple[tuple[Any, ...], ...], ...]
+    rev: int
+    digest: bytes
+
+
+class _RawJson(Loader):
+    format = Format.BINARY
+
+    def load(self, data: Buffer) -> bytes:
+        # The first byte is the version of jsonb's binary form.
+        return bytes(data)[1:]
+
+
+def _name(table: Table) -> sql.Identifier:
+    return sql.Identifier(table.schema, table.name) if table.schema else sql.Identifier(table.name)
+
+
+def _list(columns: Iterable[str]) -> sql.Composed:
+    return sql.SQL(", ").join(map(sql.Identifier, columns))
+
+
+@dataclass(frozen=True, slots=True)
+class _UniqueIndex:
+    name: str
+    columns: tuple[str, ...]
+
+
+class EntityTables:
+    """What the database says about an entity's tables, and the statements composed from it.
+
+    Attributes:
+        write_parent: encodes a parent row: `Entity.parent_columns`, then the meta columns.
+        write_children: for each child table, encodes the rows of one document.
+    """
+
+    def __init__(
+        self,
+        entity: Entity,
+        types: dict[str, dict[str, ColumnType]],
+        unique: Sequence[_UniqueIndex],
+        deferred: bool,
+    ) -> None:
+        self.entity = entity
+        self.columns = (*entity.parent_columns, *META_COLUMNS)
+        self.unique = tuple(unique)
+        self.deferred = deferred
+        self._rules = {rule.to: rule.rule for rule in entity.unique}
+        parent = types[_key(entity.table)]
+        self.write_parent: Callable[[tuple[Any, ...]], bytes] = compile_row([parent[c] for c in self.columns])
+        self.write_children: tuple[Callable[[Any], bytes], ...] = tuple(
+            compile_rows([types[_key(child.table)][c] for c in child.columns]) for child in entity.children
+        )
+        self._compose()
+
+    def rule_of(self, constraint: str) -> str:
+        """The rule that a unique index stands for; the constraint's own name where no rule is declared."""
+        for index in self.unique:
+            if index.name == constraint:
+                for column in index.columns:
+                    if column in self._rules:
+                        return self._rules[column]
+        return constraint
+
+    def _compose(self) -> None:
+        entity, columns = self.entity, _list(self.columns)
+        table = self.table = _name(entity.table)
+        stage = sql.Identifier(f"crossfade_stage_{entity.name}")
+        owners = [(_name(child.table), sql.Identifier(child.columns[0])) for child in entity.children]
+        assigned = sql.SQL(", ").join(
+            sql.SQL("{0} = EXCLUDED.{0}").format(sql.Identifier(c)) for c in self.columns if c != "id"
+        )
+        # AS SELECT, not LIKE: constraints must bind where the row is to stay, not here.
+        self.create_stage = sql.SQL(
+            "CREATE TEMPORARY TABLE IF NOT EXISTS {} ON COMMIT DELETE ROWS AS SELECT {} FROM {} WITH NO DATA"
+        ).format(stage, columns, table)
+        self.empty_stage = sql.SQL("TRUNCATE {}").format(stage)
+        self.copy_stage = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(stage, columns)
+        # xmax is 0 only in a row that this statement inserted.
+        self.upsert = sql.SQL(
+            "WITH won AS ("
+            "INSERT INTO {table} AS t ({columns}) SELECT {columns} FROM {stage} AS s WHERE NOT EXISTS ("
+            "SELECT FROM crossfade.tombstones AS d WHERE d.entity = %s AND d.id = s.id AND d.rev >= s.cf_rev) "
+            "ON CONFLICT (id) DO UPDATE SET {assigned} "
+            "WHERE t.cf_rev < EXCLUDED.cf_rev OR (t.cf_rev = EXCLUDED.cf_rev "
+            "AND t.cf_digest = EXCLUDED.cf_digest AND t.cf_mapping < EXCLUDED.cf_mapping) "
+            "RETURNING id, xmax = 0 AS fresh) "
+            "SELECT count(*) FILTER (WHERE won.fresh), array_agg(s.id) FILTER (WHERE NOT won.fresh), "
+            "array_agg(s.id) FILTER (WHERE won.id IS NULL) FROM {stage} AS s LEFT JOIN won USING (id)"
+        ).format(table=table, columns=columns, stage=stage, assigned=assigned)
+        self.classify = sql.SQL(
+            "SELECT s.id FROM {stage} AS s LEFT JOIN {table} AS t USING (id) "
+            "LEFT JOIN crossfade.tombstones AS d ON d.entity = %s AND d.id = s.id AND d.rev >= s.cf_rev "
+            "WHERE s.id = ANY(%s) AND NOT (d.id IS NULL AND t.id IS NOT NULL "
+            "AND t.cf_rev = s.cf_rev AND t.cf_digest = s.cf_digest)"
+        ).format(stage=stage, table=table)
+        self.copy_children = [
+            sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(_name(c.table), _list(c.columns))
+            for c in entity.children
+        ]
+        self.drop_children = [
+            sql.SQL("DELETE FROM {} WHERE {} = ANY(%s)").format(child, owner) for child, owner in owners
+        ]
+        self.leave_quarantine = sql.SQL(
+            "DELETE FROM crossfade.quarantine AS q USING {} AS s "
+            "WHERE q.entity = %s AND q.id = s.id AND q.rev <= s.cf_rev"
+        ).format(stage)
+        self.violators = [self._violators(index, stage) for index in self.unique]
+        self.covered = sql.SQL(
+            "SELECT t.id FROM crossfade.tombstones AS d JOIN {} AS t ON t.id = d.id "
+            "WHERE d.entity = %s AND d.id >= %s AND d.id <= %s AND t.cf_rev <= d.rev FOR UPDATE OF t"
+        ).format(table)
+        self.drop_parents = sql.SQL("DELETE FROM {} WHERE id = ANY(%s)").format(table)
+        self.select_range = sql.SQL(
+            "SELECT {} FROM {} WHERE id > %s AND id <= %s ORDER BY id LIMIT %s"
+        ).format(columns, table)
+        self.select_ids = sql.SQL("SELECT {} FROM {} WHERE id = ANY(%s)").format(columns, table)
+        self.select_children = [
+            sql.SQL("SELECT {} FROM {} WHERE {} = ANY(%s) ORDER BY {}").format(
+                _list(c.columns),
+                _name(c.table),
+                sql.Identifier(c.columns[0]),
+                _list(c.columns[: 2 if c.is_list else 1]),
+            )
+            for c in entity.children
+        ]
+
+    def _violators(self, index: _UniqueIndex, stage: sql.Identifier) -> sql.Composed:
+        """Rows of the stage whose key another row has: one in the table, or an earlier one in the stage."""
+        same_key = sql.SQL(" AND ").join(
+            sql.SQL("t.{0} = s.{0}").format(sql.Identifier(c)) for c in index.columns
+        )
+        present = sql.SQL(" AND ").join(
+            sql.SQL("{} IS NOT NULL").format(sql.Identifier(c)) for c in index.columns
+        )
+        return sql.SQL(
+            "SELECT s.id FROM {stage} AS s JOIN {table} AS t ON {same_key} AND t.id <> s.id UNION "
+            "SELECT id FROM (SELECT id, row_number() OVER (PARTITION BY {columns} ORDER BY id) AS place "
+            "FROM {stage} WHERE {present}) AS twins WHERE place > 1"
+        ).format(
+            stage=stage, table=self.table, same_key=same_key, columns=_list(index.columns), present=present
+        )
+
+
+def _key(table: Table) -> str:
+    return f"{table.schema}.{table.name}" if table.schema else table.name
+
+
+class BulkPostgres:
+    """One connection to PostgreSQL for one bulk run.
+
+    Made by `connect`. Not for use by two tasks at once.
+    """
+
+    def __init__(self, connection: AsyncConnection[Any], address: str) -> None:
+        self._connection = connection
+        self.address = address
+
+    @classmethod
+    async def connect(cls, url: str, *, connect_timeout: int = 5) -> BulkPostgres:
+        """Connect.
+
+        Args:
+            url: ``postgresql://...``.
+            connect_timeout: seconds.
+
+        Raises:
+            crossfade.errors.ConfigurationError: the URL cannot be understood.
+            crossfade.errors.StoreUnavailable: no connection to be had.
+        """
+        try:
+            parts = conninfo_to_dict(url)
+        except psycopg.ProgrammingError as cause:
+            raise errors.ConfigurationError(
+                f"DATABASE_URL cannot be used: {str(cause).strip()}. "
+                "Write postgresql://user:password@host:port/database"
+            ) from None
+        address = f"{parts.get('host', 'the local socket')}:{parts.get('port', 5432)}"
+        with translated(address):
+            connection = await AsyncConnection.connect(
+                url,
+                autocommit=True,
+                connect_timeout=connect_timeout,
+                application_name="crossfade bulk",
+                options="-c synchronous_commit=on -c timezone=UTC -c client_min_messages=warning",
+            )
+        connection.adapters.register_loader("jsonb", _RawJson)
+        return cls(connection, address)
+
+    async def close(self) -> None:
+        """Close the connection; an open transaction is rolled back."""
+        await self._connection.close()
+
+    # --- getting ready -----------------------------------------------------------------------------------
+
+    async def tables_of(self, entity: Entity) -> EntityTables:
+        """What the catalogue says about an entity's tables.
+
+        Raises:
+            crossfade.errors.SchemaNotReady: a table or column is missing.
+        """
+        types = {}
+        with translated(self.address):
+            for table, wanted in [
+                (entity.table, (*entity.parent_columns, *META_COLUMNS)),
+                *((child.table, child.columns) for child in entity.children),
+            ]:
+                found = types[_key(table)] = await self._column_types(table)
+                missing = [c for c in wanted if c not in found]
+                if missing:
+                    raise errors.SchemaNotReady(
+                        f"PostgreSQL at {self.address} has no table or column for "
+                        f"{', '.join(f'{_key(table)}.{c}' for c in missing)}. The schema is not at head: run the "
+                        "application's migrations (alembic upgrade head)"
+                    )
+            cursor = await self._connection.execute(
+                "SELECT c.relname, array_agg(a.attname ORDER BY k.place) FROM pg_index AS i "
+                "JOIN pg_class AS c ON c.oid = i.indexrelid "
+                "CROSS JOIN unnest(i.indkey::int[]) WITH ORDINALITY AS k (number, place) "
+                "JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.number "
+                "WHERE i.indrelid = to_regclass(%s) AND i.indisunique AND NOT i.indisprimary "
+                "AND i.indexprs IS NULL AND i.indpred IS NULL AND k.place <= i.indnkeyatts GROUP BY c.relname",
+                [_quoted(entity.table)],
+            )
+            ours = {*entity.parent_columns, *META_COLUMNS}
+            unique = [_UniqueIndex(n, tuple(cs)) for n, cs in await cursor.fetchall() if set(cs) <= ours]
+            cursor = await self._connection.execute(
+                "SELECT EXISTS (SELECT FROM pg_constraint WHERE condeferred AND conrelid = "
+                "ANY(SELECT to_regclass(name) FROM unnest(%s::text[]) AS name))",
+                [[_quoted(t) for t in (entity.table, *(c.table for c in entity.children))]],
+            )
+            [deferred] = await cursor.fetchone() or (False,)
+            return EntityTables(entity, types, unique, bool(deferred))
+
+    async def _column_types(self, table: Table) -> dict[str, ColumnType]:
+        cursor = await self._connection.execute(
+            "SELECT a.attname, b.typname, b.oid::int8, b.typtype = 'e' FROM pg_attribute AS a "
+            "JOIN pg_type AS t ON t.oid = a.atttypid "
+            "JOIN pg_type AS b ON b.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END "
+            "WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped",
+            [_quoted(table)],
+        )
+        return {name: ColumnType(kind, oid, is_enum) for name, kind, oid, is_enum in await cursor.fetchall()}
+
+    async def claim(self, migration: str, entity: Entity, kind: str) -> None:
+        """Make this the only run of its kind, until the connection ends.
+
+        Raises:
+            crossfade.errors.Busy: another process runs it.
+        """
+        with translated(self.address):
+            cursor = await self._connection.execute(
+                "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))",
+                [f"crossfade:{kind}:{migration}:{entity.name}"],
+            )
+            row = await cursor.fetchone()
+        if row is None or not row[0]:
+            raise errors.Busy(f"another {kind} of {entity.name} is running; wait for it or stop it")
+
+    # --- runs --------------------------------------------------------------------------------------------
+
+    async def latest_run(self, migration: str, entity: Entity, kind: str) -> Run | None:
+        """The run of this kind that began last."""
+        with translated(self.address):
+            cursor = await self._connection.execute(
+                "SELECT run, epoch, state, position, pending, counts::text, settings::text FROM crossfade.runs "
+                "WHERE migration = %s AND entity = %s AND kind = %s ORDER BY started_at DESC LIMIT 1",
+                [migration, entity.name, kind],
+            )
+            row = await cursor.fetchone()
+        if row is None:
+            return None
+        return Run(*row[:5], orjson.loads(row[5]), orjson.loads(row[6]))
+
+    async def begin_run(
+        self, migration: str, entity: Entity, kind: str, *, epoch: int, settings: dict[str, Any]
+    ) -> Run:
+        """Record a run that begins; earlier ones that were not finished count as given up."""
+        run = Run(uuid.uuid4(), epoch, "running", None, None, {}, settings)
+        with translated(self.address):
+            async with self._connection.transaction():
+                await self._connection.execute(
+                    "UPDATE crossfade.runs SET state = 'abandoned', updated_at = now() "
+                    "WHERE migration = %s AND entity = %s AND kind = %s AND state = 'running'",
+                    [migration, entity.name, kind],
+                )
+                await self._connection.execute(
+                    "INSERT INTO crossfade.runs (run, migration, entity, kind, epoch, state, settings) "
+                    "VALUES (%s, %s, %s, %s, %s, 'running', %s::jsonb)",
+                    [run.run, migration, entity.name, kind, epoch, orjson.dumps(settings).decode()],
+                )
+        return run
+
+    async def finish_run(self, run: Run, counts: dict[str, Any], *, state: str = "complete") -> None:
+        """Record that a run has done all of its work."""
+        with translated(self.address):
+            await self._connection.execute(
+                "UPDATE crossfade.runs SET state = %s, counts = %s::jsonb, pending = NULL, updated_at = now(), "
+                "finished_at = now() WHERE run = %s",
+                [state, orjson.dumps(counts).decode(), run.run],
+            )
+
+    # --- writing -----------------------------------------------------------------------------------------
+
+    async def write_chunk(
+        self,
+        tables: EntityTables,
+        rows: Sequence[PreparedRow],
+        bad: Sequence[BadDocument],
+        *,
+        migration: str,
+        epoch: int,
+        run: Run,
+        checkpoint: Callable[[Written], tuple[bytes, bytes | None, dict[str, Any]]],
+    ) -> Written:
+        """Write a chunk and its checkpoint in one transaction; what became of the rows.
+
+        Args:
+            rows: in the order of their ids, no id twice.
+            bad: documents for quarantine.
+            checkpoint: from what became of the rows: position, pending work, counts.
+
+        Raises:
+            crossfade.stores.errors.Fenced: PostgreSQL is at another epoch; nothing was written.
+            crossfade.errors.StoreUnavailable: nothing is known to be written; a new run finds out.
+        """
+        with translated(self.address):
+            for attempt in range(ATTEMPTS):
+                try:
+                    async with self._connection.transaction():
+                        return await self._write(tables, rows, bad, migration, epoch, run, checkpoint)
+                except _PASSING:
+                    if attempt == ATTEMPTS - 1:
+                        raise
+        raise AssertionError("unreachable")
+
+    async def _write(
+        self,
+        tables: EntityTables,
+        rows: Sequence[PreparedRow],
+        bad: Sequence[BadDocument],
+        migration: str,
+        epoch: int,
+        run: Run,
+        checkpoint: Callable[[Written], tuple[bytes, bytes | None, dict[str, Any]]],
+    ) -> Written:
+        connection, name = self._connection, tables.entity.name
+        # Two statements: the epoch must be read by a snapshot that is taken once the lock is held.
+        await connection.execute(
+            "SELECT pg_advisory_xact_lock_shared(hashtextextended('crossfade:' || %s, 0))", [migration]
+        )
+        cursor = await connection.execute(
+            "SELECT (SELECT epoch FROM crossfade.control WHERE migration = %s), "
+            "EXISTS (SELECT FROM crossfade.quarantine WHERE entity = %s)",
+            [migration, name],
+        )
+        found, quarantined = await cursor.fetchone() or (None, False)
+        if found != epoch:
+            raise Fenced(
+                f"the migration {migration} went from epoch {epoch} to {found} during the run: another phase "
+                "began. Nothing is lost; run the command again"
+            )
+        written = Written()
+        if rows:
+            await connection.execute(tables.create_stage)
+            await self._put(tables, rows, written, quarantined=bool(quarantined), whole=True)
+        await self._quarantine(name, [*bad, *written.refused])
+        position, pending, counts = checkpoint(written)
+        await connection.execute(
+            "UPDATE crossfade.runs SET position = %s, pending = %s, counts = %s::jsonb, updated_at = now() "
+            "WHERE run = %s",
+            [position, pending, orjson.dumps(counts).decode(), run.run],
+        )
+        return written
+
+    async def _put(
+        self,
+        tables: EntityTables,
+        rows: Sequence[PreparedRow],
+        written: Written,
+        *,
+        quarantined: bool,
+        whole: bool = False,
+    ) -> None:
+        """Write rows in a savepoint; when the server refuses them, set the guilty ones aside."""
+        try:
+            async with self._connection.transaction():
+                outcome = await self._put_at_once(tables, rows, quarantined)
+        except _ROW_FAULTS as fault:
+            if len(rows) == 1:
+                self._set_aside(tables, rows[0], fault, written)
+                return
+            good: Sequence[PreparedRow] = rows
+            if whole and isinstance(fault, psycopg.errors.UniqueViolation):
+                violators = await self._find_violators(tables, rows)
+                written.violations += [(row.id, violators[row.text]) for row in rows if row.text in violators]
+                good = [row for row in rows if row.text not in violators]
+            if len(good) < len(rows):
+                if good:
+                    await self._put(tables, good, written, quarantined=quarantined)
+                return
+            middle = len(rows) // 2
+            await self._put(tables, rows[:middle], written, quarantined=quarantined)
+            await self._put(tables, rows[middle:], written, quarantined=quarantined)
+            return
+        written.inserted += outcome.inserted
+        written.updated += outcome.updated
+        written.same += outcome.same
+        written.behind += outcome.behind
+
+    async def _put_at_once(
+        self, tables: EntityTables, rows: Sequence[PreparedRow], quarantined: bool
+    ) -> Written:
+        connection, name = self._connection, tables.entity.name
+        await self._stage(tables, rows)
+        cursor = await connection.execute(tables.upsert, [name])
+        inserted, updated, lost = await cursor.fetchone() or (0, None, None)
+        outcome = Written(inserted=inserted, updated=len(updated or ()))
+        if lost:
+            cursor = await connection.execute(tables.classify, [name, lost])
+            behind = {text for [text] in await cursor.fetchall()}
+            outcome.behind = [row.id for row in rows if row.text in behind]
+            outcome.same = len(lost) - len(behind)
+            losers = set(lost)
+            rows = [row for row in rows if row.text not in losers]
+        for number, drop in enumerate(tables.drop_children):
+            if updated:
+                await connection.execute(drop, [updated])
+            blocks = [data for row in rows if (data := row.children[number])]
+            if blocks:
+                await self._copy(tables.copy_children[number], blocks)
+        if quarantined:
+            await connection.execute(tables.leave_quarantine, [name])
+        if tables.deferred:
+            # A rule checked only at the commit would take the whole chunk with it.
+            await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        return outcome
+
+    async def _stage(self, tables: EntityTables, rows: Sequence[PreparedRow]) -> None:
+        await self._connection.execute(tables.empty_stage)
+        await self._copy(tables.copy_stage, [row.parent for row in rows])
+
+    async def _copy(self, statement: sql.Composed, blocks: Iterable[bytes]) -> None:
+        async with self._connection.cursor().copy(statement) as copy:
+            for part in _parts(blocks):
+                await copy.write(part)
+
+    async def _find_violators(self, tables: EntityTables, rows: Sequence[PreparedRow]) -> dict[str, str]:
+        """Id text -> rule of the rows that collide on a unique key; {} when staging itself fails."""
+        found: dict[str, str] = {}
+        try:
+            async with self._connection.transaction():
+                await self._stage(tables, rows)
+                for index, query in zip(tables.unique, tables.violators, strict=True):
+                    cursor = await self._connection.execute(query)
+                    for [text] in await cursor.fetchall():
+                        found.setdefault(text, tables.rule_of(index.name))
+        except _ROW_FAULTS:
+            return {}
+        return found
+
+    @staticmethod
+    def _set_aside(tables: EntityTables, row: PreparedRow, fault: psycopg.Error, written: Written) -> None:
+        constraint = fault.diag.constraint_name or ""
+        rules = (
+            psycopg.errors.UniqueViolation,
+            psycopg.errors.ExclusionViolation,
+            psycopg.errors.ForeignKeyViolation,
+        )
+        if isinstance(fault, rules):
+            written.violations.append((row.id, tables.rule_of(constraint)))
+            return
+        reason = f"PostgreSQL does not take the row: {fault.diag.message_primary or type(fault).__name__}"
+        written.refused.append(
+            BadDocument(row.id, row.text, row.raw, row.rev, row.digest, reason, fault.diag.column_name)
+        )
+
+    async def _quarantine(self, name: str, documents: Sequence[BadDocument]) -> None:
+        if not documents:
+            return
+        cursor = self._connection.cursor()
+        await cursor.executemany(
+            "INSERT INTO crossfade.quarantine (entity, id, reason, field, rev, digest, document) "
+            "VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT (entity, id) DO UPDATE SET "
+            "reason = EXCLUDED.reason, field = EXCLUDED.field, rev = EXCLUDED.rev, digest = EXCLUDED.digest, "
+            "document = EXCLUDED.document, last_seen = now()",
+            [(name, d.text, d.reason, d.field, d.rev, d.digest, d.raw) for d in documents],
+        )
+
+    async def look_again(self, tables: EntityTables, first: str, last: str) -> int:
+        """Remove the rows from ``first`` to ``last`` (id texts) that a tombstone covers; how many.
+
+        To be called after the commit that may have put them there.
+        """
+        name = tables.entity.name
+        with translated(self.address):
+            async with self._connection.transaction():
+                cursor = await self._connection.execute(tables.covered, [name, first, last])
+                ids = [text for [text] in await cursor.fetchall()]
+                if ids:
+                    for drop in (*tables.drop_children, tables.drop_parents):
+                        await self._connection.execute(drop, [ids])
+        return len(ids)
+
+    # --- rehearsing --------------------------------------------------------------------------------------
+
+    async def keep_keys(self, keys: Sequence[tuple[str, str, str]]) -> None:
+        """Note (rule, key, id text) in a temporary table, for `twins`."""
+        with translated(self.address):
+            await self._connection.execute(
+                'CREATE TEMPORARY TABLE IF NOT EXISTS crossfade_keys (rule text, key text COLLATE "C", id text)'
+            )
+            async with self._connection.cursor().copy("COPY crossfade_keys FROM STDIN") as copy:
+                for row in keys:
+                    await copy.write_row(row)
+
+    async def twins(self, *, limit: int) -> tuple[int, list[tuple[str, str, list[str]]]]:
+        """How many noted keys occur more than once, and ``limit`` of them: (rule, key, id texts)."""
+        with translated(self.address):
+            cursor = await self._connection.execute(
+                "SELECT rule, key, (array_agg(id ORDER BY id))[:20], count(*) OVER () FROM crossfade_keys "
+                "GROUP BY rule, key HAVING count(*) > 1 ORDER BY rule, key LIMIT %s",
+                [limit],
+            )
+            rows = await cursor.fetchall()
+        return (rows[0][3] if rows else 0), [(rule, key, ids) for rule, key, ids, _ in rows]
+
+    # --- reading back ------------------------------------------------------------------------------------
+
+    async def epoch(self, migration: str) -> int | None:
+        """The epoch of the migration's control record; None without one."""
+        with translated(self.address):
+            cursor = await self._connection.execute(
+                "SELECT epoch FROM crossfade.control WHERE migration = %s", [migration]
+            )
+            row = await cursor.fetchone()
+        return None if row is None else int(row[0])
+
+    @contextlib.asynccontextmanager
+    async def _snapshot(self) -> AsyncIterator[None]:
+        """A record is read in one snapshot, or it can be half of two revisions."""
+        with translated(self.address):
+            async with self._connection.transaction():
+                await self._connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+                yield
+
+    async def read_range(
+        self, tables: EntityTables, after: str, last: str, *, limit: int
+    ) -> list[StoredRecord]:
+        """Up to ``limit`` records whose id text is above ``after`` and not above ``last``, in order."""
+        async with self._snapshot():
+            return await self._records(tables, tables.select_range, [after, last, limit])
+
+    async def read_ids(self, tables: EntityTables, ids: Sequence[str]) -> dict[str, StoredRecord]:
+        """The records with these id texts, those that there are."""
+        async with self._snapshot():
+            found = await self._records(tables, tables.select_ids, [list(ids)])
+        return {record.text: record for record in found}
+
+    async def _records(
+        self, tables: EntityTables, query: sql.Composed, parameters: Sequence[Any]
+    ) -> list[StoredRecord]:
+        cursor = self._connection.cursor(binary=True)
+        await cursor.execute(query, parameters)
+        parents = await cursor.fetchall()
+        ids = [row[0] for row in parents]
+        by_owner: list[dict[str, list[tuple[Any, ...]]]] = []
+        for select in tables.select_children:
+            owned: dict[str, list[tuple[Any, ...]]] = {}
+            if ids:
+                await cursor.execute(select, [ids])
+                for row in await cursor.fetchall():
+                    owned.setdefault(row[0], []).append(row)
+            by_owner.append(owned)
+        width = len(tables.entity.parent_columns)
+        return [
+            StoredRecord(
+                row[0],
+                row[:width],
+                tuple(tuple(owned.get(row[0], ())) for owned in by_owner),
+                row[width],
+                bytes(row[width + 2]),
+            )
+            for row in parents
+        ]
+
+    async def notes(self, entity: Entity, ids: Sequence[str]) -> tuple[dict[str, bytes], dict[str, int]]:
+        """Of these id texts: digests of quarantined documents, and revisions of tombstones."""
+        with translated(self.address):
+            cursor = await self._connection.execute(
+                "SELECT id, digest FROM crossfade.quarantine WHERE entity = %s AND id = ANY(%s)",
+                [entity.name, list(ids)],
+            )
+            quarantined = {text: bytes(digest) for text, digest in await cursor.fetchall()}
+            cursor = await self._connection.execute(
+                "SELECT id, rev FROM crossfade.tombstones WHERE entity = %s AND id = ANY(%s)",
+                [entity.name, list(ids)],
+            )
+            buried = {text: int(rev) for text, rev in await cursor.fetchall()}
+        return quarantined, buried
+
+    async def quarantine_list(self, entity: str | None, *, limit: int) -> list[dict[str, Any]]:
+        """The entries of the quarantine that were seen last, without their documents."""
+        with translated(self.address):
+            cursor = await self._connection.execute(
+                "SELECT entity, id, reason, field, rev, first_seen, last_seen, octet_length(document) "
+                "FROM crossfade.quarantine WHERE %(entity)s::text IS NULL OR entity = %(entity)s "
+                "ORDER BY last_seen DESC, entity, id LIMIT %(limit)s",
+                {"entity": entity, "limit": limit},
+            )
+            names = ("entity", "id", "reason", "field", "rev", "first_seen", "last_seen", "bytes")
+            return [dict(zip(names, row, strict=True)) for row in await cursor.fetchall()]
+
+    async def quarantine_document(self, entity: str, text: str) -> tuple[str, bytes] | None:
+        """Reason and document of one entry; None without one."""
+        with translated(self.address):
+            cursor = await self._connection.execute(
+                "SELECT reason, document FROM crossfade.quarantine WHERE entity = %s AND id = %s",
+                [entity, text],
+            )
+            row = await cursor.fetchone()
+        return None if row is None else (row[0], bytes(row[1]))
+
+
+def _quoted(table: Table) -> str:
+    """A table's name for ``to_regclass``."""
+    parts = [table.schema, table.name] if table.schema else [table.name]
+    return ".".join('"' + part.replace('"', '""') + '"' for part in parts)
+
+
+def _parts(blocks: Iterable[bytes], size: int = 1 << 18) -> Iterator[bytes]:
+    """Header, rows and trailer in pieces of about ``size`` bytes: few calls, and no second copy of it all."""
+    waiting, length = [HEADER], len(HEADER)
+    for block in blocks:
+        waiting.append(block)
+        length += len(block)
+        if length >= size:
+            yield b"".join(waiting)
+            waiting, length = [], 0
+    waiting.append(TRAILER)
+    yield b"".join(waiting)
+
+
+@contextlib.contextmanager
+def translated(address: str) -> Iterator[None]:
+    """Turn the driver's exceptions into Crossfade's."""
+    try:
+        yield
+    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn) as cause:
+        raise errors.SchemaNotReady(
+            f"PostgreSQL at {address}: {cause.diag.message_primary}. The schema is not at head: run the "
+            "application's migrations (alembic upgrade head) and `crossfade init`"
+        ) from cause
+    except psycopg.Error as cause:
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        raise errors.StoreUnavailable(
+            STORE,
+            f"cannot work with PostgreSQL at {address} ({reason}). Is it running? DATABASE_URL sets the address.",
+        ) from cause

@@ -1,0 +1,576 @@
+"""MongoDB, as the protocol needs it: single-document atomic updates that return the image, and no more.
+
+Works on a standalone server, a replica set and compatible services: nothing here needs a transaction, a change
+stream or a collation. Every write is ``w: majority, j: true`` and reads go to the primary node.
+
+Design of the compare-and-set: the filter names the revision that was read, so of a request and its repetition
+only one can match. That is what lets an unanswered write be resolved by sending it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pymongo
+from bson.errors import BSONError
+from bson.int64 import Int64
+from bson.raw_bson import RawBSONDocument
+from pymongo import AsyncMongoClient, ReturnDocument, UpdateOne
+from pymongo.asynchronous.collection import AsyncCollection
+from pymongo.asynchronous.database import AsyncDatabase
+from pymongo.errors import (
+    AutoReconnect,
+    BulkWriteError,
+    ConfigurationError,
+    DocumentTooLarge,
+    DuplicateKeyError,
+    InvalidOperation,
+    OperationFailure,
+    PyMongoError,
+    ServerSelectionTimeoutError,
+    WaitQueueTimeoutError,
+)
+from pymongo.read_concern import ReadConcern
+from pymongo.read_preferences import ReadPreference
+from pymongo.write_concern import WriteConcern
+
+from crossfade import errors
+from crossfade.entity import Entity
+from crossfade.record import CF, Debt, Image
+from crossfade.stores.errors import RuleBroken, Unanswered
+from crossfade.values import CODEC_OPTIONS, id_to_text, text_to_id
+
+STORE = "mongo"
+TOMBSTONES = "crossfade_tombstones"
+CONTROL = "crossfade_control"
+
+_RAW = CODEC_OPTIONS.with_options(document_class=RawBSONDocument)
+_AUTHENTICATION = (13, 18)
+# DocumentDB reports a broken unique rule inside find_one_and_update and upserts as code 1 with PostgreSQL's
+# text, where MongoDB has code 11000.
+_VIOLATION = re.compile(r"(unique|exclusion) constraint|duplicate key", re.IGNORECASE)
+_INDEX_NAME = re.compile(r"index:\s+(\S+)|Index '([^']+)'")
+
+
+@dataclass(frozen=True, slots=True)
+class Owed:
+    """One debt found in MongoDB: of a document, or of a tombstone.
+
+    Attributes:
+        entity: the entity's name.
+        id: the record's ``_id``.
+        rev, op: the revision that is owed.
+        tombstone: the debt is a tombstone's.
+        tentative: success has not been told yet.
+        parked: why PostgreSQL refuses it, or None.
+    """
+
+    entity: str
+    id: Any
+    rev: int
+    op: str | None
+    tombstone: bool = False
+    tentative: bool = False
+    parked: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """A deleted record in MongoDB: its id may come back only above ``rev``."""
+
+    entity: str
+    id: Any
+    rev: int
+    op: str
+    owed: bool
+
+
+def _rev_filter(rev: int) -> dict[str, Any]:
+    return {f"{CF}.rev": Int64(rev)} if rev else {f"{CF}.rev": {"$exists": False}}
+
+
+class MongoStore:
+    """One MongoDB database.
+
+    Args:
+        uri: ``mongodb://.../<database>``; the path names the database.
+        select_timeout: seconds to find a server before a call fails.
+        max_pool: connections at most.
+
+    Raises:
+        crossfade.errors.ConfigurationError: the URI cannot be understood or names no database.
+    """
+
+    def __init__(self, uri: str, *, select_timeout: float = 2.0, max_pool: int = 50) -> None:
+        try:
+            self._client: AsyncMongoClient[dict[str, Any]] = AsyncMongoClient(
+                uri,
+                serverSelectionTimeoutMS=int(select_timeout * 1000),
+                connectTimeoutMS=int(select_timeout * 1000),
+                maxPoolSize=max_pool,
+                # The protocol itself repeats what may be repeated; a driver that repeats a write on its own
+                # would hide an unknown outcome.
+                retryWrites=False,
+                retryReads=False,
+                appname="crossfade",
+            )
+            database = self._client.get_default_database()
+        except (PyMongoError, ValueError) as cause:
+            hint = (
+                "it names no database: write mongodb://host:port/<database>"
+                if isinstance(cause, ConfigurationError) and "default database" in str(cause)
+                else str(cause)
+            )
+            raise errors.ConfigurationError(f"MONGO_URI cannot be used: {hint}") from None
+        self.database: AsyncDatabase[dict[str, Any]] = database.with_options(
+            codec_options=CODEC_OPTIONS,
+            read_preference=ReadPreference.PRIMARY,
+            write_concern=WriteConcern(w="majority", j=True),
+            read_concern=ReadConcern("local"),
+        )
+        self._raw: AsyncDatabase[RawBSONDocument] = self.database.with_options(codec_options=_RAW)  # type: ignore[arg-type]
+        nodes = pymongo.uri_parser.parse_uri(uri, validate=False)["nodelist"] if "+srv" not in uri else []
+        self.address = ",".join(f"{host}:{port}" for host, port in nodes) or "the cluster in MONGO_URI"
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._client.close()
+
+    @asynccontextmanager
+    async def _asking(self, timeout: float | None) -> AsyncIterator[None]:
+        """Bound a call in seconds, and translate what the driver raises."""
+        try:
+            with pymongo.timeout(timeout):
+                yield
+        except DuplicateKeyError as cause:
+            raise self._rule_broken(cause) from cause
+        except (ServerSelectionTimeoutError, WaitQueueTimeoutError) as cause:
+            raise errors.StoreUnavailable(STORE, self._unreachable("no server answers")) from cause
+        except (DocumentTooLarge, BSONError, OverflowError) as cause:
+            raise errors.Quarantined(f"MongoDB cannot hold this document: {cause}") from cause
+        except OperationFailure as cause:
+            if _VIOLATION.search(str(cause)):
+                raise self._rule_broken(cause) from cause
+            if cause.code in _AUTHENTICATION:
+                raise errors.StoreUnavailable(
+                    STORE, self._unreachable("it refuses the user or password in MONGO_URI")
+                ) from cause
+            # Compatible services report their engine's failure as an ordinary command error.
+            raise Unanswered(STORE, self._unreachable(f"error {cause.code}")) from cause
+        except (AutoReconnect, InvalidOperation) as cause:
+            raise Unanswered(STORE, self._unreachable("the connection failed")) from cause
+        except PyMongoError as cause:
+            raise Unanswered(STORE, self._unreachable(type(cause).__name__)) from cause
+
+    def _unreachable(self, cause: str) -> str:
+        return f"cannot reach MongoDB at {self.address} ({cause}). Is it running? MONGO_URI sets the address."
+
+    @staticmethod
+    def _rule_broken(cause: OperationFailure) -> RuleBroken:
+        found = _INDEX_NAME.search(str(cause))
+        name = (found.group(1) or found.group(2)) if found else ""
+        return RuleBroken(STORE, name, "MongoDB: another document holds this value of a unique index")
+
+    async def ping(self, timeout: float = 1.0) -> float:
+        """Seconds that a round trip took.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: no answer within ``timeout`` seconds.
+        """
+        began = time.monotonic()
+        async with self._asking(timeout):
+            # A read, because a compatible gateway answers `ping` while its engine is down.
+            await self.database[CONTROL].find_one({"_id": "-"})
+        return time.monotonic() - began
+
+    # --- documents ---------------------------------------------------------------------------------------
+
+    def _documents(self, entity: Entity) -> AsyncCollection[dict[str, Any]]:
+        return self.database[entity.collection]
+
+    def _raw_documents(self, entity: Entity) -> AsyncCollection[RawBSONDocument]:
+        return self._raw[entity.collection]
+
+    async def read(self, entity: Entity, id_: Any, *, timeout: float) -> Image | None:
+        """The record's image, one with ``deleted`` included; None where there is no document.
+
+        Raises:
+            crossfade.values.Unmappable: the document holds bytes that cannot be carried back unchanged.
+        """
+        async with self._asking(timeout):
+            raw = await self._raw_documents(entity).find_one({"_id": id_})
+        return None if raw is None else Image.from_raw(raw.raw)
+
+    async def read_raw(self, entity: Entity, id_: Any, *, timeout: float) -> bytes | None:
+        """The document's bytes, as stored."""
+        async with self._asking(timeout):
+            raw = await self._raw_documents(entity).find_one({"_id": id_})
+        return None if raw is None else raw.raw
+
+    async def notes(
+        self, entity: Entity, id_: Any, fields: Iterable[str], *, timeout: float
+    ) -> dict[str, Any] | None:
+        """``_cf`` and these top-level fields of a document, which may be many megabytes larger."""
+        projection = dict.fromkeys((CF, *fields), 1)
+        async with self._asking(timeout):
+            return await self._documents(entity).find_one({"_id": id_}, projection)
+
+    async def find(
+        self, entity: Entity, where: Mapping[str, Any], *, limit: int, timeout: float
+    ) -> list[Image]:
+        """Images of the records that match these equalities, deleted ones left out, by ``_id``."""
+        query = {**where, f"{CF}.deleted": {"$ne": True}}
+        async with self._asking(timeout):
+            found = await self._raw_documents(entity).find(query).sort("_id", 1).limit(limit).to_list()
+        return [Image.from_raw(raw.raw) for raw in found]
+
+    async def count(self, entity: Entity, where: Mapping[str, Any], *, timeout: float) -> int:
+        """How many records match these equalities, deleted ones left out."""
+        async with self._asking(timeout):
+            return await self._documents(entity).count_documents({**where, f"{CF}.deleted": {"$ne": True}})
+
+    async def insert(self, entity: Entity, document: Mapping[str, Any], *, timeout: float) -> None:
+        """Insert a document, its ``_cf`` included.
+
+        Raises:
+            RuleBroken: a unique index, ``_id`` included.
+        """
+        async with self._asking(timeout):
+            await self._documents(entity).insert_one(dict(document))
+
+    async def compare_and_set(
+        self,
+        entity: Entity,
+        id_: Any,
+        *,
+        rev: int,
+        set_: Mapping[str, Any],
+        unset: Iterable[str] = (),
+        also: Mapping[str, Any] | None = None,
+        timeout: float,
+    ) -> Image | None:
+        """Change a document that is at revision ``rev``, and return its image after; None: no match.
+
+        ``set_`` and ``unset`` name paths; ``also`` narrows the filter further.
+        """
+        update: dict[str, Any] = {"$set": dict(set_)}
+        gone = dict.fromkeys(unset, "")
+        if gone:
+            update["$unset"] = gone
+        async with self._asking(timeout):
+            raw = await self._raw_documents(entity).find_one_and_update(
+                {"_id": id_, **_rev_filter(rev), **(also or {})},
+                update,
+                return_document=ReturnDocument.AFTER,
+            )
+        return None if raw is None else Image.from_raw(raw.raw)
+
+    async def remove(self, entity: Entity, id_: Any, *, rev: int, op: str, timeout: float) -> bool:
+        """Remove a document whose delete was decided at this revision by this operation."""
+        async with self._asking(timeout):
+            done = await self._documents(entity).delete_one(
+                {"_id": id_, f"{CF}.rev": Int64(rev), f"{CF}.op": op, f"{CF}.deleted": True}
+            )
+        return done.deleted_count == 1
+
+    async def deliver(
+        self, entity: Entity, before: bytes | None, document: Mapping[str, Any], *, timeout: float
+    ) -> bool:
+        """Put ``document`` where exactly ``before`` stands; False when something else does by now.
+
+        The filter holds every value that was seen, so a foreign write in between makes it miss.
+
+        Raises:
+            RuleBroken: another document holds a value of a unique index.
+        """
+        if before is None:
+            try:
+                await self.insert(entity, document, timeout=timeout)
+            except RuleBroken:
+                async with self._asking(timeout):
+                    there = await self._documents(entity).count_documents({"_id": document["_id"]}, limit=1)
+                if there:
+                    return False
+                raise
+            return True
+        async with self._asking(timeout):
+            result = await self._documents(entity).replace_one(_exactly(before), dict(document))
+        return result.matched_count == 1
+
+    async def deliver_removal(self, entity: Entity, before: bytes, *, timeout: float) -> bool:
+        """Remove the document if it is exactly ``before``."""
+        async with self._asking(timeout):
+            result = await self._documents(entity).delete_one(_exactly(before))
+        return result.deleted_count == 1
+
+    # --- debts -------------------------------------------------------------------------------------------
+
+    async def settle(
+        self, entity: Entity, settled: Sequence[tuple[Any, int, str]], *, timeout: float
+    ) -> None:
+        """Erase the debts of these (id, revision, operation id), where they still stand at both."""
+        if not settled:
+            return
+        requests = [
+            UpdateOne(
+                {
+                    "_id": id_,
+                    f"{CF}.rev": Int64(rev),
+                    f"{CF}.op": op,
+                    f"{CF}.debt.tentative": {"$exists": False},
+                },
+                {"$unset": {f"{CF}.debt": ""}},
+            )
+            for id_, rev, op in settled
+        ]
+        async with self._asking(timeout):
+            try:
+                await self._documents(entity).bulk_write(requests, ordered=False)
+            except BulkWriteError as cause:
+                raise Unanswered(STORE, self._unreachable("a bulk write failed")) from cause
+
+    async def park(
+        self, entity: Entity, id_: Any, rev: int, op: str | None, cause: str, *, timeout: float
+    ) -> None:
+        """Note beside the debt why PostgreSQL refuses this revision."""
+        query: dict[str, Any] = {"_id": id_, **_rev_filter(rev), f"{CF}.debt": {"$exists": True}}
+        if op is not None:
+            query[f"{CF}.op"] = op
+        async with self._asking(timeout):
+            await self._documents(entity).update_one(query, {"$set": {f"{CF}.debt.parked": cause}})
+
+    async def debts(self, entities: Iterable[Entity], *, limit: int, timeout: float) -> list[Owed]:
+        """Up to ``limit`` debts of each of these entities, tombstones first."""
+        by_name = {entity.name: entity for entity in entities}
+        found: list[Owed] = []
+        async with self._asking(timeout):
+            query = {"_id.entity": {"$in": list(by_name)}, "debt": {"$exists": True}}
+            async for note in self.database[TOMBSTONES].find(query).limit(limit):
+                key = note["_id"]
+                found.append(
+                    Owed(key["entity"], text_to_id(key["id"]), int(note["rev"]), note["op"], tombstone=True)
+                )
+            for entity in by_name.values():
+                cursor = self._documents(entity).find(
+                    {f"{CF}.debt": {"$exists": True}},
+                    {f"{CF}.rev": 1, f"{CF}.op": 1, f"{CF}.debt": 1},
+                )
+                async for note in cursor.limit(limit):
+                    cf = note[CF]
+                    debt = Debt.from_document(cf["debt"])
+                    assert debt is not None
+                    found.append(
+                        Owed(
+                            entity.name,
+                            note["_id"],
+                            int(cf.get("rev", 0)),
+                            cf.get("op"),
+                            tentative=debt.tentative is not None,
+                            parked=debt.parked,
+                        )
+                    )
+        return found
+
+    # --- tombstones --------------------------------------------------------------------------------------
+
+    async def bury(self, entity: Entity, id_: Any, *, rev: int, op: str, owed: bool, timeout: float) -> None:
+        """Keep a tombstone at this revision; one at a higher revision stays as it is."""
+        key = {"entity": entity.name, "id": id_to_text(id_)}
+        note: dict[str, Any] = {"rev": Int64(rev), "op": op}
+        if owed:
+            note["debt"] = True
+        async with self._asking(timeout):
+            try:
+                await self.database[TOMBSTONES].insert_one({"_id": key, **note})
+            except DuplicateKeyError:
+                await self.database[TOMBSTONES].update_one(
+                    {"_id": key, "rev": {"$lt": Int64(rev)}},
+                    {"$set": note} if owed else {"$set": note, "$unset": {"debt": ""}},
+                )
+
+    async def tombstone(self, entity: Entity, id_: Any, *, timeout: float) -> Tombstone | None:
+        """The record's tombstone."""
+        key = {"entity": entity.name, "id": id_to_text(id_)}
+        async with self._asking(timeout):
+            note = await self.database[TOMBSTONES].find_one({"_id": key})
+        if note is None:
+            return None
+        return Tombstone(entity.name, id_, int(note["rev"]), note["op"], "debt" in note)
+
+    async def settle_tombstone(self, entity: Entity, id_: Any, *, rev: int, op: str, timeout: float) -> None:
+        """Erase a tombstone's debt, where it still stands at this revision and operation."""
+        key = {"entity": entity.name, "id": id_to_text(id_)}
+        async with self._asking(timeout):
+            await self.database[TOMBSTONES].update_one(
+                {"_id": key, "rev": Int64(rev), "op": op}, {"$unset": {"debt": ""}}
+            )
+
+    # --- sweeping for foreign writes ---------------------------------------------------------------------
+
+    async def changed_since(
+        self, entity: Entity, field: str, since: Any, *, batch: int, timeout: float
+    ) -> AsyncIterator[Image | tuple[Any, bytes]]:
+        """Images of documents whose ``field`` (a date) is at or after ``since``; see `scan`."""
+        async for found in self._iterate(entity, {field: {"$gte": since}}, batch=batch, timeout=timeout):
+            yield found
+
+    async def scan(
+        self, entity: Entity, *, batch: int, timeout: float
+    ) -> AsyncIterator[Image | tuple[Any, bytes]]:
+        """Every document's image; (id, bytes) for a document whose bytes cannot be carried back."""
+        async for found in self._iterate(entity, {}, batch=batch, timeout=timeout):
+            yield found
+
+    async def _iterate(
+        self, entity: Entity, query: Mapping[str, Any], *, batch: int, timeout: float
+    ) -> AsyncIterator[Image | tuple[Any, bytes]]:
+        from crossfade.values import Unmappable
+
+        # The limit is on each round trip, not on the whole: a full pass takes as long as it takes.
+        cursor = self._raw_documents(entity).find(query, batch_size=batch)
+        while True:
+            async with self._asking(timeout):
+                try:
+                    raw = await cursor.next()
+                except StopAsyncIteration:
+                    return
+            try:
+                yield Image.from_raw(raw.raw)
+            except Unmappable:
+                yield raw["_id"], raw.raw
+
+    async def present(self, entity: Entity, ids: Sequence[Any], *, timeout: float) -> set[str]:
+        """Id texts of those of ``ids`` that have a document."""
+        async with self._asking(timeout):
+            found = await self._documents(entity).find({"_id": {"$in": list(ids)}}, {"_id": 1}).to_list()
+        return {id_to_text(document["_id"]) for document in found}
+
+    # --- preparing ---------------------------------------------------------------------------------------
+
+    async def prepare(self, entities: Iterable[Entity], *, timeout: float) -> None:
+        """Create the indexes that the protocol needs: debts, tombstones in debt, normalised keys.
+
+        Raises:
+            RuleBroken: stamped keys collide (they are stamped apart before this is called).
+        """
+        async with self._asking(timeout):
+            await self.database[TOMBSTONES].create_index("debt", sparse=True)
+            for entity in entities:
+                documents = self._documents(entity)
+                await documents.create_index(f"{CF}.debt", sparse=True)
+                for rule in entity.unique:
+                    await documents.create_index(f"{CF}.keys.{rule.rule}", unique=True, sparse=True)
+                if any(column.field == "updatedAt" for column in entity.columns):
+                    await documents.create_index("updatedAt")  # the sweep for foreign writes goes by it
+
+    async def missing_indexes(self, entities: Iterable[Entity], *, timeout: float) -> list[str]:
+        """The indexes of `prepare` that are not there, as ``collection.path``."""
+        missing = []
+        async with self._asking(timeout):
+            for entity in entities:
+                there = {
+                    tuple(path for path, _ in index["key"])
+                    for index in (await self._documents(entity).index_information()).values()
+                }
+                wanted = [f"{CF}.debt", *(f"{CF}.keys.{rule.rule}" for rule in entity.unique)]
+                missing += [f"{entity.collection}.{path}" for path in wanted if (path,) not in there]
+        return missing
+
+    async def unstamped(
+        self, entity: Entity, field: str, rule: str, *, batch: int, timeout: float
+    ) -> AsyncIterator[list[dict[str, Any]]]:
+        """Batches of documents without a normalised key for ``rule``, oldest first: ``_id`` and ``field``."""
+        cursor = (
+            self._documents(entity)
+            .find({f"{CF}.keys.{rule}": {"$exists": False}}, {field: 1}, batch_size=batch)
+            .sort("_id", 1)
+        )
+        while True:
+            documents: list[dict[str, Any]] = []
+            async with self._asking(timeout):
+                documents = await cursor.to_list(batch)
+            if not documents:
+                return
+            yield documents
+
+    async def stamp(
+        self,
+        entity: Entity,
+        field: str,
+        rule: str,
+        keys: Sequence[tuple[Any, Any, str]],
+        *,
+        timeout: float,
+    ) -> list[tuple[Any, Any, str]]:
+        """Stamp normalised keys, in order, on documents whose ``field`` still holds the value given.
+
+        Each of ``keys`` is (id, value, key). Returns those whose key another document has.
+        """
+        path = f"{CF}.keys.{rule}"
+        requests = [
+            UpdateOne({"_id": id_, field: value, path: {"$exists": False}}, {"$set": {path: key}})
+            for id_, value, key in keys
+        ]
+        if not requests:
+            return []
+        async with self._asking(timeout):
+            try:
+                # Each on its own in order: of two that want one key the older must get it.
+                await self._documents(entity).bulk_write(requests, ordered=False)
+            except BulkWriteError as cause:
+                failed = cause.details["writeErrors"]
+                if not all(error["code"] == 11000 or _VIOLATION.search(error["errmsg"]) for error in failed):
+                    raise Unanswered(STORE, self._unreachable("a bulk write failed")) from cause
+                return [keys[error["index"]] for error in failed]
+        return []
+
+    # --- the control record ------------------------------------------------------------------------------
+
+    async def control(self, migration: str, *, timeout: float) -> dict[str, Any] | None:
+        """The copy of the control record that MongoDB holds."""
+        async with self._asking(timeout):
+            return await self.database[CONTROL].find_one({"_id": migration})
+
+    async def change_control(
+        self,
+        migration: str,
+        record: Mapping[str, Any],
+        *,
+        expected: int | None,
+        timeout: float,
+    ) -> bool:
+        """Replace the control record that is at version ``expected`` (None: where there is none)."""
+        async with self._asking(timeout):
+            if expected is None:
+                try:
+                    await self.database[CONTROL].insert_one({"_id": migration, **record})
+                except DuplicateKeyError:
+                    return False
+                return True
+            done = await self.database[CONTROL].replace_one(
+                {"_id": migration, "version": expected}, {"_id": migration, **record}
+            )
+        return done.matched_count == 1
+
+    async def copy_control(self, migration: str, record: Mapping[str, Any], *, timeout: float) -> bool:
+        """Copy a record that PostgreSQL decided; an older one never replaces a newer one."""
+        async with self._asking(timeout):
+            done = await self.database[CONTROL].replace_one(
+                {"_id": migration, "version": {"$lt": record["version"]}}, {"_id": migration, **record}
+            )
+            if done.matched_count == 0:
+                with contextlib.suppress(DuplicateKeyError):
+                    await self.database[CONTROL].insert_one({"_id": migration, **record})
+        return done.matched_count == 1
+
+
+def _exactly(seen: bytes) -> dict[str, Any]:
+    """A filter that matches only the document that was seen: every field, value and their order."""
+    document = RawBSONDocument(seen, _RAW)
+    return {"_id": document["_id"], "$expr": {"$eq": ["$$ROOT", {"$literal": document}]}}

@@ -1,0 +1,843 @@
+"""PostgreSQL, as the protocol needs it: images applied under a revision guard, and a transactional outbox.
+
+Every writing transaction first takes a shared advisory lock and is bound to one epoch of the control record;
+a change of epoch takes the lock exclusively. So no write of an older epoch commits after the change.
+
+Design of *bounded*: a call runs as a task of its own and the caller stops waiting at its deadline. The task
+is cancelled and cleans up behind the caller's back, because cancelling a query on a server that hangs takes
+seconds itself. At most as many of these linger as the pool has connections. An image that still arrives
+later does no harm: applying is idempotent and order does not matter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, TypeVar
+
+import orjson
+import psycopg
+from psycopg import AsyncConnection, sql
+from psycopg.abc import Buffer
+from psycopg.adapt import Loader
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import TransactionStatus
+from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
+
+from crossfade import errors
+from crossfade.entity import Entity, Rows
+from crossfade.record import Applied, Held, Image, new_operation
+from crossfade.stores.errors import Fenced, RuleBroken, Unanswered
+from crossfade.stores.rows import RowStatements, Statement, held
+from crossfade.values import digest, encode_document, id_to_text, text_to_id
+
+STORE = "postgres"
+SCHEMA_VERSION = "1"
+
+_T = TypeVar("_T")
+_NAMED = re.compile(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", re.MULTILINE | re.DOTALL)
+
+
+def _load_queries() -> dict[str, bytes]:
+    text = resources.files(__package__).joinpath("queries.sql").read_text(encoding="utf-8")
+    return {name: body.strip().encode() for name, body in _NAMED.findall(text)}
+
+
+QUERIES = _load_queries()
+
+
+class _RawJson(Loader):
+    """JSONB as the bytes that PostgreSQL sent: `values` decodes them, with BSON's types."""
+
+    def load(self, data: Buffer) -> bytes:
+        return bytes(data)
+
+
+async def _configure(connection: AsyncConnection[Any]) -> None:
+    connection.adapters.register_loader("jsonb", _RawJson)
+    connection.adapters.register_loader("json", _RawJson)
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A row of the outbox: a revision that MongoDB has not confirmed.
+
+    Attributes:
+        base_digest: digest of what the last confirmed delivery left in MongoDB; None: nothing.
+        tentative: ``ROLLBACK_BOTH``: ``{"kind": ..., "before": hex of the BSON before}``; None once confirmed.
+        parked: why MongoDB refuses it, or None.
+    """
+
+    entity: str
+    id: Any
+    rev: int
+    op: str
+    base_digest: bytes | None
+    tentative: Mapping[str, Any] | None
+    parked: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a write decided, inside PostgreSQL's transaction.
+
+    Attributes:
+        image: the new image; None deletes the record at ``rev``.
+        rows: its rows.
+        tentative: kept in the outbox row until success may be told.
+    """
+
+    image: Image | None
+    rows: Rows | None
+    rev: int
+    op: str
+    tentative: Mapping[str, Any] | None = None
+
+
+class PostgresStore:
+    """One PostgreSQL database.
+
+    Args:
+        url: ``postgresql://...``.
+        max_pool: connections at most.
+        connect_timeout: seconds.
+
+    Raises:
+        crossfade.errors.ConfigurationError: the URL cannot be understood.
+    """
+
+    def __init__(self, url: str, *, max_pool: int = 20, connect_timeout: int = 2) -> None:
+        try:
+            parts = conninfo_to_dict(url)
+        except psycopg.ProgrammingError as cause:
+            raise errors.ConfigurationError(
+                f"DATABASE_URL cannot be used: {str(cause).strip()}. "
+                "Write postgresql://user:password@host:port/database"
+            ) from None
+        if not parts.get("dbname"):
+            raise errors.ConfigurationError(
+                "DATABASE_URL names no database: write postgresql://user:password@host:port/database"
+            )
+        self.address = f"{parts.get('host', 'the local socket')}:{parts.get('port', 5432)}"
+        self._url = url
+        self._connect_timeout = connect_timeout
+        self._pool: AsyncConnectionPool[AsyncConnection[Any]] = AsyncConnectionPool(
+            url,
+            min_size=1,
+            max_size=max_pool,
+            open=False,
+            configure=_configure,
+            kwargs={
+                "autocommit": True,
+                "connect_timeout": connect_timeout,
+                "application_name": "crossfade",
+                # A worker that dies or sleeps inside a transaction must not hold a switch or a row.
+                "options": "-c idle_in_transaction_session_timeout=1500 -c synchronous_commit=on",
+            },
+            # A reconnect gives up soon and is asked for anew by the next call.
+            reconnect_timeout=1.0,
+        )
+        self._statements: dict[str, RowStatements] = {}
+        self._lingering: set[asyncio.Task[Any]] = set()
+
+    async def open(self) -> None:
+        """Begin to fill the pool; does not wait for the server."""
+        await self._pool.open(wait=False)
+
+    async def close(self) -> None:
+        """Close every connection; waits for no query that hangs."""
+        for task in self._lingering:
+            task.cancel()
+        await self._pool.close(timeout=0.5)
+
+    def statements(self, entity: Entity) -> RowStatements:
+        """The statements of an entity, composed once."""
+        if entity.name not in self._statements:
+            self._statements[entity.name] = RowStatements(entity)
+        return self._statements[entity.name]
+
+    # --- asking ------------------------------------------------------------------------------------------
+
+    async def _bounded(self, work: Coroutine[Any, Any, _T], timeout: float) -> _T:
+        """Run ``work``, wait at most ``timeout`` seconds, and translate what the driver raises."""
+        task = asyncio.ensure_future(work)
+        try:
+            done, _ = await asyncio.wait({task}, timeout=timeout)
+        except asyncio.CancelledError:
+            self._abandon(task)
+            raise
+        if not done:
+            self._abandon(task)
+            raise Unanswered(STORE, self._unreachable(f"no answer within {timeout:g} s"))
+        with self._translated():
+            return task.result()
+
+    def _abandon(self, task: asyncio.Task[Any]) -> None:
+        task.cancel()
+        self._lingering.add(task)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._lingering.discard(task)
+        if not task.cancelled():
+            task.exception()  # nobody waits for it any more; seen here, so that asyncio does not complain
+
+    @contextlib.contextmanager
+    def _translated(self) -> Any:
+        try:
+            yield
+        except (PoolTimeout, PoolClosed, TooManyRequests) as cause:
+            raise errors.StoreUnavailable(STORE, self._unreachable("no connection to be had")) from cause
+        except (psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation) as cause:
+            raise RuleBroken(
+                STORE,
+                cause.diag.constraint_name or "",
+                f"PostgreSQL: another row holds this value of {cause.diag.constraint_name}",
+            ) from cause
+        except psycopg.errors.IntegrityError as cause:
+            raise RuleBroken(
+                STORE,
+                cause.diag.constraint_name or "",
+                f"PostgreSQL refuses the row: {cause.diag.constraint_name or cause.diag.message_primary}",
+            ) from cause
+        except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn) as cause:
+            raise errors.SchemaNotReady(
+                f"PostgreSQL at {self.address}: {cause.diag.message_primary}. The schema is not at head: run "
+                "the application's migrations (alembic upgrade head) and `crossfade init`"
+            ) from cause
+        except (psycopg.errors.DataError, psycopg.errors.ProgramLimitExceeded) as cause:
+            raise errors.Quarantined(
+                f"PostgreSQL cannot hold this record: {cause.diag.message_primary}"
+            ) from cause
+        except (psycopg.errors.InvalidPassword, psycopg.errors.InvalidAuthorizationSpecification) as cause:
+            raise errors.StoreUnavailable(
+                STORE, self._unreachable("it refuses the user or password in DATABASE_URL")
+            ) from cause
+        except psycopg.Error as cause:
+            raise Unanswered(STORE, self._unreachable(_first_line(cause))) from cause
+
+    def _unreachable(self, cause: str) -> str:
+        return (
+            f"cannot reach PostgreSQL at {self.address} ({cause}). Is it running? "
+            "DATABASE_URL sets the address."
+        )
+
+    @contextlib.asynccontextmanager
+    async def _connection(self, timeout: float) -> AsyncIterator[AsyncConnection[Any]]:
+        async with self._pool.connection(timeout=timeout) as connection:
+            try:
+                yield connection
+            finally:
+                if connection.info.transaction_status not in (
+                    TransactionStatus.IDLE,
+                    TransactionStatus.UNKNOWN,
+                ):
+                    with contextlib.suppress(psycopg.Error):
+                        await connection.rollback()
+
+    async def _ask(self, name: str, timeout: float, **parameters: Any) -> list[tuple[Any, ...]]:
+        """One named query outside any transaction; its rows, [] for one that gives none."""
+
+        async def work() -> list[tuple[Any, ...]]:
+            async with self._connection(timeout) as connection:
+                cursor = await connection.execute(QUERIES[name], parameters)
+                return await cursor.fetchall() if cursor.description else []
+
+        return await self._bounded(work(), timeout)
+
+    async def _count(self, name: str, timeout: float, **parameters: Any) -> int:
+        """One named statement outside any transaction; how many rows it touched."""
+
+        async def work() -> int:
+            async with self._connection(timeout) as connection:
+                return (await connection.execute(QUERIES[name], parameters)).rowcount
+
+        return await self._bounded(work(), timeout)
+
+    async def ping(self, timeout: float = 1.0) -> float:
+        """Seconds that a round trip took.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: no answer within ``timeout`` seconds.
+        """
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await self._ask("now", timeout)
+        return loop.time() - began
+
+    async def connect_once(self, timeout: float = 3.0) -> None:
+        """Open one connection outside the pool, to learn why none can be had.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: with the server's own reason (a wrong password, no such
+                database, connection refused).
+        """
+
+        async def work() -> None:
+            connection = await AsyncConnection.connect(self._url, connect_timeout=self._connect_timeout)
+            await connection.close()
+
+        try:
+            await self._bounded(work(), timeout)
+        except Unanswered as cause:
+            raise errors.StoreUnavailable(STORE, str(cause)) from cause.__cause__
+
+    # --- applying images (PostgreSQL is the secondary) -----------------------------------------------------
+
+    async def apply(
+        self,
+        images: Sequence[tuple[Entity, Image, Rows]],
+        *,
+        migration: str,
+        epoch: int,
+        timeout: float,
+    ) -> list[tuple[Applied, Held]]:
+        """Apply images in one transaction, rules checked at its end; what became of each.
+
+        Raises:
+            RuleBroken: one of them breaks a rule; none was applied.
+            Fenced: PostgreSQL is at another epoch; none was applied.
+        """
+
+        async def work() -> list[tuple[Applied, Held]]:
+            statements: list[Statement] = []
+            for entity, image, rows in images:
+                statements += self.statements(entity).apply(image, rows, migration=migration, epoch=epoch)
+            looks = [
+                self.statements(entity).held_of(rows.parent[0], migration=migration, epoch=epoch)
+                for entity, _, rows in images
+            ]
+            after: list[Statement] = []
+            for entity, image, rows in images:
+                if image.rev <= 1 or len(images) > 1:
+                    # Whoever may have inserted looks again after its own commit.
+                    after += self.statements(entity).look_again(rows.parent[0])
+            async with self._connection(timeout) as connection:
+                answers = await self._transaction(
+                    connection, migration, statements, looks, after, defer=len(images) > 1
+                )
+            return [
+                (_verdict(image, *held(answer)), held(answer)[0])
+                for (_, image, _), answer in zip(images, answers, strict=True)
+            ]
+
+        return await self._bounded(work(), timeout)
+
+    async def apply_delete(
+        self, entity: Entity, id_: Any, *, rev: int, op: str, migration: str, epoch: int, timeout: float
+    ) -> tuple[Applied, Held]:
+        """Put a tombstone and remove the rows at or under its revision."""
+        key = id_to_text(id_)
+
+        async def work() -> tuple[Applied, Held]:
+            own = self.statements(entity)
+            parameters = {
+                "entity": entity.name, "id": key, "rev": rev, "op": op, "migration": migration, "epoch": epoch,
+            }  # fmt: skip
+            bury: Statement = (QUERIES["bury"], parameters)  # type: ignore[assignment]
+            statements = [bury, *own.look_again(key)]
+            look = own.held_of(key, migration=migration, epoch=epoch)
+            async with self._connection(timeout) as connection:
+                [answer] = await self._transaction(
+                    connection, migration, statements, [look], own.look_again(key)
+                )
+            now, same_epoch = held(answer)
+            if not same_epoch:
+                raise Fenced(f"PostgreSQL is not at epoch {epoch} of {migration}")
+            covered = now.rev is None and now.tombstone is not None and now.tombstone >= rev
+            return (Applied.APPLIED if covered else Applied.BEHIND), now
+
+        return await self._bounded(work(), timeout)
+
+    @staticmethod
+    async def _transaction(
+        connection: AsyncConnection[Any],
+        migration: str,
+        statements: Sequence[Statement],
+        looks: Sequence[Statement],
+        after: Sequence[Statement],
+        *,
+        defer: bool = False,
+    ) -> list[tuple[Any, ...]]:
+        """One transaction in one round trip; the rows of ``looks``. ``after`` runs behind its commit."""
+        async with connection.pipeline():
+            await connection.execute(b"BEGIN")
+            await connection.execute(QUERIES["lock_shared"], {"migration": migration})
+            if defer:
+                await connection.execute(b"SET CONSTRAINTS ALL DEFERRED")
+            for query, parameters in statements:
+                await connection.execute(query, parameters)
+            cursors = [await connection.execute(query, parameters) for query, parameters in looks]
+            await connection.execute(b"COMMIT")
+            for query, parameters in after:
+                await connection.execute(query, parameters)
+            rows = [await cursor.fetchone() for cursor in cursors]
+        return [row for row in rows if row is not None]
+
+    async def held(self, entity: Entity, id_: Any, *, timeout: float) -> Held:
+        """What PostgreSQL holds of a record."""
+        query, parameters = self.statements(entity).held_of(id_to_text(id_), migration="", epoch=-1)
+        [row] = await self._rows(query, parameters, timeout)
+        return held(row)[0]
+
+    async def held_many(
+        self, entity: Entity, ids: Sequence[Any], *, timeout: float
+    ) -> dict[str, tuple[int, bytes]]:
+        """(revision, digest) by id text, of the rows that there are under the entity's present mapping."""
+        query = sql.SQL("SELECT id, cf_rev, cf_digest FROM {} WHERE id = ANY(%s) AND cf_mapping = %s").format(
+            self.statements(entity).table
+        )
+        rows = await self._rows(query, [[id_to_text(i) for i in ids], entity.mapping_version], timeout)
+        return {id_: (rev, bytes(stored)) for id_, rev, stored in rows}
+
+    async def ids_after(
+        self, entity: Entity, after: str, *, limit: int, timeout: float
+    ) -> list[tuple[str, Any, int]]:
+        """The next (id text, id, revision) after an id text, in its order."""
+        query = sql.SQL("SELECT id, cf_rev FROM {} WHERE id > %s ORDER BY id LIMIT %s").format(
+            self.statements(entity).table
+        )
+        return [(i, text_to_id(i), rev) for i, rev in await self._rows(query, [after, limit], timeout)]
+
+    async def holder(self, entity: Entity, rule_column: str, key: str, *, timeout: float) -> Any | None:
+        """The id of the row that holds this normalised key; None for nobody."""
+        query = sql.SQL("SELECT id FROM {} WHERE {} = %s").format(
+            self.statements(entity).table, sql.Identifier(rule_column)
+        )
+        rows = await self._rows(query, [key], timeout)
+        return text_to_id(rows[0][0]) if rows else None
+
+    async def drop_exactly(
+        self, entity: Entity, id_: Any, rev: int, *, migration: str, timeout: float
+    ) -> None:
+        """Remove a row that the primary does not have, if it is still at this revision."""
+
+        async def work() -> None:
+            own = self.statements(entity)
+            key = id_to_text(id_)
+            async with self._connection(timeout) as connection:
+                await self._transaction(connection, migration, own.drop_exactly(key, rev), [], [])
+
+        await self._bounded(work(), timeout)
+
+    async def _rows(
+        self, query: sql.Composed, parameters: Sequence[Any], timeout: float
+    ) -> list[tuple[Any, ...]]:
+        async def work() -> list[tuple[Any, ...]]:
+            async with self._connection(timeout) as connection:
+                return await (await connection.execute(query, parameters)).fetchall()
+
+        return await self._bounded(work(), timeout)
+
+    # --- reading -----------------------------------------------------------------------------------------
+
+    async def read(self, entity: Entity, id_: Any, *, timeout: float) -> Image | None:
+        """A record, in one statement; None where there is no row."""
+        return await self.read_where(entity, "id", id_to_text(id_), timeout=timeout)
+
+    async def read_where(self, entity: Entity, column: str, value: Any, *, timeout: float) -> Image | None:
+        """The record whose column holds this value (the lowest id of several)."""
+        own = self.statements(entity)
+        query = own.select + sql.SQL(" WHERE p.{} = %s ORDER BY p.id LIMIT 1").format(sql.Identifier(column))
+        rows = await self._rows(query, [value], timeout)
+        return own.image(rows[0]) if rows else None
+
+    def can_find(self, entity: Entity, where: Mapping[str, Any]) -> bool:
+        """Whether these equalities can be asked of PostgreSQL's columns exactly."""
+        return self.statements(entity).where(where) is not None
+
+    async def find(
+        self, entity: Entity, where: Mapping[str, Any], *, limit: int, timeout: float
+    ) -> list[Image]:
+        """The records that match these equalities, by id; see `can_find`."""
+        own = self.statements(entity)
+        condition = own.where(where)
+        if condition is None:
+            raise errors.ConfigurationError(
+                f"entity {entity.name!r} cannot be searched by {sorted(where)} in PostgreSQL: map these fields "
+                "to columns, and search for null in MongoDB phases only"
+            )
+        clause, values = condition
+        query = own.select + sql.SQL(" WHERE ") + clause + sql.SQL(" ORDER BY p.id LIMIT %s")
+        return [own.image(row) for row in await self._rows(query, [*values, limit], timeout)]
+
+    async def count(self, entity: Entity, where: Mapping[str, Any], *, timeout: float) -> int:
+        """How many records match these equalities; see `can_find`."""
+        own = self.statements(entity)
+        condition = own.where(where)
+        if condition is None:
+            raise errors.ConfigurationError(f"entity {entity.name!r} cannot be counted by {sorted(where)}")
+        query = sql.SQL("SELECT count(*) FROM {} AS p WHERE ").format(own.table) + condition[0]
+        [(number,)] = await self._rows(query, condition[1], timeout)
+        return int(number)
+
+    # --- writing (PostgreSQL is the primary) ---------------------------------------------------------------
+
+    async def write(
+        self,
+        entity: Entity,
+        id_: Any,
+        decide: Callable[[Image | None, int], Change],
+        *,
+        migration: str,
+        epoch: int,
+        timeout: float,
+        keep_in_outbox: bool = True,
+    ) -> Change:
+        """Read a record under its lock, let ``decide`` make the change, write it and its outbox row.
+
+        ``decide`` gets the image (None: no row) and the highest revision that a tombstone of this id has (0:
+        none), and raises to change nothing. All in one transaction bound to ``epoch``.
+
+        Raises:
+            Fenced: PostgreSQL is at another epoch.
+            RuleBroken: another row holds a value of a unique rule.
+        """
+        key = id_to_text(id_)
+        own = self.statements(entity)
+
+        async def work() -> Change:
+            async with self._connection(timeout) as connection, connection.transaction():
+                async with connection.pipeline():
+                    await connection.execute(QUERIES["lock_shared"], {"migration": migration})
+                    fence = await connection.execute(
+                        QUERIES["epoch_is"], {"migration": migration, "epoch": epoch}
+                    )
+                    row = await connection.execute(
+                        own.select + sql.SQL(" WHERE p.id = %s FOR UPDATE OF p"), [key]
+                    )
+                    buried = await connection.execute(
+                        QUERIES["tombstone"], {"entity": entity.name, "id": key}
+                    )
+                    open_row = await connection.execute(
+                        QUERIES["outbox_row"], {"entity": entity.name, "id": key}
+                    )
+                    [(same_epoch,)] = await fence.fetchall()
+                    found, tombstone = await row.fetchone(), await buried.fetchone()
+                    owed = await open_row.fetchone()
+                if not same_epoch:
+                    raise Fenced(f"PostgreSQL is not at epoch {epoch} of {migration}")
+                if owed is not None and owed[3] is not None:
+                    raise errors.Busy(f"a write of this record of {entity.name} waits for its outcome")
+                before = None if found is None else own.image(found)
+                change = decide(before, 0 if tombstone is None else int(tombstone[0]))
+                statements: list[Statement]
+                if change.image is None:
+                    bury = {
+                        "entity": entity.name, "id": key, "rev": change.rev, "op": change.op,
+                        "migration": migration, "epoch": epoch,
+                    }  # fmt: skip
+                    statements = [(QUERIES["bury"], bury), *own.drop(key, change.rev)]  # type: ignore[list-item]
+                else:
+                    assert change.rows is not None
+                    statements = (
+                        own.insert(change.image, change.rows)
+                        if before is None
+                        else own.update(change.image, change.rows, rev=before.rev)
+                    )
+                async with connection.pipeline():
+                    for query, parameters in statements:
+                        await connection.execute(query, parameters)
+                    if keep_in_outbox:
+                        await connection.execute(
+                            QUERIES["outbox_put"],
+                            {
+                                "entity": entity.name,
+                                "id": key,
+                                "rev": change.rev,
+                                "op": change.op,
+                                "epoch": epoch,
+                                "base_digest": None if before is None else before.digest,
+                                "tentative": None
+                                if change.tentative is None
+                                else orjson.dumps(change.tentative).decode(),
+                            },
+                        )
+                return change
+
+        return await self._bounded(work(), timeout)
+
+    async def undo(
+        self,
+        entity: Entity,
+        id_: Any,
+        *,
+        rev: int,
+        op: str,
+        before: dict[str, Any] | None,
+        keys: dict[str, str],
+        migration: str,
+        epoch: int,
+        timeout: float,
+    ) -> bool:
+        """Put back what stood before a tentative write, as the next revision; False: it is no longer open."""
+        key = id_to_text(id_)
+        own = self.statements(entity)
+        new_op = new_operation()
+
+        async def work() -> bool:
+            async with self._connection(timeout) as connection, connection.transaction():
+                await connection.execute(QUERIES["lock_shared"], {"migration": migration})
+                taken = await connection.execute(
+                    QUERIES["outbox_undo"],
+                    {"entity": entity.name, "id": key, "rev": rev, "op": op, "new_op": new_op,
+                     "epoch": epoch, "migration": migration},
+                )  # fmt: skip
+                if taken.rowcount == 0:
+                    return False
+                statements: list[Statement]
+                if before is None:
+                    bury = {"entity": entity.name, "id": key, "rev": rev + 1, "op": new_op,
+                            "migration": migration, "epoch": epoch}  # fmt: skip
+                    statements = [(QUERIES["bury"], bury), *own.drop(key, rev + 1)]  # type: ignore[list-item]
+                else:
+                    image = Image(id_, before, rev + 1, new_op, keys, digest(before))
+                    rows = entity.to_rows(before, keys)
+                    cursor = await connection.execute(
+                        own.select + sql.SQL(" WHERE p.id = %s FOR UPDATE OF p"), [key]
+                    )
+                    there = await cursor.fetchone() is not None
+                    statements = own.update(image, rows, rev=rev) if there else own.insert(image, rows)
+                for query, parameters in statements:
+                    await connection.execute(query, parameters)
+                return True
+
+        return await self._bounded(work(), timeout)
+
+    async def confirm(self, entity: Entity, id_: Any, rev: int, op: str, *, timeout: float) -> bool:
+        """Turn a tentative outbox row into a confirmed one; False: it was undone, or is gone."""
+        done = await self._count(
+            "outbox_confirm", timeout, entity=entity.name, id=id_to_text(id_), rev=rev, op=op
+        )
+        return done == 1
+
+    async def outbox(self, entities: Iterable[str], *, limit: int, timeout: float) -> list[Delivery]:
+        """Up to ``limit`` owed deliveries, the oldest first."""
+        rows = await self._ask("outbox", timeout, entities=list(entities), limit=limit)
+        return [
+            Delivery(
+                entity, text_to_id(id_), rev, op.hex, None if base is None else bytes(base),
+                None if tentative is None else orjson.loads(tentative), parked,
+            )
+            for entity, id_, rev, op, base, tentative, parked in rows
+        ]  # fmt: skip
+
+    async def outbox_row(self, entity: Entity, id_: Any, *, timeout: float) -> Delivery | None:
+        """What is owed of one record."""
+        rows = await self._ask("outbox_row", timeout, entity=entity.name, id=id_to_text(id_))
+        if not rows:
+            return None
+        rev, op, base, tentative, parked = rows[0]
+        return Delivery(
+            entity.name, id_, rev, op.hex, None if base is None else bytes(base),
+            None if tentative is None else orjson.loads(tentative), parked,
+        )  # fmt: skip
+
+    async def settle(self, entity: Entity, id_: Any, rev: int, op: str, *, timeout: float) -> bool:
+        """Remove the outbox row if it is still at this revision and operation."""
+        done = await self._count(
+            "outbox_settle", timeout, entity=entity.name, id=id_to_text(id_), rev=rev, op=op
+        )
+        return done == 1
+
+    async def park(self, entity: Entity, id_: Any, rev: int, op: str, cause: str, *, timeout: float) -> None:
+        """Note in the outbox why MongoDB refuses this revision."""
+        await self._count(
+            "outbox_park", timeout, entity=entity.name, id=id_to_text(id_), rev=rev, op=op, cause=cause
+        )
+
+    async def tombstone(self, entity: Entity, id_: Any, *, timeout: float) -> tuple[int, str | None] | None:
+        """Revision and operation id of a record's tombstone."""
+        rows = await self._ask("tombstone", timeout, entity=entity.name, id=id_to_text(id_))
+        return (rows[0][0], None if rows[0][1] is None else rows[0][1].hex) if rows else None
+
+    # --- notes for a person --------------------------------------------------------------------------------
+
+    async def note_conflict(
+        self, entity: Entity, image: Image, *, cause: str, store: str, timeout: float
+    ) -> None:
+        """Keep content that lost and that the primary never held, once."""
+        await self._count(
+            "conflict_insert", timeout, entity=entity.name, id=id_to_text(image.id), cause=cause, store=store,
+            rev=image.rev, document=encode_document(image.document),
+        )  # fmt: skip
+
+    async def conflicts(
+        self, entities: Iterable[str], *, limit: int, timeout: float
+    ) -> list[tuple[Any, ...]]:
+        """(number, entity, id, cause, store, rev, BSON, seen at UTC), the newest first."""
+        return await self._ask("conflicts", timeout, entities=list(entities), limit=limit)
+
+    async def quarantine(
+        self,
+        entity: Entity,
+        image: Image,
+        *,
+        reason: str,
+        field: str | None,
+        timeout: float,
+        document: bytes | None = None,
+    ) -> None:
+        """Keep a document that cannot be carried, whole (``document``: its bytes as found), with the reason."""
+        await self._count(
+            "quarantine_put", timeout, entity=entity.name, id=id_to_text(image.id), reason=reason, field=field,
+            rev=image.rev, digest=image.digest,
+            document=encode_document(image.document) if document is None else document,
+        )  # fmt: skip
+
+    async def release(self, entity: Entity, ids: Sequence[Any], *, timeout: float) -> int:
+        """Take records out of quarantine: they could be carried after all, or are gone."""
+        return await self._count(
+            "quarantine_drop", timeout, entity=entity.name, ids=[id_to_text(i) for i in ids]
+        )
+
+    async def quarantined(self, entities: Iterable[str], *, timeout: float) -> set[tuple[str, Any]]:
+        """(entity, id) of every record in quarantine."""
+        rows = await self._ask("quarantined_ids", timeout, entities=list(entities))
+        return {(entity, text_to_id(id_)) for entity, id_ in rows}
+
+    async def quarantined_among(
+        self, entity: Entity, ids: Sequence[Any], *, timeout: float
+    ) -> dict[str, bytes]:
+        """Digest of the document in quarantine by id text, for those of ``ids`` that are there."""
+        rows = await self._ask(
+            "quarantined_among", timeout, entity=entity.name, ids=[id_to_text(i) for i in ids]
+        )
+        return {id_: bytes(stored) for id_, stored in rows}
+
+    async def quarantined_entities(self, entities: Iterable[str], *, timeout: float) -> set[str]:
+        """Which of these entities have a record in quarantine."""
+        return {row[0] for row in await self._ask("quarantined_entities", timeout, entities=list(entities))}
+
+    async def counts(self, entities: Iterable[str], *, timeout: float) -> tuple[int, int]:
+        """How many records are in quarantine, and how many conflicts are noted."""
+        [(quarantined, conflicts)] = await self._ask("counts", timeout, entities=list(entities))
+        return int(quarantined), int(conflicts)
+
+    async def outbox_depth(self, entities: Iterable[str], *, timeout: float) -> tuple[int, float]:
+        """How many deliveries are owed, and the age of the oldest in seconds."""
+        [(depth, age)] = await self._ask("outbox_depth", timeout, entities=list(entities))
+        return int(depth), float(age)
+
+    async def last_runs(
+        self, migration: str, entities: Iterable[str], *, timeout: float
+    ) -> list[dict[str, Any]]:
+        """The newest run of each kind and entity."""
+        names = ("entity", "kind", "state", "epoch", "counts", "started_at", "finished_at")
+        rows = await self._ask("last_runs", timeout, migration=migration, entities=list(entities))
+        runs = [dict(zip(names, row, strict=True)) for row in rows]
+        for run in runs:
+            run["counts"] = orjson.loads(run["counts"])
+        return runs
+
+    # --- preparing and the control record ------------------------------------------------------------------
+
+    async def prepare(self, *, timeout: float = 30.0) -> None:
+        """Create Crossfade's own tables; idempotent, and safe for two processes at once."""
+        script = resources.files(__package__).joinpath("schema.sql").read_bytes()
+
+        async def work() -> None:
+            async with self._connection(timeout) as connection, connection.transaction():
+                await connection.execute(QUERIES["lock_exclusive"], {"migration": ""})
+                await connection.execute(script)
+
+        await self._bounded(work(), timeout)
+
+    async def missing(self, entities: Iterable[Entity], *, timeout: float) -> list[str]:
+        """What of the schema is not there: Crossfade's own tables, the entities' tables and columns."""
+        try:
+            [(version,)] = await self._ask("schema_version", timeout)
+        except (errors.SchemaNotReady, ValueError):
+            return ["Crossfade's own tables"]
+        missing = [] if version == SCHEMA_VERSION else [f"Crossfade's tables at version {SCHEMA_VERSION}"]
+        for entity in entities:
+            own = self.statements(entity)
+            try:
+                await self._rows(own.select + sql.SQL(" LIMIT 0"), [], timeout)
+            except errors.SchemaNotReady as cause:
+                missing.append(f"table {entity.table.name} ({cause.__cause__})".replace("\n", " ")[:200])
+        return missing
+
+    async def is_empty(self, entities: Iterable[Entity], *, timeout: float) -> bool:
+        """Whether none of the entities' tables has a row."""
+        for entity in entities:
+            query = sql.SQL("SELECT 1 FROM {} LIMIT 1").format(self.statements(entity).table)
+            if await self._rows(query, [], timeout):
+                return False
+        return True
+
+    async def control(self, migration: str, *, timeout: float) -> dict[str, Any] | None:
+        """The copy of the control record that PostgreSQL holds."""
+        rows = await self._ask("control", timeout, migration=migration)
+        return orjson.loads(rows[0][0]) if rows else None
+
+    async def change_control(
+        self,
+        migration: str,
+        record: Mapping[str, Any],
+        *,
+        expected: int | None,
+        timeout: float,
+    ) -> bool:
+        """Replace the control record that is at version ``expected`` (None: where there is none).
+
+        Waits for every writing transaction under way: none of the older epoch commits afterwards.
+        """
+        return await self._control_statement(
+            "control_insert" if expected is None else "control_change", migration, record, expected, timeout
+        )
+
+    async def copy_control(self, migration: str, record: Mapping[str, Any], *, timeout: float) -> bool:
+        """Copy a record that MongoDB decided; an older one never replaces a newer one."""
+        return await self._control_statement("control_copy", migration, record, None, timeout)
+
+    async def _control_statement(
+        self,
+        name: str,
+        migration: str,
+        record: Mapping[str, Any],
+        expected: int | None,
+        timeout: float,
+    ) -> bool:
+        parameters = {
+            "migration": migration,
+            "epoch": record["epoch"],
+            "record": orjson.dumps(record).decode(),
+            "expected": expected,
+        }
+
+        async def work() -> bool:
+            async with self._connection(timeout) as connection, connection.transaction():
+                await connection.execute(QUERIES["lock_exclusive"], {"migration": migration})
+                return (await connection.execute(QUERIES[name], parameters)).rowcount == 1
+
+        return await self._bounded(work(), timeout)
+
+    async def note_history(
+        self, migration: str, epoch: int, phase: str, *, changed_by: str, reason: str, timeout: float
+    ) -> None:
+        """Record who changed the phase, and why."""
+        await self._count(
+            "history_insert", timeout, migration=migration, epoch=epoch, phase=phase,
+            changed_by=changed_by, reason=reason,
+        )  # fmt: skip
+
+    async def history(self, migration: str, *, timeout: float) -> list[tuple[Any, ...]]:
+        """(epoch, phase, changed at UTC, changed by, reason), the oldest first."""
+        return await self._ask("history", timeout, migration=migration)
+
+
+def _verdict(image: Image, now: Held, same_epoch: bool) -> Applied:
+    if not same_epoch:
+        raise Fenced("PostgreSQL is at another epoch")
+    if now.rev == image.rev and now.digest == image.digest and (now.tombstone or -1) < image.rev:
+        return Applied.APPLIED if now.op == image.op else Applied.SAME
+    return Applied.BEHIND
+
+
+def _first_line(cause: BaseException) -> str:
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]

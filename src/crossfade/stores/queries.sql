@@ -1,0 +1,131 @@
+-- Every fixed statement that Crossfade sends to PostgreSQL, by name. Statements on an entity's own tables are
+-- composed in `stores/postgres.py` from the entity's declaration.
+
+-- name: lock_shared
+-- Held by every writing transaction, so that a change of epoch (exclusive) waits for those under way.
+SELECT pg_advisory_xact_lock_shared(hashtextextended('crossfade:' || %(migration)s, 0))
+
+-- name: lock_exclusive
+SELECT pg_advisory_xact_lock(hashtextextended('crossfade:' || %(migration)s, 0))
+
+-- name: epoch_is
+SELECT EXISTS (SELECT FROM crossfade.control WHERE migration = %(migration)s AND epoch = %(epoch)s)
+
+-- name: control
+SELECT record FROM crossfade.control WHERE migration = %(migration)s
+
+-- name: control_insert
+INSERT INTO crossfade.control (migration, epoch, record) VALUES (%(migration)s, %(epoch)s, %(record)s::jsonb)
+ON CONFLICT (migration) DO NOTHING
+
+-- name: control_change
+UPDATE crossfade.control SET epoch = %(epoch)s, record = %(record)s::jsonb
+WHERE migration = %(migration)s AND (record->>'version')::bigint = %(expected)s
+
+-- name: control_copy
+-- The copy of a record that the other store decided; an older one never replaces a newer one.
+INSERT INTO crossfade.control AS c (migration, epoch, record)
+VALUES (%(migration)s, %(epoch)s, %(record)s::jsonb)
+ON CONFLICT (migration) DO UPDATE SET epoch = EXCLUDED.epoch, record = EXCLUDED.record
+WHERE (c.record->>'version')::bigint < (EXCLUDED.record->>'version')::bigint
+
+-- name: history_insert
+INSERT INTO crossfade.history (migration, epoch, phase, changed_by, reason)
+VALUES (%(migration)s, %(epoch)s, %(phase)s, %(changed_by)s, %(reason)s)
+ON CONFLICT (migration, epoch) DO NOTHING
+
+-- name: history
+SELECT epoch, phase, changed_at, changed_by, reason FROM crossfade.history
+WHERE migration = %(migration)s ORDER BY epoch
+
+-- name: schema_version
+SELECT value FROM crossfade.meta WHERE name = 'schema'
+
+-- name: bury
+INSERT INTO crossfade.tombstones AS t (entity, id, rev, op)
+SELECT %(entity)s, %(id)s, %(rev)s, %(op)s::uuid
+WHERE EXISTS (SELECT FROM crossfade.control WHERE migration = %(migration)s AND epoch = %(epoch)s)
+ON CONFLICT (entity, id) DO UPDATE SET rev = EXCLUDED.rev, op = EXCLUDED.op, deleted_at = now()
+WHERE t.rev < EXCLUDED.rev
+
+-- name: tombstone
+SELECT rev, op FROM crossfade.tombstones WHERE entity = %(entity)s AND id = %(id)s
+
+-- name: outbox_put
+-- One row per record: a later write replaces the note, but not what the last confirmed delivery left behind.
+INSERT INTO crossfade.outbox (entity, id, rev, op, epoch, base_digest, tentative)
+VALUES (%(entity)s, %(id)s, %(rev)s, %(op)s::uuid, %(epoch)s, %(base_digest)s, %(tentative)s::jsonb)
+ON CONFLICT (entity, id) DO UPDATE
+SET rev = EXCLUDED.rev, op = EXCLUDED.op, epoch = EXCLUDED.epoch, tentative = EXCLUDED.tentative, parked = NULL
+
+-- name: outbox
+SELECT entity, id, rev, op, base_digest, tentative, parked FROM crossfade.outbox
+WHERE entity = ANY(%(entities)s) ORDER BY since LIMIT %(limit)s
+
+-- name: outbox_row
+SELECT rev, op, base_digest, tentative, parked FROM crossfade.outbox WHERE entity = %(entity)s AND id = %(id)s
+
+-- name: outbox_confirm
+UPDATE crossfade.outbox SET tentative = NULL
+WHERE entity = %(entity)s AND id = %(id)s AND rev = %(rev)s AND op = %(op)s::uuid AND tentative IS NOT NULL
+
+-- name: outbox_undo
+-- Takes an open write back: of this, a confirmation, and another undo only one finds it tentative.
+UPDATE crossfade.outbox SET tentative = NULL, rev = rev + 1, op = %(new_op)s::uuid, epoch = %(epoch)s
+WHERE entity = %(entity)s AND id = %(id)s AND rev = %(rev)s AND op = %(op)s::uuid AND tentative IS NOT NULL
+  AND EXISTS (SELECT FROM crossfade.control WHERE migration = %(migration)s AND epoch = %(epoch)s)
+
+-- name: outbox_settle
+DELETE FROM crossfade.outbox
+WHERE entity = %(entity)s AND id = %(id)s AND rev = %(rev)s AND op = %(op)s::uuid AND tentative IS NULL
+
+-- name: outbox_park
+UPDATE crossfade.outbox SET parked = %(cause)s
+WHERE entity = %(entity)s AND id = %(id)s AND rev = %(rev)s AND op = %(op)s::uuid
+
+-- name: outbox_depth
+SELECT count(*), coalesce(extract(epoch FROM now() - min(since)), 0)::float8
+FROM crossfade.outbox WHERE entity = ANY(%(entities)s)
+
+-- name: conflict_insert
+INSERT INTO crossfade.conflicts (entity, id, cause, store, rev, document)
+SELECT %(entity)s, %(id)s, %(cause)s, %(store)s, %(rev)s, %(document)s
+WHERE NOT EXISTS (
+    SELECT FROM crossfade.conflicts
+    WHERE entity = %(entity)s AND id = %(id)s AND store = %(store)s AND document = %(document)s
+)
+
+-- name: conflicts
+SELECT number, entity, id, cause, store, rev, document, seen_at FROM crossfade.conflicts
+WHERE entity = ANY(%(entities)s) ORDER BY number DESC LIMIT %(limit)s
+
+-- name: quarantine_put
+INSERT INTO crossfade.quarantine (entity, id, reason, field, rev, digest, document)
+VALUES (%(entity)s, %(id)s, %(reason)s, %(field)s, %(rev)s, %(digest)s, %(document)s)
+ON CONFLICT (entity, id) DO UPDATE
+SET reason = EXCLUDED.reason, field = EXCLUDED.field, rev = EXCLUDED.rev, digest = EXCLUDED.digest,
+    document = EXCLUDED.document, last_seen = now()
+
+-- name: quarantine_drop
+DELETE FROM crossfade.quarantine WHERE entity = %(entity)s AND id = ANY(%(ids)s)
+
+-- name: quarantined_ids
+SELECT entity, id FROM crossfade.quarantine WHERE entity = ANY(%(entities)s)
+
+-- name: quarantined_among
+SELECT id, digest FROM crossfade.quarantine WHERE entity = %(entity)s AND id = ANY(%(ids)s)
+
+-- name: quarantined_entities
+SELECT e FROM unnest(%(entities)s::text[]) AS e WHERE EXISTS (SELECT FROM crossfade.quarantine WHERE entity = e)
+
+-- name: counts
+SELECT (SELECT count(*) FROM crossfade.quarantine WHERE entity = ANY(%(entities)s)),
+       (SELECT count(*) FROM crossfade.conflicts WHERE entity = ANY(%(entities)s))
+
+-- name: last_runs
+SELECT DISTINCT ON (entity, kind) entity, kind, state, epoch, counts, started_at, finished_at
+FROM crossfade.runs WHERE migration = %(migration)s AND entity = ANY(%(entities)s)
+ORDER BY entity, kind, started_at DESC
+
+-- name: now
+SELECT clock_timestamp()

@@ -1,0 +1,282 @@
+"""The statements on one entity's own tables, composed once from its declaration.
+
+A record is a parent row and child rows. The guard of an upsert is the revision: a row is replaced only by a
+newer image, or by the same content under a newer mapping. Child rows are replaced by statements of their own,
+after the parent's, whose snapshot is taken once the parent row is locked: a statement that did both would not
+see the child rows of the transaction that it had to wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg import sql
+from sqlalchemy import Column, Table
+from sqlalchemy.dialects import postgresql
+
+from crossfade.entity import DocumentId, Entity, Rows
+from crossfade.errors import ConfigurationError
+from crossfade.record import Held, Image
+from crossfade.values import digest, id_to_text
+
+_DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]
+_META = ("cf_rev", "cf_op", "cf_digest", "cf_mapping")
+
+#: A statement with its parameters, in order.
+Statement = tuple[sql.Composed, Sequence[Any]]
+
+
+def _type(column: Column[Any]) -> sql.SQL:
+    name = "text" if isinstance(column.type, DocumentId) else column.type.compile(dialect=_DIALECT)
+    return sql.SQL(name)  # type: ignore[arg-type]  # from the entity's own table, not from input
+
+
+def _is_json(column: Column[Any]) -> bool:
+    return column.type.compile(dialect=_DIALECT) in ("JSONB", "JSON")
+
+
+def _table(table: Table) -> sql.Identifier:
+    return sql.Identifier(table.schema, table.name) if table.schema else sql.Identifier(table.name)
+
+
+def _names(columns: Iterable[str]) -> sql.Composed:
+    return sql.SQL(", ").join(map(sql.Identifier, columns))
+
+
+@dataclass(frozen=True, slots=True)
+class _ChildStatements:
+    columns: tuple[str, ...]
+    key: tuple[str, ...]
+    json: tuple[bool, ...]
+    put: sql.Composed
+    drop_others: sql.Composed
+    drop_all: sql.Composed
+    drop_covered: sql.Composed
+    drop_now: sql.Composed
+
+
+class RowStatements:
+    """Statements for one entity; see the module's docstring for why there are several per image."""
+
+    def __init__(self, entity: Entity) -> None:
+        self.entity = entity
+        table = entity.table
+        self.table = _table(table)
+        self.columns = (*entity.parent_columns, *_META)
+        self._json = tuple(_is_json(table.c[name]) for name in self.columns)
+        self._children = tuple(self._child(child) for child in entity.children)
+
+        values = sql.SQL(", ").join(sql.SQL("%s::") + _type(table.c[name]) for name in self.columns)
+        updated = [name for name in self.columns if name != "id"]
+        assigned = sql.SQL(", ").join(
+            sql.SQL("{0} = EXCLUDED.{0}").format(sql.Identifier(name)) for name in updated
+        )
+        self._apply = sql.SQL(
+            "INSERT INTO {table} AS t ({columns}) SELECT {values} "
+            "WHERE EXISTS (SELECT FROM crossfade.control WHERE migration = %s AND epoch = %s) "
+            "AND NOT EXISTS (SELECT FROM crossfade.tombstones WHERE entity = %s AND id = %s AND rev >= %s) "
+            "ON CONFLICT (id) DO UPDATE SET {assigned} "
+            "WHERE t.cf_rev < EXCLUDED.cf_rev OR (t.cf_rev = EXCLUDED.cf_rev "
+            "AND t.cf_digest = EXCLUDED.cf_digest AND t.cf_mapping < EXCLUDED.cf_mapping)"
+        ).format(table=self.table, columns=_names(self.columns), values=values, assigned=assigned)
+        self._insert = sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
+            self.table, _names(self.columns), values
+        )
+        self._update = sql.SQL("UPDATE {} SET ({}) = ROW({}) WHERE id = %s AND cf_rev = %s").format(
+            self.table,
+            _names(updated),
+            sql.SQL(", ").join(sql.SQL("%s::") + _type(table.c[name]) for name in updated),
+        )
+        self.held = sql.SQL(
+            "SELECT r.cf_rev, r.cf_op, r.cf_digest, r.cf_mapping, "
+            "(SELECT rev FROM crossfade.tombstones WHERE entity = %s AND id = %s), "
+            "EXISTS (SELECT FROM crossfade.control WHERE migration = %s AND epoch = %s) "
+            "FROM (SELECT) AS one LEFT JOIN {} AS r ON r.id = %s"
+        ).format(self.table)
+        self._drop = sql.SQL("DELETE FROM {} WHERE id = %s AND cf_rev <= %s").format(self.table)
+        self._drop_now = sql.SQL("DELETE FROM {} WHERE id = %s AND cf_rev = %s").format(self.table)
+        self._drop_covered = sql.SQL(
+            "DELETE FROM {} AS p USING crossfade.tombstones AS t "
+            "WHERE p.id = %s AND t.entity = %s AND t.id = p.id AND t.rev >= p.cf_rev"
+        ).format(self.table)
+        arrays = [
+            sql.SQL("ARRAY(SELECT c.{} FROM {} AS c WHERE c.{} = p.id ORDER BY {})").format(
+                sql.Identifier(name),
+                _table(child.table),
+                sql.Identifier(child.columns[0]),
+                _names(statements.key),
+            )
+            for child, statements in zip(entity.children, self._children, strict=True)
+            for name in child.columns
+        ]
+        self.select = sql.SQL("SELECT {} FROM {} AS p").format(
+            sql.SQL(", ").join([*(sql.SQL("p.") + sql.Identifier(n) for n in self.columns), *arrays]),
+            self.table,
+        )
+
+    def _child(self, child: Any) -> _ChildStatements:
+        table: Table = child.table
+        columns: tuple[str, ...] = child.columns
+        key = tuple(column.name for column in table.primary_key.columns)
+        if not key or key[0] != columns[0]:
+            raise ConfigurationError(
+                f"entity {self.entity.name!r}: the primary key of {table.name} must begin with {columns[0]}"
+            )
+        owner = sql.Identifier(columns[0])
+        name = _table(table)
+        rest = [column for column in columns if column not in key]
+        arrays = sql.SQL(", ").join(sql.SQL("%s::") + _type(table.c[c]) + sql.SQL("[]") for c in columns)
+        #: The parent row as this image left it: only then are its child rows ours to write.
+        ours = sql.SQL(
+            "p.id = %s AND p.cf_rev = %s AND p.cf_op IS NOT DISTINCT FROM %s::uuid AND p.cf_digest = %s"
+        )
+        put = sql.SQL(
+            "INSERT INTO {name} ({columns}) SELECT u.* FROM unnest({arrays}) AS u, {parent} AS p WHERE {ours} "
+            "ON CONFLICT ({key}) DO {action}"
+        ).format(
+            name=name,
+            columns=_names(columns),
+            arrays=arrays,
+            parent=self.table,
+            ours=ours,
+            key=_names(key),
+            action=sql.SQL("UPDATE SET ")
+            + sql.SQL(", ").join(sql.SQL("{0} = EXCLUDED.{0}").format(sql.Identifier(c)) for c in rest)
+            if rest
+            else sql.SQL("NOTHING"),
+        )
+        key_arrays = sql.SQL(", ").join(sql.SQL("%s::") + _type(table.c[c]) + sql.SQL("[]") for c in key)
+        drop_others = sql.SQL(
+            "DELETE FROM {name} AS c USING {parent} AS p WHERE c.{owner} = p.id AND {ours} AND NOT EXISTS "
+            "(SELECT FROM unnest({keys}) AS k ({key}) WHERE ({mine}) = ({theirs}))"
+        ).format(
+            name=name,
+            parent=self.table,
+            owner=owner,
+            ours=ours,
+            keys=key_arrays,
+            key=_names(key),
+            mine=sql.SQL(", ").join(sql.SQL("k.") + sql.Identifier(c) for c in key),
+            theirs=sql.SQL(", ").join(sql.SQL("c.") + sql.Identifier(c) for c in key),
+        )
+        return _ChildStatements(
+            columns,
+            key,
+            tuple(_is_json(table.c[c]) for c in columns),
+            put,
+            drop_others,
+            sql.SQL(
+                "DELETE FROM {} AS c USING {} AS p WHERE c.{} = p.id AND p.id = %s AND p.cf_rev <= %s"
+            ).format(name, self.table, owner),
+            sql.SQL(
+                "DELETE FROM {} AS c USING {} AS p, crossfade.tombstones AS t WHERE c.{} = p.id AND p.id = %s "
+                "AND t.entity = %s AND t.id = p.id AND t.rev >= p.cf_rev"
+            ).format(name, self.table, owner),
+            sql.SQL(
+                "DELETE FROM {} AS c USING {} AS p WHERE c.{} = p.id AND p.id = %s AND p.cf_rev = %s"
+            ).format(name, self.table, owner),
+        )
+
+    def _parent_values(self, image: Image, rows: Rows) -> list[Any]:
+        values = (*rows.parent, image.rev, image.op, image.digest, self.entity.mapping_version)
+        return [
+            value.decode() if json and isinstance(value, bytes) else value
+            for value, json in zip(values, self._json, strict=True)
+        ]
+
+    def _child_statements(self, image: Image, rows: Rows) -> list[Statement]:
+        guard = [rows.parent[0], image.rev, image.op, image.digest]
+        statements: list[Statement] = []
+        for child, child_rows in zip(self._children, rows.children, strict=True):
+            arrays: list[list[Any]] = [
+                [row[i].decode() if json and isinstance(row[i], bytes) else row[i] for row in child_rows]
+                for i, json in enumerate(child.json)
+            ]
+            keys = [arrays[child.columns.index(name)] for name in child.key]
+            statements.append((child.drop_others, [*guard, *keys]))
+            if child_rows:
+                statements.append((child.put, [*arrays, *guard]))
+        return statements
+
+    def apply(self, image: Image, rows: Rows, *, migration: str, epoch: int) -> list[Statement]:
+        """Put an image where it is newer than what is there, and where no tombstone covers it."""
+        id_ = rows.parent[0]
+        parent = [*self._parent_values(image, rows), migration, epoch, self.entity.name, id_, image.rev]
+        return [(self._apply, parent), *self._child_statements(image, rows)]
+
+    def insert(self, image: Image, rows: Rows) -> list[Statement]:
+        """A new record; PostgreSQL primary only."""
+        return [(self._insert, self._parent_values(image, rows)), *self._child_statements(image, rows)]
+
+    def update(self, image: Image, rows: Rows, *, rev: int) -> list[Statement]:
+        """Replace the record that stands at ``rev``; PostgreSQL primary only."""
+        id_, *values = self._parent_values(image, rows)
+        return [(self._update, [*values, id_, rev]), *self._child_statements(image, rows)]
+
+    def drop(self, id_: str, rev: int) -> list[Statement]:
+        """Remove the rows of a record at or under a revision."""
+        return [*((c.drop_all, [id_, rev]) for c in self._children), (self._drop, [id_, rev])]
+
+    def drop_exactly(self, id_: str, rev: int) -> list[Statement]:
+        """Remove the rows of a record at exactly this revision."""
+        return [*((c.drop_now, [id_, rev]) for c in self._children), (self._drop_now, [id_, rev])]
+
+    def look_again(self, id_: str) -> list[Statement]:
+        """Remove rows that a tombstone covers: run after one's own commit."""
+        name = self.entity.name
+        return [*((c.drop_covered, [id_, name]) for c in self._children), (self._drop_covered, [id_, name])]
+
+    def held_of(self, id_: str, *, migration: str, epoch: int) -> Statement:
+        """What PostgreSQL holds of a record, and whether it is at this epoch."""
+        return self.held, [self.entity.name, id_, migration, epoch, id_]
+
+    def image(self, row: Sequence[Any]) -> Image:
+        """The image that a row of `select` stands for."""
+        parent = row[: len(self.entity.parent_columns)]
+        rev, op, stored, _mapping = row[len(parent) : len(self.columns)]
+        at = len(self.columns)
+        children = []
+        for child in self._children:
+            arrays = row[at : at + len(child.columns)]
+            at += len(child.columns)
+            children.append(tuple(zip(*arrays, strict=True)))
+        document = self.entity.from_rows(parent, children)
+        keys = {rule.rule: parent[self.entity.parent_columns.index(rule.to)] for rule in self.entity.unique}
+        return Image(
+            id=document["_id"],
+            document=document,
+            rev=rev,
+            op=None if op is None else op.hex,
+            keys={name: key for name, key in keys.items() if key is not None},
+            digest=bytes(stored) if stored is not None else digest(document),
+        )
+
+    def where(self, equalities: Mapping[str, Any]) -> tuple[sql.Composed, list[Any]] | None:
+        """A condition for these equalities on mapped fields; None when a field has no column of its own."""
+        by_field = {column.field: column.to for column in self.entity.columns}
+        conditions: list[sql.Composable] = []
+        values: list[Any] = []
+        for field, value in equalities.items():
+            name = "id" if field == "_id" else by_field.get(field)
+            if name is None:
+                return None
+            column = self.entity.table.c[name]
+            if value is None:
+                # NULL stands for null, for missing, and for what the column could not hold.
+                return None
+            conditions.append(sql.SQL("p.{} = %s").format(sql.Identifier(name)))
+            values.append(id_to_text(value) if isinstance(column.type, DocumentId) else value)
+        return sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true").format(), values
+
+
+def held(row: Sequence[Any]) -> tuple[Held, bool]:
+    """What a row of `RowStatements.held_of` says; the bool: PostgreSQL is at that epoch."""
+    rev, op, stored, mapping, tombstone, fenced_in = row
+    return (
+        Held(
+            rev, None if op is None else op.hex, None if stored is None else bytes(stored), mapping, tombstone
+        ),
+        bool(fenced_in),
+    )

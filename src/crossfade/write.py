@@ -1,0 +1,859 @@
+"""The write protocol for single records.
+
+**MongoDB primary.** One update of one document carries the data, revision n+1, the operation id and the debt:
+there is no instant at which a crash leaves a difference that is not recorded. Then PostgreSQL gets the image
+that MongoDB gave back; then the debt is erased, in batches.
+
+**PostgreSQL primary.** One transaction carries the rows, revision n+1 and an outbox row. Then MongoDB gets the
+image; then the outbox row goes.
+
+**Unknown outcomes.** A write that was not answered is sent again, the same compare-and-set: of the two only one
+can match, so afterwards it is decided, and the operation id says whose it was. Reading alone would decide
+nothing: a delayed request can run after the read.
+
+**ROLLBACK_BOTH.** The debt is born tentative, with the values before, in the same update. Success is told only
+after a compare-and-set from tentative to confirmed; what is still tentative past its deadline the reconciler
+undoes, *whatever the secondary did*: the undo is the newer revision.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import bson
+from bson.int64 import Int64
+
+from crossfade import errors, observe
+from crossfade.board import boot_clock
+from crossfade.breaker import Breaker
+from crossfade.control import Control
+from crossfade.debt import ATTEMPTS, Pair, Settled, Settler, acceptable_key
+from crossfade.entity import Entity
+from crossfade.record import CF, Debt, Image, Record, new_id, new_operation
+from crossfade.stores.errors import Fenced, RuleBroken, Unanswered
+from crossfade.stores.postgres import Change, Delivery
+from crossfade.strategy import FailureStrategy, check_strategy, default_strategy
+from crossfade.values import CODEC_OPTIONS, Unmappable, decode_document, encode_document
+
+_FAILED = (errors.StoreUnavailable, Fenced)
+
+
+@dataclass(frozen=True, slots=True)
+class _Operation:
+    """One write on its way.
+
+    Attributes:
+        kind: "insert", "update" or "delete".
+        control: the control record it was admitted under.
+        ends: when the primary must have answered, by `boot_clock`.
+    """
+
+    kind: str
+    context: str
+    strategy: FailureStrategy
+    asynchronous: bool
+    control: Control
+    op: str
+    ends: float
+
+    @property
+    def rollback(self) -> bool:
+        return self.strategy is FailureStrategy.ROLLBACK_BOTH
+
+    def left(self) -> float:
+        """Seconds until the deadline; never less than a hundredth."""
+        return max(0.01, self.ends - boot_clock())
+
+
+@dataclass
+class Writer:
+    """Writes single records of one migration, in the direction and by the strategy that its phase asks for."""
+
+    pair: Pair
+    settler: Settler
+    breaker: Breaker = field(default_factory=Breaker)
+    _background: set[asyncio.Task[None]] = field(default_factory=set)
+
+    # --- what an application calls (through migration.EntityHandle) ------------------------------------------
+
+    async def insert(
+        self,
+        entity: Entity,
+        document: Mapping[str, Any],
+        *,
+        context: str,
+        strategy: FailureStrategy | None,
+        asynchronous: bool,
+    ) -> Record:
+        """Insert a document; ``_id`` is made where it has none.
+
+        Raises:
+            crossfade.errors.DuplicateKey: the id, or a value of a unique rule, is taken.
+            crossfade.errors.CrossfadeError: as the strategy has it; see errors.py.
+        """
+        given = "_id" in document
+        whole = _as_stored({"_id": document["_id"] if given else new_id(), **document})
+
+        async def run(o: _Operation) -> Record:
+            if o.control.phase.rules.primary == "mongo":
+                return await self._mongo_insert(entity, whole, o, id_given=given)
+            return await self._postgres_write(entity, whole["_id"], o, insert=whole)
+
+        return await self._operate(entity, "insert", context, strategy, asynchronous, run)
+
+    async def update(
+        self,
+        entity: Entity,
+        id_: Any,
+        *,
+        set_: Mapping[str, Any],
+        unset: Iterable[str],
+        if_revision: int | None,
+        context: str,
+        strategy: FailureStrategy | None,
+        asynchronous: bool,
+    ) -> Record:
+        """Set and remove top-level fields.
+
+        Raises:
+            crossfade.errors.NotFound, StaleRevision, DuplicateKey: nothing was changed.
+            crossfade.errors.CrossfadeError: as the strategy has it; see errors.py.
+        """
+        removed = tuple(unset)
+        for name in (*set_, *removed):
+            if not name or "." in name or name.startswith("$") or name in ("_id", CF):
+                raise errors.ConfigurationError(f"field {name!r} cannot be set by an update of {entity.name}")
+        wrote = _as_stored(set_)
+
+        async def run(o: _Operation) -> Record:
+            if o.control.phase.rules.primary == "mongo":
+                return await self._mongo_update(entity, id_, wrote, removed, if_revision, o)
+            return await self._postgres_write(
+                entity, id_, o, wrote=wrote, removed=removed, if_revision=if_revision
+            )
+
+        return await self._operate(entity, "update", context, strategy, asynchronous, run)
+
+    async def delete(
+        self, entity: Entity, id_: Any, *, context: str, strategy: FailureStrategy | None
+    ) -> None:
+        """Delete a record for good: a tombstone keeps it from coming back.
+
+        Raises:
+            crossfade.errors.NotFound: nothing was changed.
+            crossfade.errors.CrossfadeError: as the strategy has it; see errors.py.
+        """
+
+        async def run(o: _Operation) -> Record:
+            if o.control.phase.rules.primary == "mongo":
+                return await self._mongo_delete(entity, id_, o)
+            return await self._postgres_write(entity, id_, o)
+
+        await self._operate(entity, "delete", context, strategy, False, run)
+
+    async def close(self) -> None:
+        """Wait at most a second for ``mode="async"`` writes under way; their debts stand."""
+        if self._background:
+            await asyncio.wait(self._background, timeout=1.0)
+        for task in self._background:
+            task.cancel()
+
+    # --- the frame of every write -----------------------------------------------------------------------------
+
+    async def _operate(
+        self,
+        entity: Entity,
+        kind: str,
+        context: str,
+        strategy: FailureStrategy | None,
+        asynchronous: bool,
+        run: Any,
+    ) -> Record:
+        began = time.perf_counter()
+        options = self.pair.options
+        chosen = strategy
+        outcome = "failed"
+        try:
+            control = await self._admit()
+            chosen = strategy or default_strategy(control.phase)
+            check_strategy(chosen, control.phase, asynchronous=asynchronous)
+            o = _Operation(
+                kind, context, chosen, asynchronous, control, new_operation(),
+                boot_clock() + options.primary_deadline,
+            )  # fmt: skip
+            record: Record = await run(o)
+            if not self.pair.board.lease_valid:
+                raise errors.OutcomeUnknown(
+                    f"[{context}] the write was made, but this worker's lease ran out meanwhile: it may not "
+                    "tell whether the store it wrote to is still the primary"
+                )
+            outcome = "acknowledged"
+            return record
+        except errors.CrossfadeError as cause:
+            outcome = type(cause).__name__
+            raise
+        finally:
+            name = chosen.value if chosen else "default"
+            observe.WRITES.labels(self.pair.name, entity.name, kind, name, outcome).inc()
+            observe.WRITE_SECONDS.labels(self.pair.name, kind).observe(time.perf_counter() - began)
+
+    async def _admit(self) -> Control:
+        board = self.pair.board
+        control = await board.steady()
+        if not board.lease_valid:
+            # A look may only be late: take one before refusing.
+            await board.refresh()
+            control = await board.steady()
+        return control
+
+    def _say(self, o: _Operation, text: str, *, warn: bool = False) -> None:
+        logger = observe.log()
+        (logger.warning if warn else logger.info)(text, context=o.context)
+
+    # --- MongoDB primary --------------------------------------------------------------------------------------
+
+    def _marks(
+        self, o: _Operation, rev: int, keys: Mapping[str, str], tentative: Any = None
+    ) -> dict[str, Any]:
+        """What a write puts under ``_cf``."""
+        marks: dict[str, Any] = {"rev": Int64(rev), "op": o.op}
+        if keys:
+            marks["keys"] = dict(keys)
+        if o.control.phase.rules.dual:
+            marks["debt"] = Debt(o.control.epoch, tentative if o.rollback else None).to_document()
+        return marks
+
+    async def _mongo_insert(
+        self, entity: Entity, document: dict[str, Any], o: _Operation, *, id_given: bool
+    ) -> Record:
+        rev = 1
+        if id_given:
+            buried = await self.pair.mongo.tombstone(entity, document["_id"], timeout=o.left())
+            rev = 1 if buried is None else buried.rev + 1
+        keys = entity.keys(document)
+        stored = {**document, CF: self._marks(o, rev, keys, {"kind": "insert"})}
+        self._say(o, "Writing to MongoDB...")
+        await self._insert_until_decided(entity, stored, o)
+        self._say(o, "MongoDB write successful")
+        image = Image.from_document(dict(stored))
+        return await self._then_postgres(entity, image, o)
+
+    async def _insert_until_decided(self, entity: Entity, stored: dict[str, Any], o: _Operation) -> None:
+        unknown = False
+        while True:
+            try:
+                await self.pair.mongo.insert(entity, stored, timeout=o.left())
+                return
+            except Unanswered as cause:
+                unknown = True
+                await self._again(o, cause)
+            except errors.StoreUnavailable as cause:
+                if not unknown:
+                    self._say(o, f"MongoDB write failed: {cause}", warn=True)
+                    raise
+                await self._again(o, cause)
+            except RuleBroken as cause:
+                mine = await self._read_or_unknown(entity, stored["_id"], o, unknown=unknown)
+                if mine is not None and mine.op == o.op:
+                    return
+                rule = (
+                    "_id"
+                    if mine is not None
+                    else await self._broken_rule(entity, stored, stored["_id"], cause)
+                )
+                self._say(o, f"MongoDB write refused: the rule {rule!r} is broken")
+                raise errors.DuplicateKey(entity.name, rule) from cause
+
+    async def _again(self, o: _Operation, cause: errors.StoreUnavailable) -> None:
+        """Pause before the same request is sent again.
+
+        Raises:
+            crossfade.errors.OutcomeUnknown: the deadline has passed.
+        """
+        if boot_clock() >= o.ends:
+            self._say(o, f"MongoDB write not answered: {cause}", warn=True)
+            raise errors.OutcomeUnknown(
+                f"[{o.context}] MongoDB did not say within the deadline whether it holds the write; whichever it "
+                "is, both stores are made equal"
+            ) from cause
+        await asyncio.sleep(0.05)
+
+    async def _read_or_unknown(
+        self, entity: Entity, id_: Any, o: _Operation, *, unknown: bool
+    ) -> Image | None:
+        while True:
+            try:
+                return await self.pair.mongo.read(entity, id_, timeout=o.left())
+            except errors.StoreUnavailable as cause:
+                if not unknown:
+                    raise
+                await self._again(o, cause)
+
+    async def _broken_rule(
+        self, entity: Entity, fields: Mapping[str, Any], id_: Any, cause: RuleBroken
+    ) -> str:
+        """Which rule was broken: not every server names the index."""
+        keys = entity.keys(fields)
+        for rule in entity.unique:
+            if f"{CF}.keys.{rule.rule}" in cause.constraint:
+                return rule.rule
+        for rule in entity.unique:
+            checks: list[dict[str, Any]] = []
+            if rule.rule in keys:
+                checks.append({f"{CF}.keys.{rule.rule}": keys[rule.rule]})
+            if rule.field in fields:
+                checks.append({rule.field: fields[rule.field]})
+            for query in checks:
+                timeout = self.pair.options.primary_deadline
+                for other in await self.pair.mongo.find(entity, query, limit=2, timeout=timeout):
+                    if other.id != id_:
+                        return rule.rule
+        return cause.constraint or "unique"
+
+    async def _mongo_update(
+        self,
+        entity: Entity,
+        id_: Any,
+        wrote: Mapping[str, Any],
+        removed: tuple[str, ...],
+        if_revision: int | None,
+        o: _Operation,
+    ) -> Record:
+        unique_fields = [rule.field for rule in entity.unique]
+        looked_at = {*unique_fields, *(wrote if o.rollback else ()), *(removed if o.rollback else ())}
+        self._say(o, "Writing to MongoDB...")
+        for _ in range(ATTEMPTS * 4):
+            notes, rev = await self._base(entity, id_, looked_at, if_revision, o)
+            cf = notes.get(CF) or {}
+            stamped: dict[str, str] = dict(cf.get("keys") or {})
+            future = {**{n: notes[n] for n in unique_fields if n in notes}, **wrote}
+            for name in removed:
+                future.pop(name, None)
+            plain = entity.keys(future)
+            keys = {r: k for r, k in plain.items() if not acceptable_key(stamped.get(r), k, id_)}
+            tentative = None
+            also: dict[str, Any] = {}
+            if o.rollback:
+                changed = (*wrote, *removed)
+                before = {name: notes[name] for name in changed if name in notes}
+                tentative = {
+                    "kind": "update", "before": before, "wrote": dict(wrote), "removed": list(removed),
+                    "keys": {rule: stamped[rule] for rule in keys if rule in stamped},
+                }  # fmt: skip
+                # The values before must still stand when the write happens, or its undo would bring back others.
+                also = {n: {"$eq": before[n]} if n in before else {"$exists": False} for n in changed}
+            marks = self._marks(o, rev + 1, {}, tentative)
+            set_ = {
+                **wrote,
+                **{f"{CF}.{name}": value for name, value in marks.items()},
+                **{f"{CF}.keys.{rule}": key for rule, key in keys.items()},
+            }
+            gone = [*removed, *(f"{CF}.keys.{rule}" for rule in stamped if rule not in plain)]
+            image = await self._set_until_decided(entity, id_, rev, set_, gone, also, future, o)
+            if image is None:
+                continue
+            self._say(o, "MongoDB write successful")
+            return await self._then_postgres(entity, image, o)
+        raise errors.Busy(f"[{o.context}] other writers kept changing this record of {entity.name}")
+
+    async def _base(
+        self, entity: Entity, id_: Any, fields: Iterable[str], if_revision: int | None, o: _Operation
+    ) -> tuple[dict[str, Any], int]:
+        """The notes and revision to write upon, once no ``ROLLBACK_BOTH`` write is open.
+
+        Raises:
+            crossfade.errors.NotFound, StaleRevision: nothing to write upon.
+            crossfade.errors.Busy: an open write outlasted the deadline.
+        """
+        names = list(fields)
+        while True:
+            try:
+                notes = await self.pair.mongo.notes(entity, id_, names, timeout=o.left())
+            except errors.StoreUnavailable as cause:
+                self._say(o, f"MongoDB write failed: {cause}", warn=True)
+                raise
+            cf = (notes or {}).get(CF) or {}
+            debt = Debt.from_document(cf.get("debt"))
+            if notes is not None and debt is not None and debt.tentative is not None:
+                if boot_clock() >= o.ends:
+                    raise errors.Busy(
+                        f"[{o.context}] a write of this record of {entity.name} waits for its outcome"
+                    )
+                await asyncio.sleep(0.02)
+                continue
+            if notes is None or cf.get("deleted"):
+                raise errors.NotFound(f"[{o.context}] {entity.name} has no record with this id")
+            rev = int(cf.get("rev", 0))
+            if if_revision is not None and rev != if_revision:
+                raise errors.StaleRevision(
+                    f"[{o.context}] this record of {entity.name} is at revision {rev}, not {if_revision}"
+                )
+            return notes, rev
+
+    async def _set_until_decided(
+        self,
+        entity: Entity,
+        id_: Any,
+        rev: int,
+        set_: Mapping[str, Any],
+        unset: list[str],
+        also: Mapping[str, Any],
+        fields: Mapping[str, Any],
+        o: _Operation,
+    ) -> Image | None:
+        """One compare-and-set, repeated until it is decided; None: another write was first."""
+        unknown = False
+        guard = {f"{CF}.debt.tentative": {"$exists": False}, f"{CF}.deleted": {"$ne": True}, **also}
+        while True:
+            try:
+                image = await self.pair.mongo.compare_and_set(
+                    entity, id_, rev=rev, set_=set_, unset=unset, also=guard, timeout=o.left()
+                )
+            except Unanswered as cause:
+                unknown = True
+                await self._again(o, cause)
+                continue
+            except errors.StoreUnavailable as cause:
+                if not unknown:
+                    self._say(o, f"MongoDB write failed: {cause}", warn=True)
+                    raise
+                await self._again(o, cause)
+                continue
+            except RuleBroken as cause:
+                rule = await self._broken_rule(entity, fields, id_, cause)
+                self._say(o, f"MongoDB write refused: the rule {rule!r} is broken")
+                raise errors.DuplicateKey(entity.name, rule) from cause
+            if image is not None or not unknown:
+                return image
+            now = await self._read_or_unknown(entity, id_, o, unknown=True)
+            if now is not None and now.op == o.op:
+                return now
+            if now is None or now.rev > rev + 1:
+                # Somebody has written upon revision n+1, and nothing says any more whose that was.
+                raise errors.OutcomeUnknown(
+                    f"[{o.context}] the write was not answered, and this record of {entity.name} was written again "
+                    "since"
+                )
+            return None
+
+    async def _mongo_delete(self, entity: Entity, id_: Any, o: _Operation) -> Record:
+        self._say(o, "Deleting in MongoDB...")
+        for _ in range(ATTEMPTS * 4):
+            _, rev = await self._base(entity, id_, (), None, o)
+            marks = self._marks(o, rev + 1, {}, {"kind": "delete"})
+            set_ = {f"{CF}.{name}": value for name, value in marks.items()} | {f"{CF}.deleted": True}
+            image = await self._set_until_decided(entity, id_, rev, set_, [], {}, {}, o)
+            if image is None:
+                continue
+            self._say(o, "MongoDB delete decided")
+            return await self._then_postgres(entity, image, o)
+        raise errors.Busy(f"[{o.context}] other writers kept changing this record of {entity.name}")
+
+    # --- MongoDB primary: the second step -----------------------------------------------------------------------
+
+    async def _then_postgres(self, entity: Entity, image: Image, o: _Operation) -> Record:
+        record = Record(image.id, image.document, image.rev, "mongo")
+        if not o.control.phase.rules.dual:
+            if image.deleted:
+                await self.settler.finish_delete(entity, image.id, image.rev, o.op, o.control)
+            return record
+        if o.asynchronous:
+            if len(self._background) < self.pair.options.background:
+                task = asyncio.create_task(self._quietly(entity, image, o))
+                self._background.add(task)
+                task.add_done_callback(self._background.discard)
+            return record
+        failure = await self._try_postgres(entity, image, o)
+        if o.rollback:
+            await self._close_tentative(entity, image, o, failure)
+        elif failure is not None:
+            await self._acknowledge_with_debt(o, failure)
+        return record
+
+    async def _quietly(self, entity: Entity, image: Image, o: _Operation) -> None:
+        with contextlib.suppress(errors.CrossfadeError):
+            await self._try_postgres(entity, image, o)
+
+    async def _try_postgres(
+        self, entity: Entity, image: Image, o: _Operation
+    ) -> errors.CrossfadeError | None:
+        """Bring the image to PostgreSQL; None once confirmed, else why not. The debt stands meanwhile."""
+        control = self.pair.board.control
+        flagged = control.unreadable is not None and not o.rollback
+        if flagged or not self.breaker.allows():
+            return errors.StoreUnavailable("postgres", "PostgreSQL is known to be down; nobody waits for it")
+        self._say(o, "Writing to PostgreSQL...")
+        timeout = self.pair.options.secondary_deadline
+        try:
+            if image.deleted and not o.rollback:
+                assert image.op is not None
+                settled = await self.settler.finish_delete(entity, image.id, image.rev, image.op, o.control)
+            elif image.deleted:
+                # Still tentative: the row goes, the document stays until success may be told.
+                await self.pair.postgres.apply_delete(
+                    entity, image.id, rev=image.rev, op=o.op,
+                    migration=self.pair.name, epoch=o.control.epoch, timeout=timeout,
+                )  # fmt: skip
+                settled = Settled.CONFIRMED
+            else:
+                settled = await self.settler.bring(entity, image, o.control, timeout=timeout)
+        except _FAILED as cause:
+            self.breaker.failed()
+            self._say(o, f"PostgreSQL write failed: {cause}", warn=True)
+            return cause
+        except errors.CrossfadeError as cause:
+            self.breaker.succeeded()
+            self._say(o, f"PostgreSQL write failed: {cause}", warn=True)
+            return cause
+        except BaseException:
+            self.breaker.failed()
+            raise
+        self.breaker.succeeded()
+        if settled is Settled.PARKED:
+            self._say(o, "PostgreSQL write failed: its rules or the mapping refuse the record", warn=True)
+            return errors.Quarantined("PostgreSQL refuses this record; see the debt's cause")
+        self._say(o, "PostgreSQL write successful")
+        if settled is Settled.CONFIRMED and not image.deleted and not o.rollback:
+            self.settler.erase_soon(entity, image)
+        return None
+
+    async def _acknowledge_with_debt(self, o: _Operation, failure: errors.CrossfadeError) -> None:
+        """Before success is told: make sure that no worker goes on serving the older row."""
+        board = self.pair.board
+        if board.control.postgres_first:
+            try:
+                await board.mark_unreadable(o.op)
+            except errors.CrossfadeError as cause:
+                raise errors.OutcomeUnknown(
+                    f"[{o.context}] MongoDB holds the write, but readers of PostgreSQL could not be warned"
+                ) from cause
+        self._say(o, f"MongoDB keeps the write; PostgreSQL is owed it: {failure}", warn=True)
+
+    async def _close_tentative(
+        self, entity: Entity, image: Image, o: _Operation, failure: errors.CrossfadeError | None
+    ) -> None:
+        """ROLLBACK_BOTH: tell success only after tentative has become confirmed; else undo."""
+        if failure is None:
+            try:
+                confirmed = await self._confirm(entity, image, o)
+            except errors.StoreUnavailable as cause:
+                raise errors.UndoPending(
+                    f"[{o.context}] both stores hold the write, but it could not be confirmed in time: the "
+                    "reconciler undoes it unless the confirmation arrived"
+                ) from cause
+            if confirmed:
+                if image.deleted:
+                    await self._finish_confirmed_delete(entity, image, o)
+                else:
+                    self.settler.erase_soon(entity, image)
+                return
+            raise errors.Undone(
+                f"[{o.context}] the write was undone: it was not confirmed before its deadline"
+            )
+        self._say(o, f"Rolling MongoDB back: {failure}", warn=True)
+        try:
+            settled = await self.settler.undo(entity, image, o.control)
+        except _FAILED as cause:
+            current = None
+            with contextlib.suppress(errors.CrossfadeError):
+                current = await self.pair.mongo.read(entity, image.id, timeout=o.left())
+            if current is None or current.op == o.op:
+                self._say(o, f"Rollback failed: {cause}; the reconciler undoes it", warn=True)
+                raise errors.UndoPending(
+                    f"[{o.context}] PostgreSQL failed, and the undo in MongoDB could not be finished; it is "
+                    "recorded and will be carried out"
+                ) from failure
+            settled = Settled.SUPERSEDED
+        if settled in (Settled.OPEN, Settled.PARKED):
+            current = await self.pair.mongo.read(entity, image.id, timeout=o.left())
+            if current is not None and current.op == o.op:
+                raise errors.UndoPending(
+                    f"[{o.context}] the undo in MongoDB waits for the reconciler"
+                ) from failure
+        self._say(o, "Rollback successful", warn=True)
+        raise errors.Undone(
+            f"[{o.context}] PostgreSQL failed; MongoDB was rolled back: {failure}"
+        ) from failure
+
+    async def _confirm(self, entity: Entity, image: Image, o: _Operation) -> bool:
+        """The compare-and-set from tentative to confirmed, repeated until it is decided."""
+        while True:
+            try:
+                done = await self.pair.mongo.compare_and_set(
+                    entity, image.id, rev=image.rev, set_={f"{CF}.op": o.op},
+                    unset=[f"{CF}.debt.tentative"],
+                    also={f"{CF}.op": o.op, f"{CF}.debt.tentative": {"$exists": True}},
+                    timeout=o.left(),
+                )  # fmt: skip
+                if done is not None:
+                    return True
+                now = await self.pair.mongo.read(entity, image.id, timeout=o.left())
+            except errors.StoreUnavailable:
+                if boot_clock() >= o.ends:
+                    raise
+                await asyncio.sleep(0.05)
+                continue
+            return now is not None and now.op == o.op and (now.debt is None or now.debt.tentative is None)
+
+    async def _finish_confirmed_delete(self, entity: Entity, image: Image, o: _Operation) -> None:
+        with contextlib.suppress(*_FAILED):
+            await self.settler.finish_delete(entity, image.id, image.rev, o.op, o.control)
+
+    # --- PostgreSQL primary -------------------------------------------------------------------------------------
+
+    async def _postgres_write(
+        self,
+        entity: Entity,
+        id_: Any,
+        o: _Operation,
+        *,
+        insert: dict[str, Any] | None = None,
+        wrote: Mapping[str, Any] | None = None,
+        removed: tuple[str, ...] = (),
+        if_revision: int | None = None,
+    ) -> Record:
+        """One write that PostgreSQL decides; ``insert``: a new document, ``wrote``: an update, neither: a delete."""
+        dual = o.control.phase.rules.dual
+        mine: list[Change] = []
+
+        def decide(before: Image | None, tombstone: int) -> Change:
+            if before is not None and before.op == o.op:
+                raise _AlreadyWritten
+            if insert is not None:
+                if before is not None:
+                    raise errors.DuplicateKey(entity.name, "_id")
+                change = self._new_image(entity, insert, {}, tombstone + 1, o)
+            else:
+                if before is None:
+                    raise errors.NotFound(f"[{o.context}] {entity.name} has no record with this id")
+                if if_revision is not None and before.rev != if_revision:
+                    raise errors.StaleRevision(
+                        f"[{o.context}] this record of {entity.name} is at revision {before.rev}, not {if_revision}"
+                    )
+                if wrote is None:
+                    change = Change(
+                        None, None, max(before.rev, tombstone) + 1, o.op, self._tentative("delete", before, o)
+                    )
+                else:
+                    after = {**before.document, **wrote}
+                    for name in removed:
+                        after.pop(name, None)
+                    rev = max(before.rev, tombstone) + 1
+                    change = self._new_image(entity, after, before.keys, rev, o, before)
+            mine.append(change)
+            return change
+
+        self._say(o, "Writing to PostgreSQL...")
+        change = await self._decide_in_postgres(entity, id_, decide, mine, o, keep_in_outbox=dual)
+        self._say(o, "PostgreSQL write successful")
+        document = change.image.document if change.image is not None else {"_id": id_}
+        record = Record(id_, document, change.rev, "postgres")
+        if not dual:
+            return record
+        owed = Delivery(entity.name, id_, change.rev, o.op, None, change.tentative, None)
+        if o.asynchronous:
+            if len(self._background) < self.pair.options.background:
+                task = asyncio.create_task(self._deliver_quietly(owed, o))
+                self._background.add(task)
+                task.add_done_callback(self._background.discard)
+            return record
+        failure = await self._try_mongo(owed, o)
+        if o.rollback:
+            await self._close_in_postgres(entity, owed, o, failure)
+        elif failure is not None:
+            self._say(o, f"PostgreSQL keeps the write; MongoDB is owed it: {failure}", warn=True)
+        return record
+
+    def _new_image(
+        self,
+        entity: Entity,
+        document: dict[str, Any],
+        stamped: Mapping[str, str],
+        rev: int,
+        o: _Operation,
+        before: Image | None = None,
+    ) -> Change:
+        plain = entity.keys(document)
+        id_ = document["_id"]
+        keys = {r: stamped[r] if acceptable_key(stamped.get(r), k, id_) else k for r, k in plain.items()}
+        try:
+            rows = entity.to_rows(document, keys)
+        except Unmappable as cause:
+            raise errors.Quarantined(f"[{o.context}] PostgreSQL cannot hold this record: {cause}") from cause
+        image = Image.from_document({**document, CF: {"rev": rev, "op": o.op, "keys": keys}})
+        kind = "insert" if before is None else "update"
+        return Change(image, rows, rev, o.op, self._tentative(kind, before, o))
+
+    @staticmethod
+    def _tentative(kind: str, before: Image | None, o: _Operation) -> dict[str, Any] | None:
+        if not o.rollback:
+            return None
+        whole = None if before is None else base64.b64encode(encode_document(before.document)).decode()
+        return {"kind": kind, "before": whole, "keys": {} if before is None else before.keys}
+
+    async def _decide_in_postgres(
+        self,
+        entity: Entity,
+        id_: Any,
+        decide: Any,
+        mine: list[Change],
+        o: _Operation,
+        *,
+        keep_in_outbox: bool,
+    ) -> Change:
+        unknown = False
+        while True:
+            try:
+                return await self.pair.postgres.write(
+                    entity, id_, decide, migration=self.pair.name, epoch=o.control.epoch,
+                    timeout=o.left(), keep_in_outbox=keep_in_outbox,
+                )  # fmt: skip
+            except _AlreadyWritten:
+                return mine[-1]
+            except errors.NotFound:
+                if unknown and o.kind == "delete":
+                    buried = await self.pair.postgres.tombstone(entity, id_, timeout=o.left())
+                    if buried is not None and buried[1] == o.op:
+                        return mine[-1]
+                raise
+            except errors.Busy:
+                if boot_clock() >= o.ends:
+                    raise
+                await asyncio.sleep(0.02)
+            except RuleBroken as cause:
+                names = {rule.to: rule.rule for rule in entity.unique}
+                found = next((rule for column, rule in names.items() if column in cause.constraint), None)
+                if found is None and cause.constraint.endswith("_pkey"):
+                    unknown = True  # two inserts of one id: look again, ours may be there
+                    if boot_clock() >= o.ends:
+                        raise errors.DuplicateKey(entity.name, "_id") from cause
+                    continue
+                self._say(o, f"PostgreSQL write refused: {cause}")
+                raise errors.DuplicateKey(entity.name, found or cause.constraint) from cause
+            except Unanswered as cause:
+                unknown = True
+                if boot_clock() >= o.ends:
+                    self._say(o, f"PostgreSQL write not answered: {cause}", warn=True)
+                    raise errors.OutcomeUnknown(
+                        f"[{o.context}] PostgreSQL did not say within the deadline whether it holds the write"
+                    ) from cause
+                await asyncio.sleep(0.05)
+            except Fenced as cause:
+                raise errors.StoreUnavailable(
+                    "postgres", f"[{o.context}] the primary changed while the write was on its way; try again"
+                ) from cause
+            except errors.StoreUnavailable as cause:
+                if not unknown:
+                    self._say(o, f"PostgreSQL write failed: {cause}", warn=True)
+                    raise
+                if boot_clock() >= o.ends:
+                    raise errors.OutcomeUnknown(
+                        f"[{o.context}] PostgreSQL cannot be asked: {cause}"
+                    ) from cause
+                await asyncio.sleep(0.05)
+
+    async def _deliver_quietly(self, owed: Delivery, o: _Operation) -> None:
+        with contextlib.suppress(errors.CrossfadeError):
+            await self._try_mongo(owed, o)
+
+    async def _try_mongo(self, owed: Delivery, o: _Operation) -> errors.CrossfadeError | None:
+        """Deliver to MongoDB; None once there, else why not. The outbox row stands meanwhile."""
+        if not self.breaker.allows():
+            return errors.StoreUnavailable("mongo", "MongoDB is known to be down; nobody waits for it")
+        self._say(o, "Writing to MongoDB...")
+        try:
+            async with asyncio.timeout(self.pair.options.secondary_deadline * 4):
+                settled = await self.settler.deliver(
+                    owed, o.control, timeout=self.pair.options.secondary_deadline
+                )
+        except (*_FAILED, TimeoutError) as cause:
+            self.breaker.failed()
+            self._say(o, f"MongoDB write failed: {cause}", warn=True)
+            if isinstance(cause, errors.CrossfadeError):
+                return cause
+            return errors.StoreUnavailable("mongo", "MongoDB did not answer within the deadline")
+        except BaseException:
+            self.breaker.failed()
+            raise
+        self.breaker.succeeded()
+        if settled is Settled.PARKED:
+            self._say(o, "MongoDB write failed: its rules refuse the record", warn=True)
+            return errors.Quarantined("MongoDB refuses this record; see the outbox row's cause")
+        self._say(o, "MongoDB write successful")
+        return None
+
+    async def _close_in_postgres(
+        self, entity: Entity, owed: Delivery, o: _Operation, failure: errors.CrossfadeError | None
+    ) -> None:
+        postgres = self.pair.postgres
+        if failure is None:
+            try:
+                confirmed = await postgres.confirm(entity, owed.id, owed.rev, owed.op, timeout=o.left())
+            except errors.StoreUnavailable as cause:
+                raise errors.UndoPending(
+                    f"[{o.context}] both stores hold the write, but it could not be confirmed in time: the "
+                    "reconciler undoes it unless the confirmation arrived"
+                ) from cause
+            if not confirmed:
+                raise errors.Undone(
+                    f"[{o.context}] the write was undone: it was not confirmed before its deadline"
+                )
+            with contextlib.suppress(errors.StoreUnavailable):
+                await postgres.settle(entity, owed.id, owed.rev, owed.op, timeout=o.left())
+            return
+        self._say(o, f"Rolling PostgreSQL back: {failure}", warn=True)
+        try:
+            await self.undo_in_postgres(entity, owed, o.control)
+        except errors.StoreUnavailable as cause:
+            self._say(o, f"Rollback failed: {cause}; the reconciler undoes it", warn=True)
+            raise errors.UndoPending(
+                f"[{o.context}] MongoDB failed, and the undo in PostgreSQL could not be finished; it is recorded "
+                "and will be carried out"
+            ) from failure
+        self._say(o, "Rollback successful", warn=True)
+        raise errors.Undone(
+            f"[{o.context}] MongoDB failed; PostgreSQL was rolled back: {failure}"
+        ) from failure
+
+    async def undo_in_postgres(self, entity: Entity, owed: Delivery, control: Control) -> None:
+        """Take an open write back as a new revision; nothing if it is no longer open.
+
+        Nobody else writes a record whose outbox row is tentative, so what stood before is put back whole.
+        """
+        assert owed.tentative is not None
+        whole, keys = owed.tentative["before"], owed.tentative["keys"]
+        await self.pair.postgres.undo(
+            entity,
+            owed.id,
+            rev=owed.rev,
+            op=owed.op,
+            before=None if whole is None else decode_document(base64.b64decode(whole)),
+            keys=keys,
+            migration=self.pair.name,
+            epoch=control.epoch,
+            timeout=self.pair.options.primary_deadline,
+        )
+
+
+class _AlreadyWritten(Exception):
+    """The record in PostgreSQL carries our operation id: the unanswered write had committed."""
+
+
+def _as_stored(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document as a store gives it back (dates in milliseconds, UTC; integers by size).
+
+    Raises:
+        crossfade.errors.ConfigurationError: a value that BSON has no type for, or ``_cf``.
+    """
+    if CF in document:
+        raise errors.ConfigurationError(f"the field {CF!r} belongs to Crossfade")
+    try:
+        return bson.decode(bson.encode(dict(document)), CODEC_OPTIONS)
+    except (bson.errors.BSONError, OverflowError, TypeError, ValueError) as cause:
+        raise errors.ConfigurationError(f"this document cannot be stored: {cause}") from cause
