@@ -49,13 +49,27 @@ def split(batch: bytes) -> list[bytes]:
 
 
 def id_of(raw: bytes) -> Any:
-    """The ``_id`` of a stored document that may not decode as a whole; invalid UTF-8 in it is replaced."""
-    options = CODEC_OPTIONS.with_options(unicode_decode_error_handler="backslashreplace")
+    """The ``_id`` of a stored document that may not decode as a whole.
+
+    Raises:
+        ValueError: it does not stand first, where every server puts it, or is not valid itself.
+    """
+    if raw[5:9] != b"_id\0":
+        raise ValueError("the document's first field is not _id")
+    kind = raw[4]
+    size = _FIXED.get(kind)
+    if size is None:
+        size = _length(raw, 9)[0] + _BESIDE_LENGTH.get(kind, 0)
+    element = raw[4 : 9 + size]
     try:
-        # Every server stores it first.
-        return bson.decode(raw, options)["_id"]
-    except (BSONError, KeyError):
-        return RawBSONDocument(raw, _RAW)["_id"]
+        return bson.decode(struct.pack("<i", len(element) + 5) + element + b"\0", CODEC_OPTIONS)["_id"]
+    except (BSONError, KeyError) as cause:
+        raise ValueError(f"the document's _id is not valid: {cause}") from None
+
+
+# Bytes of a value by its BSON type: fixed, or what comes on top of the length that the value begins with.
+_FIXED = {0x01: 8, 0x07: 12, 0x08: 1, 0x09: 8, 0x0A: 0, 0x10: 4, 0x11: 8, 0x12: 8, 0x13: 16, 0x7F: 0, 0xFF: 0}
+_BESIDE_LENGTH = {0x02: 4, 0x05: 5, 0x0D: 4, 0x0E: 4}
 
 
 class BulkMongo:
@@ -143,7 +157,10 @@ class BulkMongo:
             except PyMongoError as cause:
                 raise self._unreachable(cause) from cause
             if last is not None:
-                position = {"_id": id_of(last)}
+                try:
+                    position = {"_id": id_of(last)}
+                except ValueError as cause:
+                    raise self._unreachable(cause) from cause
 
     def fetch(self, entity: Entity, ids: Sequence[Any]) -> list[bytes]:
         """The documents with these ids, raw, those that there are."""

@@ -402,7 +402,8 @@ class BulkPostgres:
             row = await cursor.fetchone()
         if row is None:
             return None
-        return Run(*row[:5], orjson.loads(row[5]), orjson.loads(row[6]))
+        run, epoch, state, position, pending, counts, settings = row
+        return Run(run, epoch, state, position, pending, orjson.loads(counts), orjson.loads(settings))
 
     async def begin_run(
         self, migration: str, entity: Entity, kind: str, *, epoch: int, settings: dict[str, Any]
@@ -443,7 +444,7 @@ class BulkPostgres:
         migration: str,
         epoch: int,
         run: Run,
-        checkpoint: Callable[[Written], tuple[bytes, bytes | None, dict[str, Any]]],
+        checkpoint: Callable[[Written], tuple[bytes | None, bytes | None, dict[str, Any]]],
     ) -> Written:
         """Write a chunk and its checkpoint in one transaction; what became of the rows.
 
@@ -474,7 +475,7 @@ class BulkPostgres:
         migration: str,
         epoch: int,
         run: Run,
-        checkpoint: Callable[[Written], tuple[bytes, bytes | None, dict[str, Any]]],
+        checkpoint: Callable[[Written], tuple[bytes | None, bytes | None, dict[str, Any]]],
     ) -> Written:
         connection, name = self._connection, tables.entity.name
         # Two statements: the epoch must be read by a snapshot that is taken once the lock is held.

@@ -90,18 +90,19 @@ def compile_row(types: Sequence[ColumnType]) -> Callable[[Row], bytes]:
     """A function that writes one row of these types; None is NULL."""
     names, parts = _expressions(types)
     variables = "".join(f"v{n}, " for n in range(len(types)))
-    return _compile(
+    write: Callable[[Row], bytes] = _compile(
         ["def write(row):", f"    {variables} = row", f"    return {' + '.join(['HEAD', *parts])}"],
         names,
         types,
     )
+    return write
 
 
 def compile_rows(types: Sequence[ColumnType]) -> Callable[[Iterable[Row]], bytes]:
     """A function that writes all rows of one owner, whose first column is the same in all of them."""
     names, parts = _expressions(types)
     variables = "".join(f"v{n}, " for n in range(len(types)))
-    return _compile(
+    write: Callable[[Iterable[Row]], bytes] = _compile(
         [
             "def write(rows):",
             "    if not rows: return b''",
@@ -112,6 +113,7 @@ def compile_rows(types: Sequence[ColumnType]) -> Callable[[Iterable[Row]], bytes
         names,
         types,
     )
+    return write
 
 
 def _expressions(types: Sequence[ColumnType]) -> tuple[dict[str, Any], list[str]]:

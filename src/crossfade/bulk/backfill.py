@@ -1,0 +1,331 @@
+"""Backfill: every document of a collection becomes rows, while the application keeps writing.
+
+What it promises
+    Whatever happens in between (a kill, a lost store, another writer), running the same command until it says
+    "complete" leaves for every document of the collection: its row at its revision or a newer one, or an entry
+    in quarantine with its bytes, or a note that it breaks a rule. It never replaces a newer row and never
+    brings back a deleted record. Documents made while it runs are not its business: dual writing has to be on
+    (phase 1 or later), which carries them.
+
+How
+    A thread reads and converts the next chunk while this one is written, so at most two are in memory. The
+    checkpoint, with what is left to do after the commit (look again for tombstones, records to settle one by
+    one), is in the transaction of the rows; a run that was killed does that first when it goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import bson
+
+from crossfade.bulk.convert import Chunk, chunks, quiet_collector
+from crossfade.bulk.plan import decode_position, encode_position, queries_after
+from crossfade.entity import Entity
+from crossfade.errors import ConfigurationError
+from crossfade.stores.bulk_mongo import BulkMongo
+from crossfade.stores.bulk_postgres import BulkPostgres, EntityTables, Run, Written
+from crossfade.values import CODEC_OPTIONS, Unmappable, id_to_text
+
+KIND = "backfill"
+#: Documents in a chunk: larger ones were not faster, smaller ones were (measured).
+BATCH_SIZE = 5_000
+#: Bytes of BSON at which a chunk ends before that. Two chunks are in memory, each about three times over.
+BATCH_BYTES = 16 * 1024 * 1024
+#: Documents per round trip: a part of a chunk, so that the server works while this side converts.
+FETCH_SIZE = 1_000
+#: How many ids a report names for one kind of finding; the counts are always whole.
+SAMPLES = 20
+
+SettleOne = Callable[[Entity, Any], Awaitable[object]]
+OnBehind = Callable[[Entity, Sequence[Any]], Awaitable[object]]
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a run did so far; kept with its checkpoint, so it is exact after a kill.
+
+    Attributes:
+        read: documents.
+        inserted, updated: rows written.
+        same: rows that were there already, equal.
+        deleted: documents whose delete is decided; their debt carries it.
+        quarantined: documents that cannot be carried unchanged, or that the table does not take.
+        behind: documents whose row is newer or a fork, or that a tombstone covers; handed on.
+        violations: documents that break a rule in PostgreSQL; handed on, one by one.
+        parked: of these, those that could not be settled at once.
+        removed: rows removed again because a delete committed meanwhile.
+    """
+
+    read: int = 0
+    inserted: int = 0
+    updated: int = 0
+    same: int = 0
+    deleted: int = 0
+    quarantined: int = 0
+    behind: int = 0
+    violations: int = 0
+    parked: int = 0
+    removed: int = 0
+
+    @property
+    def errors(self) -> int:
+        """Documents that need a person, quarantine apart."""
+        return self.parked
+
+
+@dataclass(slots=True)
+class Report:
+    """How a backfill ended.
+
+    Attributes:
+        state: "complete" or "interrupted" (stopped on request after a whole chunk; run it again to go on).
+        counts: of the whole run, the parts before an interruption included.
+        resumed: documents that an earlier part of the run had read.
+        quarantined: samples: id text, reason and field.
+        parked: samples: id text, rule and why.
+        seconds: that this part took.
+    """
+
+    entity: str
+    state: str
+    counts: Counts
+    resumed: int = 0
+    quarantined: list[dict[str, Any]] = field(default_factory=list)
+    parked: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return {**asdict(self), "found": self.found}
+
+    @property
+    def found(self) -> bool:
+        """Whether anything needs a person."""
+        return bool(self.counts.quarantined or self.counts.parked)
+
+
+OnProgress = Callable[[Counts], None]
+
+
+class Backfill:
+    """One run of a backfill.
+
+    Args:
+        entity: what to move.
+        source, target: the stores, for this run alone.
+        migration: name of the migration.
+        epoch: of the control record, as read by whoever checked that its phase writes to both stores. Another
+            one found in PostgreSQL ends the run.
+        batch_size: documents in a chunk.
+        batch_bytes: bytes of BSON at which a chunk ends before that.
+        settle_one: reconciles one record by the protocol of single writes (rows that break a rule). What it
+            raises parks the record. None: every such record is parked.
+        on_behind: lifts or passes over records that the row is ahead of; None: they are only counted.
+        on_progress: called after every chunk.
+    """
+
+    def __init__(
+        self,
+        entity: Entity,
+        source: BulkMongo,
+        target: BulkPostgres,
+        *,
+        migration: str,
+        epoch: int,
+        batch_size: int = BATCH_SIZE,
+        batch_bytes: int = BATCH_BYTES,
+        settle_one: SettleOne | None = None,
+        on_behind: OnBehind | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigurationError(f"a batch has at least 1 document, not {batch_size}")
+        self.entity = entity
+        self._source = source
+        self._target = target
+        self._migration = migration
+        self._epoch = epoch
+        self._batch_size = batch_size
+        self._batch_bytes = batch_bytes
+        self._settle_one = settle_one
+        self._on_behind = on_behind
+        self._on_progress = on_progress
+        self._counts = Counts()
+        self._position: bytes | None = None
+        self._report = Report(entity.name, "interrupted", self._counts)
+
+    async def run(self, *, restart: bool = False, stop: asyncio.Event | None = None) -> Report:
+        """Move everything that is left.
+
+        Args:
+            restart: begin at the beginning, whatever an earlier run has done.
+            stop: once set, the chunk under way is finished and the run ends as "interrupted".
+
+        Raises:
+            crossfade.errors.Busy: another process does the same.
+            crossfade.stores.errors.Fenced: the migration went to another epoch.
+            crossfade.errors.StoreUnavailable: a store is gone; run it again to go on.
+            crossfade.errors.SchemaNotReady: tables are missing.
+        """
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await self._target.claim(self._migration, self.entity, KIND)
+        tables = await self._target.tables_of(self.entity)
+        run = await self._begin_or_resume(restart)
+        await self._finish_pending(tables, run.pending)
+        self._position = run.position
+        position = decode_position(run.position)
+        documents = self._source.read(
+            self.entity, queries_after, position, batch=min(FETCH_SIZE, self._batch_size)
+        )
+        made = chunks(documents, tables, count=self._batch_size, size=self._batch_bytes)
+        with ThreadPoolExecutor(1, "crossfade-convert") as thread, quiet_collector():
+            done = await self._move(tables, run, made, thread, stop)
+        if done:
+            self._report.state = "complete"
+            await self._target.finish_run(run, asdict(self._counts))
+        self._report.seconds = loop.time() - began
+        return self._report
+
+    async def _begin_or_resume(self, restart: bool) -> Run:
+        """The unfinished run of this epoch and mapping, or a new one.
+
+        One of an older epoch is not resumed: dual writing may have been off in between, so rows that it has
+        passed may be out of date.
+        """
+        settings = {"mapping": self.entity.mapping_version, "batch_size": self._batch_size}
+        last = await self._target.latest_run(self._migration, self.entity, KIND)
+        if (
+            last is not None
+            and not restart
+            and last.state == "running"
+            and last.epoch == self._epoch
+            and last.settings.get("mapping") == self.entity.mapping_version
+        ):
+            for name, value in last.counts.items():
+                if name in Counts.__slots__:
+                    setattr(self._counts, name, value)
+            self._report.resumed = self._counts.read
+            return last
+        return await self._target.begin_run(
+            self._migration, self.entity, KIND, epoch=self._epoch, settings=settings
+        )
+
+    async def _move(
+        self,
+        tables: EntityTables,
+        run: Run,
+        made: Iterator[Chunk],
+        thread: ThreadPoolExecutor,
+        stop: asyncio.Event | None,
+    ) -> bool:
+        """Write chunk after chunk; whether the end was reached."""
+        loop = asyncio.get_running_loop()
+        upcoming = loop.run_in_executor(thread, next, made, None)
+        try:
+            while (chunk := await upcoming) is not None:
+                if stop is not None and stop.is_set():
+                    return False
+                upcoming = loop.run_in_executor(thread, next, made, None)
+                await self._write(tables, run, chunk)
+                # What little is in cycles (tracebacks) must not add up; there is next to nothing to walk.
+                gc.collect(0)
+                if self._on_progress is not None:
+                    self._on_progress(self._counts)
+            return True
+        finally:
+            await asyncio.wait([upcoming])
+            upcoming.exception()  # seen here, where another error is on its way already
+
+    async def _write(self, tables: EntityTables, run: Run, chunk: Chunk) -> None:
+        before = asdict(self._counts)
+        pending: bytes | None = None
+
+        def checkpoint(written: Written) -> tuple[bytes | None, bytes | None, dict[str, Any]]:
+            nonlocal pending
+            # Counted anew on each try of the transaction.
+            for name, value in before.items():
+                setattr(self._counts, name, value)
+            self._count(chunk, written)
+            pending = _pending(chunk, written)
+            # A position that stays behind costs reading a few documents again.
+            if chunk.last is not None:
+                self._position = encode_position(chunk.last)
+            return self._position, pending, asdict(self._counts)
+
+        written = await self._target.write_chunk(
+            tables,
+            chunk.rows,
+            chunk.bad,
+            migration=self._migration,
+            epoch=self._epoch,
+            run=run,
+            checkpoint=checkpoint,
+        )
+        room = SAMPLES - len(self._report.quarantined)
+        self._report.quarantined += [
+            {"id": bad.text, "reason": bad.reason, "field": bad.field}
+            for bad in [*chunk.bad, *written.refused][: max(room, 0)]
+        ]
+        await self._finish_pending(tables, pending)
+
+    def _count(self, chunk: Chunk, written: Written) -> None:
+        counts = self._counts
+        counts.read += chunk.read
+        counts.deleted += chunk.deleted
+        counts.inserted += written.inserted
+        counts.updated += written.updated
+        counts.same += written.same
+        counts.quarantined += len(chunk.bad) + len(written.refused)
+        counts.behind += len(written.behind)
+        counts.violations += len(written.violations)
+
+    async def _finish_pending(self, tables: EntityTables, stored: bytes | None) -> None:
+        """Do what a chunk leaves to do behind its commit. Repeating it does no harm."""
+        if stored is None:
+            return
+        work = bson.decode(stored, CODEC_OPTIONS)
+        self._counts.removed += await self._target.look_again(tables, work["first"], work["last"])
+        if work["behind"] and self._on_behind is not None:
+            await self._on_behind(self.entity, work["behind"])
+        for id_, rule in work["violations"]:
+            await self._settle(id_, rule)
+
+    async def _settle(self, id_: Any, rule: str) -> None:
+        why = "no one to settle it"
+        if self._settle_one is not None:
+            try:
+                await self._settle_one(self.entity, id_)
+            except Exception as cause:
+                why = str(cause) or type(cause).__name__
+            else:
+                return
+        self._counts.parked += 1
+        if len(self._report.parked) < SAMPLES:
+            self._report.parked.append({"id": _shown(id_), "rule": rule, "why": why})
+
+
+def _pending(chunk: Chunk, written: Written) -> bytes | None:
+    if not chunk.rows:
+        return None
+    texts = [row.text for row in chunk.rows]
+    work = {
+        "first": min(texts),
+        "last": max(texts),
+        "behind": written.behind,
+        "violations": [[id_, rule] for id_, rule in written.violations],
+    }
+    return bson.encode(work, codec_options=CODEC_OPTIONS)
+
+
+def _shown(id_: Any) -> str:
+    try:
+        return id_to_text(id_)
+    except Unmappable:
+        return repr(id_)[:100]

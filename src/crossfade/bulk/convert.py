@@ -1,0 +1,181 @@
+"""From a stored document to what a bulk writer sends, and in chunks (pure)."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import struct
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import bson
+
+from crossfade.entity import Rows
+from crossfade.record import CF, Image
+from crossfade.stores.bulk_mongo import id_of
+from crossfade.stores.bulk_postgres import BadDocument, EntityTables, PreparedRow
+from crossfade.values import (
+    CODEC_OPTIONS,
+    Unmappable,
+    decode_document,
+    digest_of_bytes,
+    encode_document,
+    id_to_text,
+)
+
+_int32 = struct.Struct("<i").pack
+
+
+def canonical(raw: bytes, document: dict[str, Any]) -> bytes:
+    """Canonical bytes of a document that was decoded from ``raw`` by `decode_document`, ``_cf`` left out.
+
+    Encoding again costs as much as decoding, and `decode_document` has proved already that it would give
+    ``raw``. So where nothing is to be left out, or ``_cf`` stands last (an update puts it there), the bytes are
+    cut out of ``raw``.
+    """
+    if raw[5:9] != b"_id\0":
+        return encode_document(document)
+    if CF not in document:
+        return raw
+    if next(reversed(document)) == CF:
+        notes = bson.encode({CF: document[CF]}, codec_options=CODEC_OPTIONS)[4:]
+        if raw.endswith(notes):
+            return _int32(len(raw) - len(notes) + 1) + raw[4 : len(raw) - len(notes)] + b"\0"
+    return encode_document(document)
+
+
+def image_of(raw: bytes) -> tuple[Image, bytes]:
+    """The image that a stored document stands for (as `Image.from_raw`), and its canonical bytes.
+
+    Raises:
+        crossfade.values.Unmappable: the bytes, or the notes in ``_cf``, cannot be understood.
+    """
+    document = decode_document(raw)
+    content = canonical(raw, document)
+    notes = document.pop(CF, None)
+    try:
+        own = Image.from_document({"_id": document["_id"], CF: notes}) if isinstance(notes, Mapping) else None
+    except (TypeError, ValueError, AttributeError):
+        raise Unmappable("the field '_cf' does not hold what Crossfade wrote there", CF) from None
+    except KeyError:
+        raise Unmappable("the document has no _id", "_id") from None
+    digest = digest_of_bytes(content)
+    if own is None:
+        return Image(id=document["_id"], document=document, rev=0, op=None, keys={}, digest=digest), content
+    return (
+        Image(
+            id=own.id, document=document, rev=own.rev, op=own.op, keys=own.keys, digest=digest, debt=own.debt,
+            deleted=own.deleted, delivered=own.delivered,
+        ),
+        content,
+    )  # fmt: skip
+
+
+def bad_document(raw: bytes, problem: Unmappable, image: Image | None) -> BadDocument:
+    """A document as it goes to quarantine, whatever is wrong with it."""
+    id_ = None
+    try:
+        id_ = id_of(raw) if image is None else image.id
+        text = id_to_text(id_)
+    except (Unmappable, ValueError):
+        # The entry needs a key of its own; the true id is in the bytes.
+        text = "x:" + digest_of_bytes(raw).hex()
+    digest = digest_of_bytes(raw) if image is None else image.digest
+    clean = (
+        problem.field.replace("\0", "\u2400").encode(errors="backslashreplace").decode()
+        if problem.field
+        else None
+    )
+    return BadDocument(id_, text, raw, 0 if image is None else image.rev, digest, problem.reason, clean)
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Documents that are written in one transaction.
+
+    Attributes:
+        rows: convertible ones, in the order of their ids.
+        bad: for quarantine.
+        read: documents read, the deleted ones included.
+        deleted: documents whose delete is decided; their own debt takes it to PostgreSQL.
+        size: bytes of BSON.
+        last: ``_id`` of the last one whose id can be told; None: no such one.
+    """
+
+    rows: list[PreparedRow] = field(default_factory=list)
+    bad: list[BadDocument] = field(default_factory=list)
+    read: int = 0
+    deleted: int = 0
+    size: int = 0
+    last: Any = None
+
+    def add(self, raw: bytes, tables: EntityTables) -> None:
+        """Convert one document and add it."""
+        self.read += 1
+        self.size += len(raw)
+        image = None
+        try:
+            image, _ = image_of(raw)
+            self.last = image.id
+            if image.deleted:
+                self.deleted += 1
+                return
+            rows = tables.entity.to_rows(image.document, image.keys or None)
+            self.rows.append(prepare(raw, image, rows, tables))
+        except Unmappable as problem:
+            bad = bad_document(raw, problem, image)
+            if bad.id is not None:
+                self.last = bad.id
+            self.bad.append(bad)
+
+
+def prepare(raw: bytes, image: Image, rows: Rows, tables: EntityTables) -> PreparedRow:
+    """Encode a record's rows.
+
+    Raises:
+        Unmappable: the operation id in ``_cf`` is none.
+    """
+    try:
+        op = None if image.op is None else uuid.UUID(image.op)
+    except (ValueError, AttributeError):
+        raise Unmappable("the field '_cf' holds an operation id that is none", CF) from None
+    mapping = tables.entity.mapping_version
+    return PreparedRow(
+        image.id,
+        rows.parent[0],
+        raw,
+        image.rev,
+        image.digest,
+        tables.write_parent((*rows.parent, image.rev, op, image.digest, mapping)),
+        tuple([write(made) for write, made in zip(tables.write_children, rows.children, strict=True)]),
+    )
+
+
+def chunks(documents: Iterable[bytes], tables: EntityTables, *, count: int, size: int) -> Iterator[Chunk]:
+    """Cut a stream of documents into chunks of ``count`` documents, or ``size`` bytes if that comes first."""
+    chunk = Chunk()
+    for raw in documents:
+        chunk.add(raw, tables)
+        if chunk.read >= count or chunk.size >= size:
+            yield chunk
+            chunk = Chunk()
+    if chunk.read:
+        yield chunk
+
+
+@contextlib.contextmanager
+def quiet_collector() -> Iterator[None]:
+    """Keep Python's cyclic collector out of the way: walking a chunk's objects again and again, none of them in
+    a cycle, costs nearly as much as making them. `tidy` makes up for it between chunks."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_on:
+            gc.enable()
