@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -118,6 +119,27 @@ def test_a_killed_supervisor_is_found_out_and_started_anew(crossfade, gone):
     assert crossfade("status").returncode == 1
     assert crossfade("up").returncode == 0
     assert crossfade("status").returncode == 0
+
+
+def test_interrupted_during_set_up_it_says_so_and_leaves_nothing(crossfade, reachable):
+    cache = reachable / "cache"
+    environ = {
+        **CLEAN,
+        "XDG_STATE_HOME": str(reachable),
+        "XDG_CACHE_HOME": str(cache),
+        # Of the programs only PostgreSQL is set up.
+        "MONGO_URI": "mongodb://db.example",
+    }
+    up = subprocess.Popen([sys.executable, "-c", RUN, "up"], env=environ, stderr=subprocess.PIPE, text=True)
+    while not list(cache.glob("crossfade/building-*/template/base")):
+        assert up.poll() is None
+        time.sleep(0.01)
+    up.send_signal(signal.SIGINT)
+    words = up.communicate(timeout=30)[1]
+    assert up.returncode == 130
+    assert words.splitlines()[-1].startswith("interrupted")
+    assert "Traceback" not in words
+    assert [path.name for path in (cache / "crossfade").iterdir()] == ["setup.lock"]
 
 
 def test_nothing_runs(crossfade):

@@ -1,7 +1,11 @@
 """The one error of the embedded servers."""
 
+from __future__ import annotations
 
-class EmbeddedError(RuntimeError):
+from crossfade.errors import CrossfadeError
+
+
+class EmbeddedError(CrossfadeError):
     """An embedded server cannot be set up, started or controlled.
 
     The message is one line: the thing, the cause, and the next step.
