@@ -86,6 +86,9 @@ def check_transition(here: Phase, there: Phase) -> None:
     """
     if there.number == here.number + 1:
         return
+    if here is Phase.POSTGRES_ONLY:
+        # Writes of phase 5 left no note for MongoDB.
+        raise NotAllowedInPhase("phase postgres_only is the last step: MongoDB has not been fed since")
     same_primary = there.rules.primary == here.rules.primary
     if there.number < here.number and same_primary:
         return

@@ -134,7 +134,7 @@ class MongoStore:
             write_concern=WriteConcern(w="majority", j=True),
             read_concern=ReadConcern("local"),
         )
-        self._raw: AsyncDatabase[RawBSONDocument] = self.database.with_options(codec_options=_RAW)  # type: ignore[arg-type]
+        self._raw: AsyncDatabase[RawBSONDocument] = self.database.with_options(codec_options=_RAW)
         nodes = pymongo.uri_parser.parse_uri(uri, validate=False)["nodelist"] if "+srv" not in uri else []
         self.address = ",".join(f"{host}:{port}" for host, port in nodes) or "the cluster in MONGO_URI"
 
@@ -205,13 +205,13 @@ class MongoStore:
         """
         async with self._asking(timeout):
             raw = await self._raw_documents(entity).find_one({"_id": id_})
-        return None if raw is None else Image.from_raw(raw.raw)
+        return None if raw is None else Image.from_raw(bytes(raw.raw))
 
     async def read_raw(self, entity: Entity, id_: Any, *, timeout: float) -> bytes | None:
         """The document's bytes, as stored."""
         async with self._asking(timeout):
             raw = await self._raw_documents(entity).find_one({"_id": id_})
-        return None if raw is None else raw.raw
+        return None if raw is None else bytes(raw.raw)
 
     async def notes(
         self, entity: Entity, id_: Any, fields: Iterable[str], *, timeout: float
@@ -228,7 +228,7 @@ class MongoStore:
         query = {**where, f"{CF}.deleted": {"$ne": True}}
         async with self._asking(timeout):
             found = await self._raw_documents(entity).find(query).sort("_id", 1).limit(limit).to_list()
-        return [Image.from_raw(raw.raw) for raw in found]
+        return [Image.from_raw(bytes(raw.raw)) for raw in found]
 
     async def count(self, entity: Entity, where: Mapping[str, Any], *, timeout: float) -> int:
         """How many records match these equalities, deleted ones left out."""
@@ -269,7 +269,7 @@ class MongoStore:
                 update,
                 return_document=ReturnDocument.AFTER,
             )
-        return None if raw is None else Image.from_raw(raw.raw)
+        return None if raw is None else Image.from_raw(bytes(raw.raw))
 
     async def remove(self, entity: Entity, id_: Any, *, rev: int, op: str, timeout: float) -> bool:
         """Remove a document whose delete was decided at this revision by this operation."""
@@ -441,9 +441,9 @@ class MongoStore:
                 except StopAsyncIteration:
                     return
             try:
-                yield Image.from_raw(raw.raw)
+                yield Image.from_raw(bytes(raw.raw))
             except Unmappable:
-                yield raw["_id"], raw.raw
+                yield raw["_id"], bytes(raw.raw)
 
     async def present(self, entity: Entity, ids: Sequence[Any], *, timeout: float) -> set[str]:
         """Id texts of those of ``ids`` that have a document."""

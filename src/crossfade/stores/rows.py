@@ -21,7 +21,7 @@ from crossfade.errors import ConfigurationError
 from crossfade.record import Held, Image
 from crossfade.values import digest, id_to_text
 
-_DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]
+_DIALECT = postgresql.dialect()
 _META = ("cf_rev", "cf_op", "cf_digest", "cf_mapping")
 
 #: A statement with its parameters, in order.

@@ -1,0 +1,263 @@
+"""`crossfade init`, `status`, `phase ...`, `history`."""
+
+from __future__ import annotations
+
+import getpass
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from crossfade import errors
+from crossfade.cli.context import (
+    AppOption,
+    Exit,
+    JsonOption,
+    as_json_text,
+    console,
+    open_migration,
+    run,
+)
+from crossfade.guard import Statement, began_before, guard
+from crossfade.migration import Migration
+from crossfade.phase import Phase
+from crossfade.switch import abort, change_phase, set_foreign_writers
+
+phase_app = typer.Typer(
+    help="Where the migration stands, and moving it.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+ReasonOption = Annotated[str, typer.Option("--reason", help="Kept in the history.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add these commands."""
+    app.command("init")(init)
+    app.command("status")(status)
+    app.command("history")(history)
+    app.add_typer(phase_app, name="phase")
+
+
+def init(app: AppOption = None, as_json: JsonOption = False) -> None:
+    """Create Crossfade's tables and indexes, and stamp normalised keys on old documents. Idempotent."""
+
+    async def work() -> Exit:
+        async with open_migration(app) as migration:
+            colliding = await migration.prepare()
+            listed = {
+                rule: [[entity, str(id_)] for entity, id_ in found] for rule, found in colliding.items()
+            }
+            if as_json:
+                print(as_json_text({"migration": migration.name, "colliding": listed}))
+            else:
+                console.print(f"Prepared {migration.name}: tables, indexes and normalised keys are there.")
+                for rule, found in listed.items():
+                    for entity, id_ in found:
+                        console.print(
+                            f"[yellow]{entity} {id_}[/]: an older record has the same {rule}; kept, with a key of "
+                            "its own"
+                        )
+            return Exit.FOUND if any(listed.values()) else Exit.DONE
+
+    run(work, as_json=as_json)
+
+
+def status(app: AppOption = None, as_json: JsonOption = False) -> None:
+    """Phase, debts, evidence, and what the next phase wants."""
+
+    async def work() -> None:
+        async with open_migration(app, begin=False) as migration:
+            found = await gather_status(migration)
+            if as_json:
+                print(as_json_text(found))
+            else:
+                _show_status(found)
+
+    run(work, as_json=as_json)
+
+
+async def gather_status(migration: Migration) -> dict[str, Any]:
+    """What `crossfade status` shows, as plain values."""
+    timeout = migration.pair.options.primary_deadline
+    look = await migration.board.refresh()
+    control = look.control
+    next_phase = None if control.phase is Phase.POSTGRES_ONLY else list(Phase)[control.phase.number + 1]
+    found: dict[str, Any] = {
+        "migration": migration.name,
+        "phase": control.phase.value,
+        "number": control.phase.number,
+        "state": control.state,
+        "epoch": control.epoch,
+        "since": control.changed_at,
+        "age_seconds": round(began_before(control).total_seconds(), 1),
+        "primary": control.phase.rules.primary,
+        "reads": "postgres" if control.postgres_first else control.phase.rules.read,
+        "strategy": migration.strategy.value,
+        "foreign_writers": control.foreign_writers,
+        "secondary_unreadable": control.unreadable is not None,
+        "stores": {"mongo": look.mongo, "postgres": look.postgres},
+        "debts": {
+            "total": len(look.debts),
+            "more": bool(look.overflown),
+            "parked": sum(debt.parked is not None for debt in look.debts),
+            "tentative": sum(bool(debt.tentative) for debt in look.debts),
+        },
+    }
+    try:
+        quarantined, conflicts = await migration.pair.postgres.counts(migration.entities, timeout=timeout)
+        found |= {"quarantined": quarantined, "conflicts": conflicts}
+        found["runs"] = await migration.pair.postgres.last_runs(
+            migration.name, migration.entities, timeout=timeout
+        )
+    except errors.CrossfadeError as cause:
+        found |= {"quarantined": None, "conflicts": None, "runs": [], "evidence_missing": str(cause)}
+    if next_phase is not None:
+        try:
+            statements = await guard(migration, next_phase)
+        except errors.CrossfadeError as cause:
+            statements = [Statement("evidence", False, str(cause), "start the store that is down")]
+        found["next"] = {
+            "phase": next_phase.value,
+            "guard": [{"name": s.name, "holds": s.holds, "why": s.why, "mend": s.mend} for s in statements],
+        }
+    return found
+
+
+def _show_status(found: dict[str, Any]) -> None:
+    since = timedelta(seconds=round(found["age_seconds"]))
+    console.print(
+        f"[bold]{found['migration']}[/]  phase [bold]{found['number']} {found['phase']}[/] for {since}"
+        + (f"  [yellow]{found['state']}[/]" if found["state"] != "steady" else "")
+    )
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    debts = found["debts"]
+    table.add_row("primary", f"{found['primary']}, reads from {found['reads']}, strategy {found['strategy']}")
+    table.add_row(
+        "stores",
+        ", ".join(f"{name} {'answers' if up else '[red]down[/]'}" for name, up in found["stores"].items()),
+    )
+    more = "+" if debts["more"] else ""
+    table.add_row("in debt", f"{debts['total']}{more} ({debts['parked']} parked, {debts['tentative']} open)")
+    if found["secondary_unreadable"]:
+        table.add_row(
+            "secondary", "[yellow]marked unreadable since a write failed; reads go to the primary[/]"
+        )
+    table.add_row("quarantine", f"{found['quarantined']} records; {found['conflicts']} conflicts noted")
+    table.add_row(
+        "old application", "still writes (declared)" if found["foreign_writers"] else "none declared"
+    )
+    for last in found["runs"]:
+        when = last["finished_at"] or last["started_at"]
+        age = timedelta(seconds=round((datetime.now(UTC) - when).total_seconds()))
+        counts = ", ".join(f"{k} {v}" for k, v in last["counts"].items() if isinstance(v, int) and v)
+        table.add_row(f"last {last['kind']}", f"{last['entity']}: {last['state']}, {age} ago ({counts})")
+    console.print(table)
+    step = found.get("next")
+    if step is None:
+        console.print("This is the last phase.")
+        return
+    console.print(f"\nto enter [bold]{step['phase']}[/]:")
+    guards = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for statement in step["guard"]:
+        mark = "[green]holds[/]" if statement["holds"] else "[red]does not hold[/]"
+        guards.add_row(statement["name"], mark, statement["why"])
+    console.print(guards)
+    lacking = [s["mend"] for s in step["guard"] if not s["holds"]]
+    console.print(f"next: [bold]{lacking[0] if lacking else 'crossfade phase set ' + step['phase']}[/]")
+
+
+def history(app: AppOption = None, as_json: JsonOption = False) -> None:
+    """Who changed the phase, when and why."""
+
+    async def work() -> None:
+        async with open_migration(app, begin=False) as migration:
+            rows = await migration.pair.postgres.history(
+                migration.name, timeout=migration.pair.options.primary_deadline
+            )
+            names = ("epoch", "phase", "changed_at", "changed_by", "reason")
+            if as_json:
+                print(as_json_text([dict(zip(names, row, strict=True)) for row in rows]))
+                return
+            table = Table(*names)
+            for row in rows:
+                table.add_row(*(str(value) for value in row))
+            console.print(table)
+
+    run(work, as_json=as_json)
+
+
+@phase_app.command("set")
+def set_phase(
+    phase: Annotated[str, typer.Argument(help="Name or number, 0 to 5.")],
+    app: AppOption = None,
+    reason: ReasonOption = "",
+    force: Annotated[
+        list[str] | None, typer.Option("--force", help="Go although this guard does not hold; recorded.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what stands in the way.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Move the migration one phase on, or back."""
+
+    async def work() -> Exit:
+        target = Phase.parse(phase)
+        async with open_migration(app) as migration:
+            if dry_run:
+                statements = await guard(migration, target)
+                if as_json:
+                    print(
+                        as_json_text([{"name": s.name, "holds": s.holds, "why": s.why} for s in statements])
+                    )
+                else:
+                    for s in statements:
+                        console.print(f"{s.name}: {'holds' if s.holds else 'does not hold'} ({s.why})")
+                return Exit.DONE if all(s.holds for s in statements) else Exit.FOUND
+            done = await change_phase(
+                migration, target, by=getpass.getuser(), reason=reason or "crossfade phase set",
+                force=tuple(force or ()), on_step=(lambda _: None) if as_json else _step,
+            )  # fmt: skip
+            result = {
+                "from": done.before.phase.value, "phase": done.after.phase.value, "epoch": done.after.epoch,
+                "forced": done.forced, "drained": done.drained, "pause_seconds": round(done.pause, 3),
+            }  # fmt: skip
+            if as_json:
+                print(as_json_text(result))
+            else:
+                console.print(f"[green]phase {result['phase']}[/], epoch {result['epoch']}")
+        return Exit.DONE
+
+    run(work, as_json=as_json)
+
+
+def _step(text: str) -> None:
+    console.print(f"  {text}", highlight=False)
+
+
+@phase_app.command("abort")
+def abort_switch(app: AppOption = None) -> None:
+    """Go back from a switch whose coordinator is gone."""
+
+    async def work() -> Exit:
+        async with open_migration(app, begin=False) as migration:
+            undone = await abort(migration, by=getpass.getuser())
+            console.print("back at the old primary" if undone else "no switch is under way")
+            return Exit.DONE if undone else Exit.FOUND
+
+    run(work)
+
+
+@phase_app.command("foreign-writers")
+def foreign_writers(
+    state: Annotated[str, typer.Argument(help="declared or stopped")],
+    app: AppOption = None,
+) -> None:
+    """Say whether an old application still writes to MongoDB."""
+
+    async def work() -> None:
+        if state not in ("declared", "stopped"):
+            raise errors.ConfigurationError(f"{state!r}: write declared or stopped")
+        async with open_migration(app) as migration:
+            await set_foreign_writers(migration, state == "declared", by=getpass.getuser())
+            console.print(f"foreign writers: {state}")
+
+    run(work)

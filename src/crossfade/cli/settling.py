@@ -1,0 +1,128 @@
+"""`crossfade reconcile`, `debts`, `conflicts`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import bson
+import typer
+from bson.json_util import CANONICAL_JSON_OPTIONS, dumps
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from crossfade.cli.context import AppOption, Exit, JsonOption, as_json_text, console, open_migration, run
+
+LimitOption = Annotated[int, typer.Option("--limit", min=1, help="At most this many.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add these commands."""
+    app.command("reconcile")(reconcile)
+    app.command("debts")(debts)
+    app.command("conflicts")(conflicts)
+
+
+def reconcile(
+    app: AppOption = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="First adopt every foreign write, by a pass over all documents.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Settle every debt; parked ones are tried once more."""
+
+    async def work() -> Exit:
+        async with open_migration(app, begin=False) as migration:
+            with Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                transient=True,
+                disable=as_json,
+            ) as progress:
+                task = progress.add_task("settling")
+                adopted = 0
+                if full:
+                    progress.update(task, description="looking for foreign writes")
+                    adopted = await migration.reconciler.full_sweep()
+                    progress.update(task, description="settling")
+                done = await migration.reconciler.reconcile()
+            if as_json:
+                print(as_json_text({
+                    "settled": done.settled, "parked": done.parked, "open": done.open, "failed": done.failed,
+                    "adopted": adopted, "cause": done.cause,
+                }))  # fmt: skip
+            else:
+                console.print(
+                    f"settled {done.settled}, adopted {adopted}, parked {done.parked}, open {done.open}, "
+                    f"failed {done.failed}" + (f": {done.cause}" if done.cause else "")
+                )
+            if done.failed:
+                return Exit.UNREACHABLE
+            return Exit.FOUND if done.parked or done.open else Exit.DONE
+
+    run(work, as_json=as_json)
+
+
+def debts(app: AppOption = None, limit: LimitOption = 50, as_json: JsonOption = False) -> None:
+    """What the secondary is owed, and why it refuses what is parked."""
+
+    async def work() -> Exit:
+        async with open_migration(app, begin=False) as migration:
+            look = await migration.board.refresh()
+            rows = [
+                {
+                    "entity": debt.entity,
+                    "id": str(debt.id),
+                    "rev": debt.rev,
+                    "kind": "tombstone" if getattr(debt, "tombstone", False) else "image",
+                    "open": bool(debt.tentative),
+                    "parked": debt.parked,
+                }
+                for debt in look.debts[:limit]
+            ]
+            if as_json:
+                print(as_json_text({"total": len(look.debts), "debts": rows}))
+            else:
+                table = Table("entity", "id", "rev", "kind", "parked because")
+                for row in rows:
+                    table.add_row(
+                        *(str(row[n]) for n in ("entity", "id", "rev", "kind")), str(row["parked"] or "")
+                    )
+                console.print(table)
+                console.print(f"{len(look.debts)} in all")
+            return Exit.FOUND if look.debts else Exit.DONE
+
+    run(work, as_json=as_json)
+
+
+def conflicts(app: AppOption = None, limit: LimitOption = 50, as_json: JsonOption = False) -> None:
+    """Content that lost against the primary, kept whole for a person."""
+
+    async def work() -> Exit:
+        async with open_migration(app, begin=False) as migration:
+            rows = await migration.pair.postgres.conflicts(
+                migration.entities, limit=limit, timeout=migration.pair.options.primary_deadline
+            )
+            names = ("number", "entity", "id", "cause", "store", "rev", "document", "seen_at")
+            found = []
+            for row in rows:
+                one = dict(zip(names, row, strict=True))
+                try:
+                    text = dumps(bson.decode(bytes(row[6])), json_options=CANONICAL_JSON_OPTIONS)
+                except bson.errors.BSONError:
+                    text = bytes(row[6]).hex()
+                found.append({**one, "document": text})
+            if as_json:
+                print(as_json_text(found))
+            else:
+                table = Table("number", "entity", "id", "cause", "store", "seen at", "document")
+                for one in found:
+                    table.add_row(
+                        *(str(one[n]) for n in ("number", "entity", "id", "cause", "store", "seen_at")),
+                        str(one["document"])[:80],
+                    )
+                console.print(table)
+            return Exit.FOUND if found else Exit.DONE
+
+    run(work, as_json=as_json)
