@@ -122,7 +122,8 @@ def call(function: Callable[[Any], Any], argument: Any, what: str) -> Any:
     try:
         return function(argument)
     except Exception as error:
-        raise Unmappable(f"{what} raised {type(error).__name__}: {error}") from error
+        # Not the error's own text: it may quote the value, which may be a secret.
+        raise Unmappable(f"{what} raised {type(error).__name__}") from error
 
 
 def _same(one: Any, other: Any) -> bool:

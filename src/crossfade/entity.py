@@ -555,8 +555,6 @@ class Entity:
             value = call(value, document, f"field {mapped.field!r}: its missing function")
         elif value is MISSING:
             value = None
-            if mapped.required and mapped.stand_in is not None:
-                value = call(mapped.stand_in, None, f"field {mapped.field!r}: its stand_in function")
         if value is None and not mapped.required:
             return None
         if value is None or not self._takes(mapped, value):

@@ -107,8 +107,8 @@ def picture_from_columns(columns: Mapping[str, Any]) -> str:
     return f"data:{columns['content_type']};base64,{base64.b64encode(columns['data']).decode()}"
 
 
-def readable(value: Any) -> str:
-    return str(value).replace("\0", "")[:50]
+def readable(value: Any) -> str | None:
+    return None if value is None else str(value).replace("\0", "")[:50]
 
 
 users = Entity(
@@ -293,26 +293,31 @@ def parent_of(entity: Entity, rows: Rows) -> dict[str, Any]:
 # -- any document ----------------------------------------------------------------------------------
 
 
+def carried_or_refused(entity: Entity, document: Mapping[str, Any]) -> Rows | None:
+    """Rows of a document, or None where it is refused for one of the reasons that a document may have."""
+    try:
+        return there_and_back(entity, document)
+    except Unmappable as refusal:
+        reason = refusal.reason
+    no_name = "must have a value" in reason and document.get("username") is None
+    long_id = "too long for an index" in reason and len(encode_document({"v": document["_id"]})) > 1000
+    assert no_name or long_id, reason
+    return None
+
+
 @settings(max_examples=300, deadline=None)
 @given(bs.user_documents())
 def test_a_user_comes_back_as_it_was(document: dict[str, Any]) -> None:
-    there_and_back(users, document)
-    there_and_back(users, document)  # the second time the shape is known, and the compiled way takes it
+    rows = carried_or_refused(users, document)
+    # The second time the shape is known, and the compiled way takes what it can.
+    assert repr(carried_or_refused(users, document)) == repr(rows)
 
 
 @unhurried
 @given(bs.bson_documents())
 def test_any_document_comes_back_as_it_was_or_is_refused(document: dict[str, Any]) -> None:
     for entity in (users, every):
-        for _ in range(2):
-            try:
-                there_and_back(entity, document)
-            except Unmappable as refusal:
-                refused = refusal.reason
-            else:
-                continue
-            # A user must have a name; a long string cannot be an id.
-            assert "must have a value" in refused or len(encode_document(document)) > 1000
+        assert repr(carried_or_refused(entity, document)) == repr(carried_or_refused(entity, document))
 
 
 @unhurried
@@ -728,10 +733,8 @@ def test_the_deepest_documents_come_back_from_postgresql(connection: Any) -> Non
 
 
 def write_and_compare(connection: psycopg.Connection[Any], entity: Entity, document: dict[str, Any]) -> None:
-    try:
-        rows = entity.to_rows(document)
-    except Unmappable:
-        assert len(encode_document(document)) > 1000  # a long string cannot be an id
+    rows = carried_or_refused(entity, document)
+    if rows is None:
         return
     with connection.transaction(force_rollback=True):
         write(connection, entity, rows)
