@@ -1,10 +1,18 @@
 import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
 from crossfade.embedded import supervisor
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sigint_is_not_ignored():
+    """A shell starts background jobs with SIGINT ignored, and what the tests start would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
