@@ -95,6 +95,11 @@ class Look:
     mongo: bool = True
     postgres: bool = True
 
+    @property
+    def debts(self) -> tuple[Owed | Delivery, ...]:
+        """What the secondary is owed, whichever it is."""
+        return (*self.owed, *self.deliveries)
+
 
 @dataclass
 class Board:
@@ -212,7 +217,7 @@ class Board:
     def _note_ages(self, look: Look) -> None:
         """Remember since when each revision in debt has been seen; the reconciler goes by that."""
         now = boot_clock()
-        keys = [debt_key(debt) for debt in (*look.owed, *look.deliveries)]
+        keys = [debt_key(debt) for debt in look.debts]
         self._first_seen = {key: self._first_seen.get(key, now) for key in keys}
         observe.DEBTS.labels(self.migration).set(len(keys))
         observe.PHASE.labels(self.migration).set(look.control.phase.number)

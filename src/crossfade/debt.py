@@ -324,9 +324,11 @@ class Settler:
     async def _adopt(self, entity: Entity, image: Image, control: Control) -> Image | None:
         """Lift a document without debt whose content is not the row's; None: they are equal."""
         held = await self.pair.postgres.held(entity, image.id, timeout=self.pair.options.primary_deadline)
-        same = held.digest == image.digest and held.mapping == entity.mapping_version and not _covered(held)
-        if same and held.rev == image.rev and not keys_to_stamp(entity, image):
-            return None
+        if not keys_to_stamp(entity, image):
+            if held.rev == image.rev and held.digest == image.digest and not _covered(held):
+                return None if held.mapping == entity.mapping_version else image
+            if image.rev > held.highest:
+                return image  # nothing in PostgreSQL stands against it
         return await self.lift(entity, image.id, above=held.highest, control=control)
 
     # --- ROLLBACK_BOTH, MongoDB primary ----------------------------------------------------------------------
@@ -468,7 +470,6 @@ class Settler:
         entity: Entity,
         row: Image,
         now: Delivery,
-        control: Control,
         cause: RuleBroken,
         *,
         timeout: float,

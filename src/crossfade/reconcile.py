@@ -18,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from crossfade import errors, observe
-from crossfade.board import boot_clock
+from crossfade.board import boot_clock, debt_key
 from crossfade.control import STEADY, Control
 from crossfade.debt import Pair, Settled, Settler
 from crossfade.entity import Entity
@@ -52,11 +52,6 @@ class Round:
     failed: int = 0
     adopted: int = 0
     cause: str = ""
-
-    @property
-    def clean(self) -> bool:
-        """Nothing is left to do but what waits for a person."""
-        return not self.open and not self.failed
 
 
 @dataclass
@@ -107,7 +102,7 @@ class Reconciler:
             return
         due = [
             debt
-            for debt in (*look.owed, *look.deliveries)
+            for debt in look.debts
             if board.seen_for(debt) >= (options.tentative if debt.tentative else options.reconcile_age)
         ]
         secondary_answers = look.postgres if look.control.phase.rules.primary == "mongo" else look.mongo
@@ -121,10 +116,11 @@ class Reconciler:
             await board.lift_unreadable(self._settle_everything)
 
     async def _settle_everything(self) -> bool:
-        return (await self.reconcile(retry_parked=False, wait_for_open=False)).clean
+        """Whether PostgreSQL took every debt that it can take: what is left is on every worker's board."""
+        return not (await self.reconcile(retry_parked=False, wait_for_open=False)).failed
 
     async def reconcile(self, *, retry_parked: bool = True, wait_for_open: bool = True) -> Round:
-        """Settle until nothing is owed but what is parked.
+        """Settle every debt that there is now; those that other writers make meanwhile are their own.
 
         ``wait_for_open``: wait for open ``ROLLBACK_BOTH`` writes to pass their deadline, and undo them.
 
@@ -133,21 +129,28 @@ class Reconciler:
         """
         total = Round()
         began = boot_clock()
+        mine: set[tuple[Any, ...]] | None = None
         while True:
             look = await self.pair.board.refresh()
-            debts = [*look.owed, *look.deliveries]
-            done = await self._settle(debts, look.control, retry_parked=retry_parked)
+            if mine is None:
+                mine = {debt_key(debt) for debt in look.debts}
+            done = await self._settle(
+                [debt for debt in look.debts if debt_key(debt) in mine],
+                look.control,
+                retry_parked=retry_parked,
+            )
             retry_parked = False
             total.settled += done.settled
             total.parked, total.open, total.failed = done.parked, done.open, done.failed
             total.cause = done.cause or total.cause
+            if look.overflown and done.settled:
+                mine = None  # the board shows only so many at a time
+                continue
             if done.failed or (not done.settled and not done.open):
                 return total
-            if done.open and (
-                not wait_for_open or boot_clock() - began > self.pair.options.tentative * 4 + 10
-            ):
-                return total
             if done.open:
+                if not wait_for_open or boot_clock() - began > self.pair.options.tentative * 4 + 10:
+                    return total
                 await asyncio.sleep(self.pair.options.poll)
 
     async def _settle(

@@ -485,7 +485,8 @@ class Writer:
     ) -> errors.CrossfadeError | None:
         """Bring the image to PostgreSQL; None once confirmed, else why not. The debt stands meanwhile."""
         control = self.pair.board.control
-        flagged = control.unreadable is not None and not o.rollback
+        # While a reconciler is lifting the flag, writers settle their own again: else it could never be lifted.
+        flagged = control.unreadable is not None and not control.lifting and not o.rollback
         if flagged or not self.breaker.allows():
             return errors.StoreUnavailable("postgres", "PostgreSQL is known to be down; nobody waits for it")
         self._say(o, "Writing to PostgreSQL...")
