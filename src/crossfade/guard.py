@@ -133,13 +133,13 @@ async def _verified(migration: Migration) -> Statement:
             )
         if datetime.now(UTC) - run["finished_at"] > FRESH:
             return Statement("verify", False, f"the verify of {name} is older than a day", "crossfade verify")
-        differences = int(run["counts"].get("unexplained", 0))
+        differences = int(run["counts"].get("mismatches", 0))
         if differences:
             return Statement(
                 "verify",
                 False,
                 f"{differences} records of {name} differ",
-                "crossfade verify --list; crossfade reconcile",
+                "crossfade verify --report FILE; crossfade reconcile --full",
             )
     return Statement("verify", True, "fresh and clean")
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from crossfade import observe
-from crossfade.cli import phases, servers, settling
+from crossfade.cli import bulk, phases, servers, settling
 from crossfade.cli.context import Exit, fail
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ def _start(
 
 phases.add_to(app)
 settling.add_to(app)
+bulk.add_to(app)
 app.add_typer(servers.app, name="servers")
 
 

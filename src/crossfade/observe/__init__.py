@@ -65,8 +65,9 @@ def configure_logging(level: str = "INFO", *, stream: TextIO | None = None, json
         if machine
         else [_with_context, structlog.dev.ConsoleRenderer(colors=True)]
     )
-    # The pool repeats what every failed call already says in an error of our own.
-    logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)
+    # The driver repeats what every failed call already says in an error of our own.
+    for name in ("psycopg", "psycopg.pool"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     structlog.configure(
         processors=[*shared, *rendering],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
