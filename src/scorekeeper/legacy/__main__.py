@@ -58,8 +58,7 @@ def _address(database: Database[Any]) -> str:
 def _tell(summary: LegacySummary) -> None:
     table = Table("collection", "documents", "dirt", title="Legacy database")
     for collection, count in summary.counts.items():
-        kinds = summary.dirt[collection]
-        dirt = ", ".join(f"{kind} {n:,}" for kind, n in kinds.items())
+        dirt = ", ".join(f"{kind} {n:,}" for kind, n in summary.dirt[collection].items())
         table.add_row(collection, f"{count:,}", dirt)
     console = Console()
     console.print(table)

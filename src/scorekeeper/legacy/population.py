@@ -10,7 +10,6 @@ Dirt is drawn from streams of its own, so that a document which no dirt befell i
 
 from __future__ import annotations
 
-import struct
 import zlib
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -37,6 +36,10 @@ SURROGATE_STAND_IN = "\ue000"
 _RIVAL_REACH = 7
 _MASK = (1 << 64) - 1
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_BEGIN_MS = int(BEGIN.timestamp() * 1000)
+_SPAN_MS = int((AS_OF - BEGIN).total_seconds() * 1000)
+
 
 @lru_cache(maxsize=256)
 def _salt(name: str) -> int:
@@ -46,9 +49,24 @@ def _salt(name: str) -> int:
 def _mix(seed: int, salt: int, index: int) -> int:
     # splitmix64 (Steele, Lea, Flood 2014): a draw for any index without drawing those before it.
     z = (seed * 0x9E3779B97F4A7C15 + salt * 0xD1B54A32D192ED03 + index * 0x8CB92BA72F3D8DD7) & _MASK
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = ((z ^ (z >> shift)) * factor) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
+
+
+@lru_cache(maxsize=64)
+def _process(seed: int, collection: str) -> bytes:
+    """The five bytes in the middle of an ObjectId, which tell apart who made it."""
+    return (_mix(seed, _salt(collection), -1) & ((1 << 40) - 1)).to_bytes(5, "big")
+
+
+@lru_cache(maxsize=8)
+def _shift_of_names(seed: int) -> int:
+    return _mix(seed, _salt("names"), 0) % len(POOL)
+
+
+def _rates_of_names(rates: DirtRates) -> tuple[float, ...]:
+    return tuple(getattr(rates, kind) for kind in NAME_KINDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +93,19 @@ class Population:
 
     def moment(self, index: int, of: int) -> datetime:
         """When the `index`-th of `of` documents was made: in order, and ever more of them as the years go by. UTC."""
+        return _EPOCH + timedelta(milliseconds=self._moment_ms(index, of))
+
+    def _moment_ms(self, index: int, of: int) -> int:
         share = (index + self.draw("moment", index)) / max(of, 1)
-        return whole_ms(BEGIN + (AS_OF - BEGIN) * share**0.6)
+        return _BEGIN_MS + int(_SPAN_MS * share**0.6)
 
     def object_id(self, collection: str, index: int, at: datetime) -> ObjectId:
         """The id of the `index`-th document of `collection`, made `at`; unique up to 2^24 documents."""
-        process = _mix(self.seed, _salt(collection), -1) & ((1 << 40) - 1)
-        return ObjectId(
-            struct.pack(">I", int(at.timestamp()))
-            + process.to_bytes(5, "big")
-            + (index & 0xFFFFFF).to_bytes(3, "big")
-        )
+        return self._object_id(collection, index, int(at.timestamp()))
+
+    def _object_id(self, collection: str, index: int, seconds: int) -> ObjectId:
+        counter = (index & 0xFFFFFF).to_bytes(3, "big")
+        return ObjectId(seconds.to_bytes(4, "big") + _process(self.seed, collection) + counter)
 
     def gone(self, random: Random) -> ObjectId:
         """The id of a document that does not exist."""
@@ -97,7 +117,7 @@ class Population:
 
     def user_oid(self, index: int) -> ObjectId:
         """What other documents call user `index`, also where the user's own `_id` is a string."""
-        return self.object_id("users", index, self.created_at(index))
+        return self._object_id("users", index, self._moment_ms(index, self.users) // 1000)
 
     def has_string_id(self, index: int) -> bool:
         """Whether the `_id` of user `index` is a string."""
@@ -119,11 +139,14 @@ class Population:
 
     def base_name(self, index: int) -> str:
         """The username of user `index` before any dirt; unique whatever the letter case."""
-        return name_of(index, _mix(self.seed, _salt("names"), 0) % len(POOL))
+        return name_of(index, _shift_of_names(self.seed))
 
     def _name_kind(self, index: int) -> str | None:
-        rates = [getattr(self.rates, kind) for kind in NAME_KINDS]
-        draw = self.draw("name_kind", index) * max(1.0, sum(rates))
+        rates = _rates_of_names(self.rates)
+        total = sum(rates)
+        draw = self.draw("name_kind", index) * max(1.0, total)
+        if draw >= total:
+            return None
         for kind, rate in zip(NAME_KINDS, rates, strict=True):
             if draw < rate:
                 return kind
@@ -223,4 +246,4 @@ def later(random: Random, at: datetime, *, within: timedelta = timedelta(days=40
 
 def sub_id(random: Random, at: datetime) -> ObjectId:
     """The `_id` that Mongoose gives a sub-document made `at`."""
-    return ObjectId(struct.pack(">I", int(at.timestamp())) + random.randbytes(8))
+    return ObjectId(int(at.timestamp()).to_bytes(4, "big") + random.getrandbits(64).to_bytes(8, "big"))
