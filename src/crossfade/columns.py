@@ -147,12 +147,40 @@ def is_exact_numeric(value: Decimal128, precision: int | None, scale: int | None
         return False
     _, digits, exponent = decimal.as_tuple()
     assert isinstance(exponent, int)
-    # A number without a fixed scale keeps the digits after the point, but not the E of 1E+3.
-    if exponent > 0 or Decimal128(decimal).bid != value.bid:
+    # A number without a fixed scale keeps the digits after the point, but not the E of 1E+3. More than 34
+    # digits are bits that no driver writes.
+    if exponent > 0 or len(digits) > 34 or Decimal128(decimal).bid != value.bid:
         return False
     if precision is None:
         return True
     return -exponent == (scale or 0) and len(digits) <= precision
+
+
+def load_decimal(number: Decimal) -> Decimal128 | None:
+    """The decimal of a numeric column; None for more than 34 digits, which only a stand-in can have: the true
+    value is then in `extra`."""
+    try:
+        return Decimal128(number)
+    except ArithmeticError:
+        return None
+
+
+def is_id_text(value: Any) -> bool:
+    """Whether a value is text that `text_to_id` reads."""
+    return _is_good_text(value) and _reads(text_to_id, value)
+
+
+def is_json_text(value: Any) -> bool:
+    """Whether a value is JSON text that `load_json` reads."""
+    return isinstance(value, bytes | str) and _reads(load_json, value)
+
+
+def _reads(read: Callable[[Any], Any], value: Any) -> bool:
+    try:
+        read(value)
+    except ValueError:
+        return False
+    return True
 
 
 EXPRESSION_NAMES: Final[dict[str, Any]] = {
@@ -168,6 +196,7 @@ EXPRESSION_NAMES: Final[dict[str, Any]] = {
     "is_exact_numeric": is_exact_numeric,
     "is_id": is_id,
     "is_unicode": is_unicode,
+    "load_decimal": load_decimal,
     "load_json": load_json,
     "text_to_id": text_to_id,
 }
@@ -181,7 +210,8 @@ def _as_number(value: Any) -> int | float | Decimal | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, Decimal128):
-        return value.to_decimal()
+        decimal = value.to_decimal()
+        return None if decimal.is_snan() else decimal
     return value if isinstance(value, int | float) else None
 
 
@@ -199,7 +229,11 @@ def _nearest_integer(low: int, high: int) -> Callable[[Any], int | None]:
 
 def _nearest_float(value: Any) -> float | None:
     number = _as_number(value)
-    return None if number is None or (isinstance(number, Decimal) and number.is_snan()) else float(number)
+    if number is None:
+        return None
+    nearest = float(number)
+    # A decimal past the range of doubles is not infinite.
+    return None if math.isinf(nearest) and isinstance(number, Decimal) and number.is_finite() else nearest
 
 
 def _nearest_date(value: Any) -> datetime | None:
@@ -222,7 +256,7 @@ def _nearest_numeric(precision: int | None, scale: int | None) -> Callable[[Any]
         number = _as_number(value)
         if number is None or not math.isfinite(number):
             return None
-        decimal = Decimal(number)
+        decimal = Decimal(repr(number)) if isinstance(number, float) else Decimal(number)
         # With a limit, the value must be below it after PostgreSQL rounded it to the scale.
         if precision is not None and abs(decimal) >= 10 ** (precision - (scale or 0)) - 1:
             return None
@@ -316,7 +350,7 @@ def _numeric(sql_type: Any) -> ColumnKind:
     return ColumnKind(
         f"type(@) is Decimal128 and is_exact_numeric(@, {limits})",
         "@.to_decimal()",
-        "Decimal128(@)",
+        "load_decimal(@)",
         lambda value: isinstance(value, Decimal | int) and type(value) is not bool,
         _nearest_numeric(sql_type.precision, sql_type.scale),
     )
@@ -340,9 +374,7 @@ def _uuid(_sql_type: Any) -> ColumnKind:
 
 
 def _json(_sql_type: Any) -> ColumnKind:
-    return ColumnKind(
-        "@ is not None", "dump_checked(@)", "load_json(@)", lambda value: isinstance(value, bytes | str)
-    )
+    return ColumnKind("@ is not None", "dump_checked(@)", "load_json(@)", is_json_text)
 
 
 def _id(_sql_type: Any) -> ColumnKind:
@@ -350,7 +382,7 @@ def _id(_sql_type: Any) -> ColumnKind:
         "(type(@) is ObjectId or @ is not None and is_id(@))",
         "(@.binary.hex() if type(@) is ObjectId else id_to_text(@))",
         "text_to_id(@)",
-        _is_good_text,
+        is_id_text,
     )
 
 

@@ -482,9 +482,11 @@ _DOUBLE_NAMES = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}
 
 def _decimal(value: Decimal128, _depth: int) -> Json:
     text = str(value)
-    if Decimal128(text).bid == value.bid:
-        return {"$numberDecimal": text}
-    return {"$numberDecimal": {"bits": value.bid.hex()}}
+    try:
+        plain = Decimal128(text).bid == value.bid
+    except ArithmeticError:
+        plain = False  # more than 34 digits: bits that no driver writes
+    return {"$numberDecimal": text if plain else {"bits": value.bid.hex()}}
 
 
 def _date(value: datetime, _depth: int) -> Json:

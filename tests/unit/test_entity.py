@@ -253,6 +253,9 @@ EXACT: dict[str, list[Any]] = {
 }
 """Values that a column or child table holds itself, so that nothing is left for `extra`."""
 
+BEYOND = Decimal128.from_bid(bytes.fromhex("ff" * 14 + "4130"))
+"""Bits of a decimal with more than 34 digits, which the standard reads as zero and no driver writes."""
+
 INEXACT: dict[str, list[tuple[Any, Any]]] = {
     "text": [("a\0b", None), (5, None), (b"x", None)],
     "short": [("123456", None)],
@@ -266,11 +269,31 @@ INEXACT: dict[str, list[tuple[Any, Any]]] = {
         (0, None),
     ],
     "tiny": [(2**15, None), (3.0, 3)],
-    "int": [(Int64(5), 5), (5.0, 5), (5.5, None), (Decimal128("5"), 5), (2**31, None), (True, None)],
+    "int": [
+        (Int64(5), 5),
+        (5.0, 5),
+        (5.5, None),
+        (Decimal128("5"), 5),
+        (2**31, None),
+        (True, None),
+        (Decimal128("sNaN"), None),
+    ],
     "long": [(5, 5), (5.0, 5), (1e30, None), ("5", None), (float("nan"), None), (float("inf"), None)],
-    "double": [(5, 5.0), (Int64(2**53 + 1), 2.0**53), (Decimal128("0.5"), 0.5), (Decimal128("sNaN"), None)],
+    "double": [
+        (5, 5.0),
+        (Int64(2**53 + 1), 2.0**53),
+        (Decimal128("0.5"), 0.5),
+        (Decimal128("sNaN"), None),
+        (Decimal128("1E+6000"), None),
+    ],
     "price": [(1, Decimal(1)), (2.5, Decimal("2.5")), (Decimal128("1.1"), Decimal("1.1")), (1e9, None)],
-    "number": [(Decimal128("1E+3"), Decimal(1000)), (Decimal128("-0"), Decimal(0)), (float("nan"), None)],
+    "number": [
+        (Decimal128("1E+3"), Decimal(1000)),
+        (Decimal128("-0"), Decimal(0)),
+        (float("nan"), None),
+        (BEYOND, Decimal(0)),
+        (Decimal128("sNaN"), None),
+    ],
     "flag": [(1, None), ("true", None)],
     "data": [(Binary(b"x", 128), b"x"), ("x", None)],
     "uuid": [(Binary(bytes(16), 3), None), (Binary(b"x", 4), None)],
@@ -521,6 +544,16 @@ def test_a_function_of_the_mapping_that_fails_refuses_the_record_and_is_named() 
         entity = Entity("t", collection="t", table=table, columns=columns, unique=unique, children=children)
         with pytest.raises(Unmappable, match="KeyError"):
             entity.to_rows({"_id": 1, "a": 5, "b": "x"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ref", "bob"), ("any", b"{"), ("any", b'{"$oid": 1}'), ("short", "123456"), ("tiny", 2**20)],
+)
+def test_a_stand_in_that_its_column_could_not_give_back_is_not_used(name: str, value: Any) -> None:
+    stand_in = column(name, stand_in=lambda _value: value)
+    entity = Entity("t", collection="t", table=every_table, columns=[stand_in])
+    assert there_and_back(entity, {"_id": 1, name: [[1]] if name != "any" else None}).parent[1] is None
 
 
 def test_rows_of_another_origin_are_refused() -> None:
