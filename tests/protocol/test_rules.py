@@ -1,0 +1,157 @@
+"""The tables that everything else goes by: phases, strategies, the breaker. No store needed."""
+
+import pytest
+
+from crossfade import ConfigurationError, FailureStrategy, NotAllowedInPhase, Phase
+from crossfade.breaker import Breaker
+from crossfade.control import Control
+from crossfade.phase import check_transition
+from crossfade.strategy import check_strategy, default_strategy
+
+MONGO, BOTH, POSTGRES = (
+    FailureStrategy.PRIORITIZE_MONGO,
+    FailureStrategy.ROLLBACK_BOTH,
+    FailureStrategy.PRIORITIZE_POSTGRES,
+)
+
+
+@pytest.mark.parametrize(
+    ("phase", "primary", "dual", "read"),
+    [
+        ("mongo_only", "mongo", False, "mongo"),
+        ("dual_write", "mongo", True, "mongo"),
+        ("shadow_read", "mongo", True, "shadow"),
+        ("postgres_read", "mongo", True, "postgres"),
+        ("postgres_primary", "postgres", True, "postgres"),
+        ("postgres_only", "postgres", False, "postgres"),
+    ],
+)
+def test_each_phase_names_its_primary_its_secondary_and_where_reads_go(phase, primary, dual, read):
+    rules = Phase(phase).rules
+    assert (rules.primary, rules.dual, rules.read) == (primary, dual, read)
+    assert {rules.primary, rules.secondary} == {"mongo", "postgres"}
+
+
+def test_phases_are_numbered_in_their_order_and_parsed_by_name_or_number():
+    assert [phase.number for phase in Phase] == [0, 1, 2, 3, 4, 5]
+    assert all(Phase.parse(str(p.number)) is p and Phase.parse(p.value) is p for p in Phase)
+
+
+def test_an_unknown_phase_is_refused_with_the_list_of_phases():
+    with pytest.raises(ConfigurationError, match=r"unknown phase 'six'.*0 mongo_only.*5 postgres_only"):
+        Phase.parse("six")
+
+
+def test_a_phase_is_left_by_one_step_forward_or_back_on_the_same_primary():
+    allowed = {
+        (here.number, there.number)
+        for here in Phase
+        for there in Phase
+        if not _raises(lambda here=here, there=there: check_transition(here, there))
+    }
+    forward = {(n, n + 1) for n in range(5)}
+    back = {(3, 2), (3, 1), (3, 0), (2, 1), (2, 0), (1, 0), (4, 3)}
+    assert allowed == forward | back
+
+
+def _raises(call):
+    try:
+        call()
+    except NotAllowedInPhase:
+        return True
+    return False
+
+
+def test_a_refused_step_names_the_step_that_is_allowed():
+    with pytest.raises(NotAllowedInPhase, match="set dual_write first"):
+        check_transition(Phase.MONGO_ONLY, Phase.POSTGRES_READ)
+    with pytest.raises(NotAllowedInPhase, match="in phase dual_write already"):
+        check_transition(Phase.DUAL_WRITE, Phase.DUAL_WRITE)
+
+
+@pytest.mark.parametrize(
+    ("phase", "default", "allowed"),
+    [
+        (Phase.MONGO_ONLY, MONGO, {MONGO}),
+        (Phase.DUAL_WRITE, MONGO, {MONGO, BOTH}),
+        (Phase.SHADOW_READ, MONGO, {MONGO, BOTH}),
+        (Phase.POSTGRES_READ, MONGO, {MONGO, BOTH}),
+        (Phase.POSTGRES_PRIMARY, POSTGRES, {POSTGRES, BOTH}),
+        (Phase.POSTGRES_ONLY, POSTGRES, {POSTGRES}),
+    ],
+)
+def test_each_phase_allows_only_strategies_that_let_its_primary_decide(phase, default, allowed):
+    assert default_strategy(phase) is default
+    for strategy in FailureStrategy:
+        if strategy in allowed:
+            check_strategy(strategy, phase)
+        else:
+            with pytest.raises(NotAllowedInPhase, match=rf"{strategy.name} is not allowed in phase {phase}"):
+                check_strategy(strategy, phase)
+
+
+def test_an_asynchronous_write_cannot_promise_both_stores():
+    check_strategy(MONGO, Phase.DUAL_WRITE, asynchronous=True)
+    with pytest.raises(NotAllowedInPhase, match="async"):
+        check_strategy(BOTH, Phase.DUAL_WRITE, asynchronous=True)
+
+
+# --- the control record's own arithmetic ---
+
+
+def test_every_change_is_a_new_version_and_only_phase_or_state_make_a_new_epoch():
+    first = Control("accounts", phase=Phase.DUAL_WRITE)
+    flagged = first.changed(by="x", reason="y", unreadable="token")
+    moved = flagged.changed(by="x", reason="y", phase=Phase.SHADOW_READ)
+    assert (flagged.version, flagged.epoch) == (first.version + 1, first.epoch)
+    assert (moved.version, moved.epoch) == (first.version + 2, first.epoch + 1)
+    assert len({first.attempt, flagged.attempt, moved.attempt}) == 3
+
+
+def test_a_control_record_survives_its_stored_form_and_fields_of_a_newer_release():
+    control = Control("accounts", phase=Phase.POSTGRES_READ, target=Phase.POSTGRES_PRIMARY, unreadable="t")
+    assert Control.from_document({**control.to_document(), "of_next_year": 1}) == control
+
+
+def test_phase_1_reads_postgres_first_only_if_it_began_empty_and_nobody_else_writes():
+    def reads(**fields):
+        return Control("a", phase=Phase.DUAL_WRITE, **fields).postgres_first
+
+    assert reads(began_empty=True)
+    assert not reads(began_empty=False)
+    assert not reads(began_empty=True, foreign_writers=True)
+
+
+# --- the breaker ---
+
+
+def test_a_breaker_opens_after_failures_in_a_row_and_not_after_scattered_ones():
+    breaker = Breaker(failures_to_open=3, rest=60)
+    for report in (breaker.failed, breaker.failed, breaker.succeeded, breaker.failed, breaker.failed):
+        assert breaker.allows()
+        report()
+    assert breaker.state == "closed"
+    breaker.failed()
+    assert breaker.state == "open"
+    assert not breaker.allows()
+
+
+def test_after_its_rest_an_open_breaker_lets_exactly_one_call_probe():
+    breaker = Breaker(failures_to_open=1, rest=0)
+    breaker.failed()
+    assert breaker.state == "half open"
+    assert [breaker.allows(), breaker.allows(), breaker.allows()] == [True, False, False]
+
+
+def test_the_probe_decides_whether_the_breaker_closes_or_rests_again():
+    breaker = Breaker(failures_to_open=1, rest=0)
+    breaker.failed()
+    assert breaker.allows()
+    breaker.rest = 60
+    breaker.failed()
+    assert breaker.state == "open"
+    breaker.rest = 0
+    assert breaker.allows()
+    breaker.succeeded()
+    assert breaker.state == "closed"
+    assert [breaker.allows(), breaker.allows()] == [True, True]

@@ -1,0 +1,171 @@
+"""What a write leaves in both stores, whichever is primary and whatever the strategy."""
+
+import pytest
+from bson import ObjectId
+
+from crossfade import DuplicateKey, FailureStrategy, NotAllowedInPhase, NotFound, StaleRevision
+
+from .conftest import BOTH_PRIMARIES
+
+WAYS = [(phase, strategy) for phase in BOTH_PRIMARIES for strategy in (None, FailureStrategy.ROLLBACK_BOTH)]
+ways = pytest.mark.parametrize(
+    ("phase", "strategy"), WAYS, ids=[f"{p}-{s.value if s else 'default'}" for p, s in WAYS]
+)
+phases = pytest.mark.parametrize("phase", BOTH_PRIMARIES)
+
+
+@ways
+async def test_insert_update_delete_and_recreate_number_revisions_without_a_gap(open_world, phase, strategy):
+    w = await open_world(phase)
+    friends = [ObjectId(), ObjectId()]
+    made = await w.users.insert(
+        {"username": "Bob", "n": 1, "friends": friends, "address": {"b": 1, "a": [None, 2.0]}},
+        strategy=strategy,
+    )
+    assert made.rev == 1
+    await w.assert_equal()
+    assert (await w.row(made.id)).document["friends"] == friends
+
+    changed = await w.users.update(
+        made.id, {"n": 2, "friends": friends[:1]}, unset=["address"], strategy=strategy
+    )
+    assert changed.rev == 2
+    assert changed.document == {"_id": made.id, "username": "Bob", "n": 2, "friends": friends[:1]}
+    await w.assert_equal()
+
+    await w.users.delete(made.id, strategy=strategy)
+    assert await w.users.get(made.id) is None
+    assert w.document(made.id) is None
+    await w.assert_equal()
+    # The delete was revision 3 and a confirmation is none, so the id comes back at 4.
+    again = await w.users.insert({"_id": made.id, "username": "Bob"}, strategy=strategy)
+    assert again.rev == 4
+    assert (await w.users.get(made.id)).document == {"_id": made.id, "username": "Bob"}
+    await w.assert_equal()
+
+
+@phases
+async def test_a_taken_name_is_refused_by_the_primary_and_leaves_nothing_behind(open_world, phase):
+    w = await open_world(phase)
+    await w.users.insert({"username": "Bob"})
+    other = await w.users.insert({"username": "Eve"})
+    before = await w.contents()
+    for write in (
+        w.users.insert({"username": "bOB "}),
+        w.users.update(other.id, {"username": "BOB"}),
+        w.users.insert({"username": "bob"}, strategy=FailureStrategy.ROLLBACK_BOTH),
+    ):
+        with pytest.raises(DuplicateKey) as refused:
+            await write
+        assert refused.value.rule == "username"
+    assert await w.contents() == before
+    assert w.m.writer.breaker.failures == 0
+    await w.assert_equal()
+
+
+@phases
+async def test_an_id_is_taken_once(open_world, phase):
+    w = await open_world(phase)
+    made = await w.users.insert({"username": "Bob"})
+    with pytest.raises(DuplicateKey) as refused:
+        await w.users.insert({"_id": made.id, "username": "Eve"})
+    assert refused.value.rule == "_id"
+    await w.assert_equal()
+
+
+@phases
+async def test_an_absent_or_deleted_record_takes_no_write(open_world, phase):
+    w = await open_world(phase)
+    gone = await w.users.insert({"username": "Bob"})
+    await w.users.delete(gone.id)
+    for id_ in (gone.id, ObjectId()):
+        with pytest.raises(NotFound):
+            await w.users.update(id_, {"n": 1})
+        with pytest.raises(NotFound):
+            await w.users.delete(id_)
+    await w.assert_equal()
+
+
+@phases
+async def test_a_write_bound_to_a_revision_is_refused_at_another(open_world, phase):
+    w = await open_world(phase)
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.users.update(made.id, {"n": 2}, if_revision=1)
+    with pytest.raises(StaleRevision, match="revision 2, not 1"):
+        await w.users.update(made.id, {"n": 3}, if_revision=1)
+    assert (await w.users.get(made.id))["n"] == 2
+
+
+@phases
+async def test_a_freed_name_may_be_taken_in_both_stores(open_world, phase):
+    w = await open_world(phase)
+    bob = await w.users.insert({"username": "Bob"})
+    await w.users.update(bob.id, {"username": "Robert"})
+    await w.users.insert({"username": "BOB"})
+    await w.assert_equal()
+    assert (await w.users.find_by_key("username", "robert")).id == bob.id
+
+
+@phases
+async def test_two_writers_of_one_record_lose_neither_write(open_world, phase):
+    import asyncio
+
+    w, other = await open_world(phase), await open_world(phase)
+    made = await w.users.insert({"username": "Bob"})
+    await asyncio.gather(
+        *(worker.users.update(made.id, {f"f{n}": n}) for n, worker in enumerate([w, other] * 5))
+    )
+    record = await w.users.get(made.id)
+    assert record.rev == 11
+    assert {record.get(f"f{n}") for n in range(10)} == set(range(10))
+    await w.reconcile()
+    await w.assert_equal()
+
+
+@pytest.mark.parametrize(
+    ("phase", "strategy"),
+    [
+        ("mongo_only", FailureStrategy.ROLLBACK_BOTH),
+        ("dual_write", FailureStrategy.PRIORITIZE_POSTGRES),
+        ("postgres_primary", FailureStrategy.PRIORITIZE_MONGO),
+    ],
+)
+async def test_a_strategy_that_lets_the_other_store_decide_is_refused(open_world, phase, strategy):
+    w = await open_world(phase)
+    with pytest.raises(NotAllowedInPhase, match=rf"{strategy.name} is not allowed in phase {phase}"):
+        await w.users.insert({"username": "Bob"}, strategy=strategy)
+    assert w.documents.count_documents({}) == 0
+
+
+@phases
+async def test_async_with_rollback_both_is_refused(open_world, phase):
+    w = await open_world(phase)
+    with pytest.raises(NotAllowedInPhase, match="async"):
+        await w.users.insert({"username": "Bob"}, strategy=FailureStrategy.ROLLBACK_BOTH, mode="async")
+
+
+@phases
+async def test_an_asynchronous_write_reaches_the_other_store(open_world, phase):
+    w = await open_world(phase)
+    made = await w.users.insert({"username": "Bob"})
+    await w.users.update(made.id, {"n": 7}, mode="async")
+    await w.reconcile()
+    assert (await w.row(made.id)).document["n"] == w.document(made.id)["n"] == 7
+    await w.assert_equal()
+
+
+async def test_in_phase_0_postgres_is_not_touched(open_world):
+    w = await open_world("mongo_only")
+    made = await w.users.insert({"username": "Bob"})
+    await w.users.update(made.id, {"n": 1})
+    assert w.debt(made.id) is None
+    await w.users.delete(made.id)
+    assert w.document(made.id) is None
+    assert w.sql("SELECT * FROM users") == []
+
+
+async def test_a_record_deleted_in_phase_0_may_be_made_again(open_world):
+    w = await open_world("mongo_only")
+    made = await w.users.insert({"username": "Bob"})
+    await w.users.delete(made.id)
+    assert (await w.users.insert({"_id": made.id, "username": "Bob"})).rev == 3
