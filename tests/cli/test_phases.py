@@ -1,0 +1,195 @@
+"""The command line, as a user types it: phases, their guards, and one clear error for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pymongo
+import pytest
+from bson import ObjectId
+from sqlalchemy import create_engine
+
+sys.path.insert(0, str(Path(__file__).parent))
+from notes_app import metadata
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def crossfade(mongo_uri: str, database_url: str, tmp_path: Path) -> Command:
+    engine = create_engine(database_url.replace("postgresql://", "postgresql+psycopg://", 1))
+    metadata.create_all(engine)
+    engine.dispose()
+
+    def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", "from crossfade.cli.main import main; main()", *words],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=tmp_path,
+            env={
+                "PATH": os.environ["PATH"],
+                "COLUMNS": "200",
+                "PYTHONPATH": str(Path(__file__).parent),
+                "CROSSFADE_APP": "notes_app:notes",
+                "MONGO_URI": mongo_uri,
+                "DATABASE_URL": database_url,
+                **environment,
+            },
+        )
+
+    return run
+
+
+@pytest.fixture
+def notes(mongo_uri: str) -> Any:
+    with pymongo.MongoClient[dict[str, Any]](mongo_uri) as client:
+        collection = client.get_default_database()["notes"]
+        collection.insert_many([{"_id": ObjectId(), "title": f"note {n}", "stars": n} for n in range(20)])
+        yield collection
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line of an error, and no more than that."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+def test_a_migration_goes_all_the_way_and_the_primary_comes_back(crossfade: Command, notes: Any) -> None:
+    assert crossfade("init").returncode == 0
+    for step in (
+        ("phase", "set", "dual_write"),
+        ("backfill",),
+        ("verify",),
+        ("phase", "set", "shadow_read"),
+        ("phase", "set", "postgres_read"),
+        ("phase", "set", "postgres_primary"),
+        ("phase", "set", "postgres_read"),
+        ("verify",),
+    ):
+        done = crossfade(*step)
+        assert done.returncode == 0, (step, done.stdout, done.stderr)
+    status = json.loads(crossfade("status", "--json").stdout)
+    assert status["phase"] == "postgres_read"
+    assert status["primary"] == "mongo"
+    assert status["debts"]["total"] == 0
+    assert {run["kind"]: run["state"] for run in status["runs"]} == {
+        "backfill": "complete",
+        "verify": "complete",
+    }
+    history = json.loads(crossfade("history", "--json").stdout)
+    assert [row["phase"] for row in history][-1] == "postgres_read"
+
+
+def test_the_guard_names_what_is_missing_and_the_command_that_mends_it(
+    crossfade: Command, notes: Any
+) -> None:
+    crossfade("init")
+    crossfade("phase", "set", "dual_write")
+    done = crossfade("phase", "set", "shadow_read")
+    assert done.returncode == 1
+    assert "[backfill]" in said(done)
+    assert "mend: crossfade backfill" in said(done)
+
+
+def test_a_guard_is_forced_only_by_name_and_the_history_says_so(crossfade: Command, notes: Any) -> None:
+    crossfade("init")
+    crossfade("phase", "set", "dual_write")
+    assert crossfade("phase", "set", "shadow_read", "--force", "everything").returncode == 2
+    done = crossfade("phase", "set", "shadow_read", "--force", "backfill", "--force", "verify")
+    assert done.returncode == 0, done.stderr
+    assert "forced: backfill, verify" in crossfade("history", "--json").stdout
+
+
+def test_a_phase_cannot_be_skipped(crossfade: Command, notes: Any) -> None:
+    crossfade("init")
+    done = crossfade("phase", "set", "postgres_read")
+    assert done.returncode == 1
+    assert "set dual_write first" in said(done)
+
+
+def test_an_unknown_phase_lists_the_phases(crossfade: Command) -> None:
+    done = crossfade("phase", "set", "postgres_onyl")
+    assert done.returncode == 2
+    assert "unknown phase 'postgres_onyl'" in said(done)
+    assert "5 postgres_only" in said(done)
+
+
+def test_init_keeps_both_of_two_names_equal_but_for_case(crossfade: Command, notes: Any) -> None:
+    notes.insert_many([{"_id": ObjectId(), "title": "Same"}, {"_id": ObjectId(), "title": "same"}])
+    done = crossfade("init", "--json")
+    assert done.returncode == 1
+    assert len(json.loads(done.stdout)["colliding"]["title"]) == 1
+    keys = {
+        note["title"]: note["_cf"]["keys"]["title"]
+        for note in notes.find({"title": {"$in": ["Same", "same"]}})
+    }
+    assert keys["Same"] == "same"
+    assert keys["same"].startswith("same#")
+
+
+def test_a_dead_postgres_is_named_with_its_address(crossfade: Command) -> None:
+    done = crossfade("init", DATABASE_URL="postgresql://nobody@127.0.0.1:1/nowhere")
+    assert done.returncode == 3
+    assert "cannot reach PostgreSQL at 127.0.0.1:1" in said(done)
+    assert "DATABASE_URL" in said(done)
+
+
+def test_a_dead_mongo_is_named_with_its_address(crossfade: Command) -> None:
+    done = crossfade("init", MONGO_URI="mongodb://127.0.0.1:1/nowhere")
+    assert done.returncode == 3
+    assert "cannot reach MongoDB at 127.0.0.1:1" in said(done)
+    assert "MONGO_URI" in said(done)
+
+
+def test_a_wrong_password_is_told_and_not_repeated(crossfade: Command, database_url: str) -> None:
+    head, tail = database_url.rsplit("@", 1)
+    wrong = head.rsplit(":", 1)[0] + ":s3cret-but-wrong@" + tail
+    done = crossfade("status", DATABASE_URL=wrong)
+    assert done.returncode == 3
+    assert "password" in said(done)
+    assert "s3cret-but-wrong" not in done.stderr + done.stdout
+
+
+def test_a_missing_setting_is_named(crossfade: Command) -> None:
+    done = crossfade("status", MONGO_URI="")
+    assert done.returncode == 2
+    assert "MONGO_URI is not set" in said(done)
+
+
+def test_a_mongo_address_without_a_database_is_explained(crossfade: Command) -> None:
+    done = crossfade("status", MONGO_URI="mongodb://127.0.0.1:27017")
+    assert done.returncode == 2
+    assert "names no database" in said(done)
+
+
+def test_a_schema_that_is_not_at_head_is_named(crossfade: Command, mongo_uri: str, database_url: str) -> None:
+    import psycopg
+
+    with psycopg.connect(database_url) as connection:
+        connection.execute("ALTER TABLE notes DROP COLUMN stars")
+    done = crossfade("init")
+    assert done.returncode == 2
+    assert "schema is not at head" in said(done)
+    assert "alembic upgrade head" in said(done)
+
+
+def test_status_before_init_says_what_to_do(crossfade: Command) -> None:
+    done = crossfade("status")
+    assert done.returncode == 2
+    assert "run `crossfade init`" in said(done)
+
+
+def test_an_application_that_cannot_be_loaded_is_explained(crossfade: Command) -> None:
+    done = crossfade("status", CROSSFADE_APP="nowhere:notes")
+    assert done.returncode == 2
+    assert "write module:function" in said(done)
