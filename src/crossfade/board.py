@@ -167,7 +167,9 @@ class Board:
         options = self.options
         timeout = options.board_age
         began = boot_clock()
-        seen = await self.record.look(timeout=timeout)
+        # A secondary that hangs must not age the board and the lease: only the primary is waited for.
+        known = self.look.control.phase.rules.secondary if self.look is not None else None
+        seen = await self.record.look(timeout=options.lease / 2, brief=known, brief_timeout=options.poll)
         control = seen.control
         if control is None:
             raise errors.SchemaNotReady(
@@ -188,10 +190,10 @@ class Board:
         else:
             deliveries = tuple(await self.postgres.outbox(self.entities, limit=limit, timeout=timeout * 4))
             found = [(debt.entity, debt.id) for debt in deliveries]
-        try:
-            quarantined = await self.postgres.quarantined_entities(self.entities, timeout=timeout)
-        except errors.CrossfadeError:
-            quarantined = set(self.entities)  # not known: nothing may be called absent
+        quarantined = set(self.entities)  # not known: nothing may be called absent
+        if seen.postgres != -1:
+            with contextlib.suppress(errors.CrossfadeError):
+                quarantined = await self.postgres.quarantined_entities(self.entities, timeout=options.poll)
         counts: dict[str, int] = {}
         for entity, _ in found:
             counts[entity] = counts.get(entity, 0) + 1
@@ -264,7 +266,11 @@ class Board:
             return
         async with self._flagging:
             for _ in range(20):
-                seen = await self.record.look(timeout=self.options.primary_deadline)
+                seen = await self.record.look(
+                    timeout=self.options.primary_deadline,
+                    brief=control.phase.rules.secondary,
+                    brief_timeout=self.options.poll,
+                )
                 now = seen.control
                 if now is None:
                     raise errors.StoreUnavailable("mongo", "the control record cannot be read")
@@ -273,7 +279,7 @@ class Board:
                 new = now.changed(
                     by="a worker", reason="a write met a failure", unreadable=token, lifting=False
                 )
-                if await self.record.change(now, new, timeout=self.options.secondary_deadline):
+                if await self.record.change(now, new, timeout=self.options.primary_deadline, copy=False):
                     break
             else:
                 raise errors.StoreUnavailable("mongo", "the control record could not be changed")

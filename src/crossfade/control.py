@@ -125,11 +125,14 @@ class ControlRecord:
         self._stores: dict[str, MongoStore | PostgresStore] = {"mongo": mongo, "postgres": postgres}
         self._postgres = postgres
 
-    async def look(self, *, timeout: float) -> Seen:
-        """Read both copies at once, each bounded by ``timeout`` seconds."""
+    async def look(self, *, timeout: float, brief: str | None = None, brief_timeout: float = 0.25) -> Seen:
+        """Read both copies at once, each bounded by ``timeout`` seconds, ``brief``'s by ``brief_timeout``."""
         names = list(self._stores)
         answers = await asyncio.gather(
-            *(self._stores[name].control(self.migration, timeout=timeout) for name in names),
+            *(
+                store.control(self.migration, timeout=brief_timeout if name == brief else timeout)
+                for name, store in self._stores.items()
+            ),
             return_exceptions=True,
         )
         found: dict[str, Control] = {}
@@ -178,9 +181,10 @@ class ControlRecord:
         await self.spread(seen, timeout=timeout)
         return seen.control
 
-    async def change(self, old: Control, new: Control, *, timeout: float) -> bool:
+    async def change(self, old: Control, new: Control, *, timeout: float, copy: bool = True) -> bool:
         """Compare-and-set from ``old`` to ``new`` in the store that is primary by ``old``, then copy.
 
+        ``copy=False``: leave the copy to the next look, because the other store is known not to answer.
         False: somebody else changed it first.
         """
         record = new.to_document()
@@ -189,6 +193,8 @@ class ControlRecord:
             self.migration, record, expected=old.version, timeout=timeout
         ):
             return False
+        if not copy:
+            return True
         secondary = old.phase.rules.secondary
         try:
             await self._stores[secondary].copy_control(self.migration, record, timeout=timeout)
