@@ -256,7 +256,7 @@ class Backfill:
             pending = _pending(chunk, written)
             # A position that stays behind costs reading a few documents again.
             if chunk.last is not None:
-                self._position = encode_position(chunk.last)
+                self._position = encode_position(chunk.last[0])
             return self._position, pending, asdict(self._counts)
 
         written = await self._target.write_chunk(

@@ -101,7 +101,7 @@ class Chunk:
         read: documents read, the deleted ones included.
         deleted: documents whose delete is decided; their own debt takes it to PostgreSQL.
         size: bytes of BSON.
-        last: ``_id`` of the last one whose id can be told; None: no such one.
+        last: ``_id`` of the last one whose id can be told, in a tuple (null is an id too); None: no such one.
     """
 
     rows: list[PreparedRow] = field(default_factory=list)
@@ -109,7 +109,7 @@ class Chunk:
     read: int = 0
     deleted: int = 0
     size: int = 0
-    last: Any = None
+    last: tuple[Any] | None = None
 
     def add(self, raw: bytes, tables: EntityTables) -> None:
         """Convert one document and add it."""
@@ -118,7 +118,7 @@ class Chunk:
         image = None
         try:
             image, _ = image_of(raw)
-            self.last = image.id
+            self.last = (image.id,)
             if image.deleted:
                 self.deleted += 1
                 return
@@ -127,7 +127,7 @@ class Chunk:
         except Unmappable as problem:
             bad = bad_document(raw, problem, image)
             if bad.id is not None:
-                self.last = bad.id
+                self.last = (bad.id,)
             self.bad.append(bad)
 
 

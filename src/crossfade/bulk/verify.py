@@ -183,8 +183,8 @@ class Notes:
 def differing_fields(entity: Entity, source: Source, row: StoredRecord) -> list[str]:
     """Names of what differs between a document and its rows; [] when they are the same.
 
-    Top-level fields by name; ``(order)`` when only the order of fields differs, ``cf_digest`` when the stored
-    digest is not that of the content, a key column by its name, ``(unreadable)`` when the rows give no document.
+    Top-level fields by name; ``(order)`` when only the order of fields differs, ``cf_digest`` when only the
+    stored digest is not that of the content, a key column by its name, ``(unreadable)`` when the rows give no document.
     """
     assert source.image is not None
     try:
@@ -197,8 +197,8 @@ def differing_fields(entity: Entity, source: Source, row: StoredRecord) -> list[
         names = dict.fromkeys([*source.image.document, *rebuilt])
         found = [name for name in names if _element(source.image.document, name) != _element(rebuilt, name)]
         found = found or ["(order)"]
-    if row.digest != digest_of_bytes(content):
-        found.append("cf_digest")
+    elif row.digest != digest_of_bytes(content):
+        found = ["cf_digest"]
     keys = {**entity.keys(source.image.document), **source.image.keys}
     for rule in entity.unique:
         if row.parent[entity.parent_columns.index(rule.to)] != keys.get(rule.rule):
@@ -226,12 +226,9 @@ def judge(
             return None
         owed = notes.delete_owed or (image is not None and image.debt is not None)
         return (Finding.IN_DEBT if owed else Finding.EXTRA), []
-    if row is not None and image is not None and row.rev == image.rev:
-        fields = differing_fields(entity, source, row)
-        if not fields:
-            return None
-    else:
-        fields = []
+    fields = differing_fields(entity, source, row) if row is not None and image is not None else []
+    if row is not None and image is not None and row.rev == image.rev and not fields:
+        return None
     if notes.quarantined is not None and notes.quarantined == source.digest:
         return Finding.QUARANTINED, []
     if image is not None and image.debt is not None:
@@ -239,11 +236,9 @@ def judge(
     if row is None or image is None:
         covered = notes.tombstone is not None and image is not None and notes.tombstone >= image.rev
         return (Finding.TOMBSTONED if covered else Finding.MISSING), []
-    if row.rev < image.rev:
-        return Finding.BEHIND, differing_fields(entity, source, row)
-    if row.rev > image.rev:
-        return Finding.AHEAD, differing_fields(entity, source, row)
-    return Finding.DIFFERENT, fields
+    if row.rev == image.rev:
+        return Finding.DIFFERENT, fields
+    return (Finding.BEHIND if row.rev < image.rev else Finding.AHEAD), fields
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ One bad row and its neighbours
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -30,7 +31,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.abc import Buffer
 from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.pq import Format
+from psycopg.pq import Format, TransactionStatus
 from sqlalchemy import Table
 
 from crossfade import errors
@@ -39,6 +40,8 @@ from crossfade.stores.copy_format import HEADER, TRAILER, ColumnType, compile_ro
 from crossfade.stores.errors import Fenced
 
 STORE = "postgres"
+#: Times a claim is tried, 0.1 s apart: the server takes a moment to notice that a killed process is gone.
+CLAIMS = 20
 #: Times a chunk is tried when the server breaks a deadlock or a snapshot conflict by refusing it.
 ATTEMPTS = 5
 
@@ -314,13 +317,17 @@ class BulkPostgres:
                 autocommit=True,
                 connect_timeout=connect_timeout,
                 application_name="crossfade bulk",
-                options="-c synchronous_commit=on -c timezone=UTC -c client_min_messages=warning",
+                options="-c synchronous_commit=on -c timezone=UTC -c client_min_messages=warning -c jit=off",
             )
         connection.adapters.register_loader("jsonb", _RawJson)
         return cls(connection, address)
 
     async def close(self) -> None:
         """Close the connection; an open transaction is rolled back."""
+        with contextlib.suppress(psycopg.Error):
+            # The server ends a session some time after its client; claims must not outlive the run.
+            if self._connection.info.transaction_status is TransactionStatus.IDLE:
+                await self._connection.execute("SELECT pg_advisory_unlock_all()")
         await self._connection.close()
 
     # --- getting ready -----------------------------------------------------------------------------------
@@ -380,13 +387,17 @@ class BulkPostgres:
         Raises:
             crossfade.errors.Busy: another process runs it.
         """
-        with translated(self.address):
-            cursor = await self._connection.execute(
-                "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))",
-                [f"crossfade:{kind}:{migration}:{entity.name}"],
-            )
-            row = await cursor.fetchone()
-        if row is None or not row[0]:
+        for _ in range(CLAIMS):
+            with translated(self.address):
+                cursor = await self._connection.execute(
+                    "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))",
+                    [f"crossfade:{kind}:{migration}:{entity.name}"],
+                )
+                row = await cursor.fetchone()
+            if row is not None and row[0]:
+                break
+            await asyncio.sleep(0.1)
+        else:
             raise errors.Busy(f"another {kind} of {entity.name} is running; wait for it or stop it")
 
     # --- runs --------------------------------------------------------------------------------------------

@@ -1,0 +1,348 @@
+import asyncio
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import bson
+import pytest
+from bson import Binary, Decimal128, Int64, Timestamp
+
+from crossfade import errors
+from crossfade.stores.errors import Fenced
+from crossfade.values import id_to_text
+
+SCRIPT = Path(__file__).with_name("run_backfill.py")
+
+
+def key(document):
+    return id_to_text(document["_id"])
+
+
+# --- being killed ---------------------------------------------------------------------------------------
+
+
+def run_until_killed(stores, chunks, delay):
+    """A backfill in a process of its own, killed `delay` seconds after it wrote `chunks` chunks."""
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), stores.mongo_uri, stores.database_url, "20"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(chunks):
+        assert process.stdout.readline() == "chunk\n"
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.parametrize(("chunks", "delay"), [(1, 0), (3, 0.002), (8, 0.005), (13, 0.008), (18, 0.011)])
+async def test_a_killed_run_goes_on_where_it_was(stores, user, chunks, delay):
+    documents = [user(n) for n in range(600)]
+    stores.collection.insert_many(documents)
+    run_until_killed(stores, chunks, delay)
+    done = len(stores.ids())
+    assert chunks * 20 <= done < 600
+    [[position]] = stores.rows("SELECT position FROM crossfade.runs")
+    assert id_to_text(bson.decode(position)["_id"]) == stores.ids()[-1]
+
+    report = await stores.backfill()
+    assert report.state == "complete"
+    assert report.resumed == done
+    assert (report.counts.read, report.counts.inserted, report.counts.same) == (600, 600, 0)
+    assert stores.ids() == sorted(key(d) for d in documents)
+    assert stores.rows("SELECT count(*) FROM crossfade.runs WHERE state = 'complete'") == [(1,)]
+    assert (await stores.verify()).counts.mismatches == 0
+
+
+async def test_a_run_killed_behind_its_commit_still_looks_again(stores, user):
+    documents = [user(n) for n in range(50)]
+    stores.collection.insert_many(documents)
+    buried = key(documents[7])
+    done = subprocess.run(  # noqa: ASYNC221
+        [sys.executable, str(SCRIPT), stores.mongo_uri, stores.database_url, "20", "bury-and-die", buried],
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert buried in stores.ids()
+    stores.collection.delete_one({"_id": documents[7]["_id"]})
+    report = await stores.backfill()
+    assert buried not in stores.ids()
+    assert stores.rows("SELECT count(*) FROM user_friends WHERE user_id = %s", buried) == [(0,)]
+    assert report.counts.removed == 1
+    assert len(stores.ids()) == 49
+
+
+async def test_stopping_ends_after_a_whole_chunk_and_the_same_command_goes_on(stores, user):
+    stores.collection.insert_many([user(n) for n in range(100)])
+    stop = asyncio.Event()
+    report = await stores.backfill(batch_size=10, stop=stop, on_progress=lambda _: stop.set())
+    assert (report.state, report.counts.read) == ("interrupted", 10)
+    report = await stores.backfill(batch_size=10)
+    assert (report.state, report.resumed, report.counts.inserted) == ("complete", 10, 100)
+
+
+# --- never backwards ------------------------------------------------------------------------------------
+
+
+async def test_running_again_changes_nothing(stores, user):
+    stores.collection.insert_many(
+        [user(n, profilePicture="data:image/png;base64,iVBORw0KGgo=") for n in range(30)]
+    )
+    await stores.backfill()
+    before = stores.content()
+    report = await stores.backfill()
+    assert (report.counts.same, report.counts.inserted, report.counts.updated) == (30, 0, 0)
+    assert stores.content() == before
+
+
+async def test_a_newer_row_is_never_replaced(stores, user):
+    documents = [user(n) for n in range(20)]
+    stores.collection.insert_many(documents)
+    await stores.backfill()
+    stores.sql.execute("UPDATE users SET cf_rev = 5, username = 'newer' WHERE id = %s", [key(documents[3])])
+    before = stores.content()
+    lifted = []
+
+    async def on_behind(entity, ids):
+        lifted.extend(ids)
+
+    report = await stores.backfill(on_behind=on_behind)
+    assert stores.content() == before
+    assert (report.counts.behind, report.counts.same) == (1, 19)
+    assert lifted == [documents[3]["_id"]]
+
+
+async def test_equal_revision_with_other_content_is_behind_not_confirmed(stores, user):
+    document = user(1)
+    stores.collection.insert_one(document)
+    await stores.backfill()
+    stores.collection.update_one({"_id": document["_id"]}, {"$set": {"role": "admin"}})
+    lifted = []
+
+    async def on_behind(entity, ids):
+        lifted.extend(ids)
+
+    report = await stores.backfill(on_behind=on_behind)
+    assert (report.counts.behind, report.counts.updated) == (1, 0)
+    assert lifted == [document["_id"]]
+
+
+async def test_a_newer_document_replaces_row_and_children(stores, user):
+    documents = [user(n) for n in range(8)]
+    stores.collection.insert_many(documents)
+    await stores.backfill()
+    notes = {"rev": Int64(3), "op": "0" * 31 + "a", "keys": {"username": "name3"}}
+    stores.collection.update_one(
+        {"_id": documents[3]["_id"]},
+        {"$set": {"_cf": notes, "friends": [documents[7]["_id"]], "role": "admin"}},
+    )
+    report = await stores.backfill()
+    assert (report.counts.updated, report.counts.same) == (1, 7)
+    assert stores.rows("SELECT cf_rev, role, cf_op::text FROM users WHERE id = %s", key(documents[3])) == [
+        (3, "admin", "00000000-0000-0000-0000-00000000000a")
+    ]
+    assert stores.rows(
+        "SELECT position, friend_id FROM user_friends WHERE user_id = %s", key(documents[3])
+    ) == [(0, key(documents[7]))]
+    assert (await stores.verify()).counts.mismatches == 0
+
+
+async def test_a_deleted_record_does_not_come_back(stores, user):
+    documents = [user(n) for n in range(5)]
+    stores.collection.insert_many(documents)
+    stores.sql.execute(
+        "INSERT INTO crossfade.tombstones (entity, id, rev) VALUES ('users', %s, 0)", [key(documents[2])]
+    )
+    report = await stores.backfill()
+    assert key(documents[2]) not in stores.ids()
+    assert (report.counts.inserted, report.counts.behind) == (4, 1)
+
+
+async def test_a_delete_that_commits_while_a_chunk_is_written_wins(stores, user):
+    documents = [user(n) for n in range(5)]
+    stores.collection.insert_many(documents)
+    buried = key(documents[3])
+
+    def hook(target):
+        original = target._stage
+
+        async def stage(tables, rows):
+            await original(tables, rows)
+            # Committed by another transaction, and found nothing to delete yet.
+            stores.sql.execute("DELETE FROM users WHERE id = %s", [buried])
+
+        upsert = target._copy
+
+        async def copy(statement, blocks):
+            await upsert(statement, blocks)
+            if "user_friends" in statement.as_string(None):
+                stores.sql.execute(
+                    "INSERT INTO crossfade.tombstones (entity, id, rev) VALUES ('users', %s, 0)", [buried]
+                )
+
+        target._stage, target._copy = stage, copy
+
+    report = await stores.backfill(hook=hook)
+    assert buried not in stores.ids()
+    assert report.counts.removed == 1
+
+
+async def test_a_decided_delete_is_left_to_its_own_debt(stores, user):
+    document = user(1, _cf={"rev": Int64(2), "op": "1" * 32, "deleted": True, "debt": {"epoch": Int64(1)}})
+    stores.collection.insert_many([document, user(2)])
+    report = await stores.backfill()
+    assert (report.counts.deleted, report.counts.inserted) == (1, 1)
+    assert stores.ids() == [key(user(2))]
+
+
+async def test_another_epoch_ends_the_run_and_writes_nothing(stores, user):
+    stores.collection.insert_many([user(n) for n in range(5)])
+    stores.sql.execute("UPDATE crossfade.control SET epoch = 2")
+    with pytest.raises(Fenced, match="from epoch 1 to 2"):
+        await stores.backfill(epoch=1)
+    assert stores.ids() == []
+    # What an older epoch has done is not relied upon.
+    report = await stores.backfill(epoch=2)
+    assert (report.resumed, report.counts.inserted) == (0, 5)
+
+
+async def test_only_one_run_at_a_time(stores, user):
+    stores.collection.insert_many([user(n) for n in range(3)])
+
+    async def second(_entity, _ids):
+        await stores.backfill()
+
+    stores.sql.execute(
+        "INSERT INTO crossfade.tombstones (entity, id, rev) VALUES ('users', %s, 0)", [key(user(0))]
+    )
+    with pytest.raises(errors.Busy, match="another backfill of users"):
+        await stores.backfill(on_behind=second)
+
+
+# --- one bad row and its neighbours ---------------------------------------------------------------------
+
+
+async def test_a_row_that_the_table_refuses_does_not_stop_its_neighbours(stores, user):
+    documents = [user(n) for n in range(100)]
+    documents[41]["username"] = documents[77]["username"] = "forbidden"
+    documents[77]["_cf"] = {"keys": {"username": "other"}}
+    stores.collection.insert_many(documents)
+    stores.sql.execute("ALTER TABLE users ADD CONSTRAINT no_such_name CHECK (username <> 'forbidden')")
+    report = await stores.backfill()
+    assert (report.counts.inserted, report.counts.quarantined) == (98, 2)
+    found = stores.rows("SELECT id, reason, document FROM crossfade.quarantine ORDER BY id")
+    assert [row[0] for row in found] == [key(documents[41]), key(documents[77])]
+    assert "no_such_name" in found[0][1]
+    assert bson.decode(found[0][2])["username"] == "forbidden"
+    # The children of those that went in are there, of the others none.
+    assert stores.rows("SELECT count(*) FROM user_friends") == [
+        (sum(len(d["friends"]) for n, d in enumerate(documents) if n not in (41, 77)),)
+    ]
+
+
+async def test_rows_that_leave_quarantine_are_struck_off(stores, user):
+    stores.collection.insert_many([user(n) for n in range(3)])
+    stores.sql.execute("ALTER TABLE users ADD CONSTRAINT no_such_name CHECK (username <> 'Name1')")
+    await stores.backfill()
+    stores.sql.execute("ALTER TABLE users DROP CONSTRAINT no_such_name")
+    report = await stores.backfill()
+    assert report.counts.inserted == 1
+    assert stores.rows("SELECT count(*) FROM crossfade.quarantine") == [(0,)]
+
+
+@pytest.mark.parametrize("batch_size", [2, 5000])
+async def test_colliding_names_are_settled_one_by_one(stores, user, batch_size):
+    documents = [user(1, username="Bob"), user(2), user(3, username="bob"), user(4), user(5, username="BOB")]
+    stores.collection.insert_many(documents)
+    settled = []
+
+    async def settle_one(entity, id_):
+        settled.append(id_)
+        raise errors.CrossfadeError("held by another")
+
+    report = await stores.backfill(batch_size=batch_size, settle_one=settle_one)
+    assert stores.ids() == [key(documents[n]) for n in (0, 1, 3)]
+    assert settled == [documents[2]["_id"], documents[4]["_id"]]
+    assert (report.counts.violations, report.counts.parked) == (2, 2)
+    assert report.parked[0] == {"id": key(documents[2]), "rule": "username", "why": "held by another"}
+
+
+async def test_stamped_keys_keep_colliding_names_apart(stores, user):
+    documents = [user(1, username="Bob", _cf={"keys": {"username": "bob"}}),
+                 user(2, username="bob", _cf={"keys": {"username": "bob~2"}})]  # fmt: skip
+    stores.collection.insert_many(documents)
+    report = await stores.backfill()
+    assert (report.counts.inserted, report.counts.violations) == (2, 0)
+    assert stores.rows("SELECT username_norm FROM users ORDER BY id") == [("bob",), ("bob~2",)]
+
+
+async def test_quarantine_keeps_the_bytes_as_found(stores, user):
+    documents = [user(n) for n in range(4)]
+    del documents[2]["username"]
+    stores.collection.insert_many(documents)
+    report = await stores.backfill()
+    assert (report.counts.inserted, report.counts.quarantined) == (3, 1)
+    [batch] = stores.collection.find_raw_batches({"_id": documents[2]["_id"]})
+    [[reason, field, document]] = stores.rows("SELECT reason, field, document FROM crossfade.quarantine")
+    assert document == batch
+    assert field == "username"
+    assert report.quarantined == [{"id": key(documents[2]), "reason": reason, "field": "username"}]
+
+
+# --- reading everything ---------------------------------------------------------------------------------
+
+ODD_IDS = [
+    None, -1.5, 3, Int64(2**40), Decimal128("7.25"), "", "a string", "z", {"a": 1, "b": 2}, b"bytes",
+    Binary(b"0123456789abcdef", 4), False, True, datetime(2024, 1, 1, tzinfo=UTC), Timestamp(5, 6),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5000])
+async def test_ids_of_other_types_are_not_missed_also_after_interruptions(stores, user, batch_size):
+    documents = [user(n) for n in range(6)]
+    documents += [user(100 + n, _id=id_) for n, id_ in enumerate(ODD_IDS)]
+    stores.collection.insert_many(documents)
+    for _ in range(100):
+        stop = asyncio.Event()
+        report = await stores.backfill(
+            batch_size=batch_size, stop=stop, on_progress=lambda _, s=stop: s.set()
+        )
+        if report.state == "complete":
+            break
+    assert stores.ids() == sorted(key(d) for d in documents)
+    assert report.counts.read == report.counts.inserted == len(documents)
+    verified = await stores.verify(chunk=3)
+    assert (verified.counts.equal, verified.counts.mismatches) == (len(documents), 0)
+
+
+async def test_chunks_end_at_a_number_of_bytes_too(stores, user):
+    picture = "data:image/png;base64," + "A" * 400_000
+    stores.collection.insert_many([user(n, profilePicture=picture) for n in range(12)])
+    seen = []
+    await stores.backfill(batch_bytes=1_000_000, on_progress=lambda counts: seen.append(counts.read))
+    assert seen == [3, 6, 9, 12]
+    assert stores.rows("SELECT count(*), min(length(data)) FROM user_pictures") == [(12, 300_000)]
+
+
+async def test_missing_tables_are_named(stores, user):
+    stores.sql.execute("DROP TABLE user_pictures")
+    with pytest.raises(errors.SchemaNotReady, match=r"user_pictures.*alembic upgrade head"):
+        await stores.backfill()
+
+
+async def test_a_batch_of_nothing_is_refused(stores, user):
+    with pytest.raises(errors.ConfigurationError, match="at least 1"):
+        await stores.backfill(batch_size=0)
+
+
+async def test_an_unreachable_mongodb_is_one_error(stores, user, monkeypatch):
+    from crossfade.stores import bulk_mongo
+
+    monkeypatch.setattr(bulk_mongo, "ATTEMPTS", 1)
+    stores.mongo_uri = "mongodb://127.0.0.1:9/none?serverSelectionTimeoutMS=200"
+    with pytest.raises(errors.StoreUnavailable, match=r"cannot read MongoDB at 127\.0\.0\.1:9"):
+        await stores.backfill()
