@@ -1,49 +1,80 @@
-# Every target does its own set-up: uv is fetched where it is missing, the environment is built from uv.lock.
-# Nothing here needs root.
-.DEFAULT_GOAL := help
-SHELL := /bin/sh
-PY := .venv/bin/python
-READY := .venv/.ready
-NAME ?=
-ARGS ?=
+# Everything sets itself up: `make demo` on a fresh clone needs python3, make, git and a network, nothing else.
+# What is fetched stays in .tools/ and .venv/ here, and in the user's cache (uv's packages, the embedded servers).
 
-.PHONY: help demo test check format bench serve backfill-users backfill-users-dry clean
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: demo test check format bench serve backfill-users backfill-users-dry setup servers-ready clean help
+
+# A test run as a whole ends after this, with pytest's summary, whatever hangs.
+TEST_LIMIT ?= 20m
+# More workers than this wait for the same three servers rather than for a core.
+TEST_WORKERS ?= 4
+BENCHES := $(filter-out __init__,$(basename $(notdir $(wildcard bench/*.py))))
+
+# Settings of the caller's that would move the virtual environment or what is in it.
+unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
+export UV_PROJECT_ENVIRONMENT := .venv
+export PYTHONUNBUFFERED := 1
+
+BIN := .venv/bin
+SYNCED := .venv/.synced
+LOCATED := $(BIN)/python scripts/on_servers.py
+
+# Scripts in .venv name their folder: a moved or copied clone makes a new one.
+ifneq ($(wildcard $(SYNCED)),)
+ifneq ($(shell cat $(SYNCED)),$(CURDIR))
+$(shell rm -rf .venv)
+endif
+endif
+
+$(SYNCED): pyproject.toml uv.lock scripts/bootstrap-uv.sh
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		echo "python3 here is older than 3.11: uv looks for another one, and fetches one if there is none" >&2
+	@uv=$$(sh scripts/bootstrap-uv.sh) && echo "setting up .venv" >&2 && "$$uv" sync --frozen --quiet
+	@printf '%s\n' '$(CURDIR)' > $@
+
+setup: $(SYNCED)
+
+# Apart from the tests: building the servers' programs takes minutes the first time, and a test has a time limit.
+servers-ready: $(SYNCED)
+	@$(LOCATED) --prepare
+
+demo: $(SYNCED) ## migrate 20,000 users under traffic, on servers of its own (ARGS="--keep" leaves it running)
+	@$(BIN)/crossfade demo $(ARGS)
+
+test: servers-ready ## all tests, on servers of their own (ARGS="-k name" picks)
+	@timeout --foreground -s INT -k 60 $(TEST_LIMIT) \
+		$(BIN)/python -m pytest -n auto --maxprocesses=$(TEST_WORKERS) $(ARGS)
+
+check: $(SYNCED) ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(SYNCED) ## rewrite the code in the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: servers-ready ## benchmarks, all or NAME=backfill (ARGS= are its arguments)
+	@$(if $(NAME),$(if $(filter $(NAME),$(BENCHES)),,echo "no benchmark $(NAME); there are: $(BENCHES)" >&2; exit 2;)) \
+	status=0; for name in $(or $(NAME),$(BENCHES)); do $(BIN)/python -m bench.$$name $(ARGS) || status=1; done; \
+	exit $$status
+
+serve: $(SYNCED) ## the reference service on port 5000, on one's own servers (.env) or embedded ones
+	@$(LOCATED) alembic upgrade head
+	@$(LOCATED) --jwt-secret python -m scorekeeper
+
+backfill-users: $(SYNCED) ## copy the users to PostgreSQL (resumes; ARGS="--batch-size 1000")
+	@$(LOCATED) crossfade backfill --entity users $(ARGS)
+
+backfill-users-dry: $(SYNCED) ## the same without writing: converts every user and reports
+	@$(LOCATED) crossfade backfill --entity users --dry-run $(ARGS)
+
+clean: ## remove what make put into this folder; the servers' programs in the user's cache stay
+	rm -rf .venv .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-20s %s\n", $$1, $$2}'
-
-$(READY): pyproject.toml uv.lock scripts/bootstrap-uv.sh
-	@uv=$$(sh scripts/bootstrap-uv.sh) && echo "setting up .venv ..." && "$$uv" sync --frozen --quiet && touch $(READY)
-
-demo: $(READY) ## a live migration under traffic, on private real servers
-	@.venv/bin/crossfade demo $(ARGS)
-
-test: $(READY) ## all tests, on private real servers
-	@$(PY) -m pytest -n 2 --dist worksteal -q $(ARGS)
-
-check: $(READY) ## format, lint, types, layers
-	@.venv/bin/ruff format --check .
-	@.venv/bin/ruff check .
-	@.venv/bin/mypy
-	@.venv/bin/lint-imports
-
-format: $(READY) ## format and mend what can be mended
-	@.venv/bin/ruff format .
-	@.venv/bin/ruff check --fix .
-
-bench: $(READY) ## figures, each a ratio of one run: make bench NAME=backfill
-	@for name in $(or $(NAME),$(patsubst bench/%.py,%,$(filter-out bench/__init__.py bench/_%,$(wildcard bench/*.py)))); do \
-		$(PY) -m bench.$$name $(ARGS) || exit $$?; \
-	done
-
-serve: $(READY) ## the reference service, on private servers unless MONGO_URI, DATABASE_URL, REDIS_URL are set
-	@sh scripts/serve.sh $(ARGS)
-
-backfill-users: $(READY) ## copy the users to PostgreSQL
-	@.venv/bin/crossfade backfill --entity users $(ARGS)
-
-backfill-users-dry: $(READY) ## convert every user, write nothing
-	@.venv/bin/crossfade backfill --entity users --dry-run $(ARGS)
-
-clean: ## remove the environment and the tools fetched for it
-	@rm -rf .venv .tools
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))

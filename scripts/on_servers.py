@@ -1,0 +1,76 @@
+"""Run a command with MONGO_URI, DATABASE_URL and REDIS_URL set: one's own servers, else embedded ones.
+
+    python scripts/on_servers.py crossfade status
+    python scripts/on_servers.py --prepare          set up the embedded servers' programs and stop there
+
+The environment comes first, then ``.env``, then the embedded servers, which are started where they are needed and
+run on (``crossfade servers down`` stops them). The command replaces this process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from dotenv import dotenv_values
+
+STORES = ("MONGO_URI", "DATABASE_URL", "REDIS_URL")
+
+
+def say(text: str) -> None:
+    """Tell a person; standard output belongs to the command."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def crossfade(*words: str, output: int | None = None) -> str:
+    """Run a `crossfade` command; what it printed if `output` is a pipe. Ends this process if the command fails."""
+    done = subprocess.run(["crossfade", *words], stdout=output, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout or ""
+
+
+def prepare() -> None:
+    """Have the programs of the embedded servers ready, so that no test waits for them under its own time limit."""
+    from crossfade.embedded import EmbeddedError
+    from crossfade.embedded.programs import Programs
+
+    try:
+        Programs().ensure(postgres=True, engine=shutil.which("mongod") is None)
+    except EmbeddedError as error:
+        sys.exit(str(error))
+
+
+def main(words: list[str]) -> None:
+    """Fill the environment and become the command."""
+    beside = str(Path(sys.executable).parent)
+    os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
+    if words[:1] == ["--prepare"]:
+        prepare()
+        return
+    fresh_secret = words[:1] == ["--jwt-secret"]
+    if fresh_secret:
+        words = words[1:]
+    if not words:
+        sys.exit("usage: python scripts/on_servers.py [--prepare | [--jwt-secret] COMMAND...]")
+    for name, value in dotenv_values(".env").items():
+        if value is not None:
+            os.environ.setdefault(name, value)
+    if any(not os.environ.get(name) for name in STORES):
+        crossfade("servers", "up", output=2)
+        environment = json.loads(crossfade("servers", "env", "--json", output=subprocess.PIPE))
+        # What the caller named stays as it is.
+        os.environ.update({n: v for n, v in environment.items() if not os.environ.get(n)})
+    if fresh_secret and not os.environ.get("JWT_SECRET"):
+        os.environ["JWT_SECRET"] = secrets.token_hex(32)
+        say("JWT_SECRET is not set: using one made for this session; tokens end with it.")
+    os.execvp(words[0], words)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
