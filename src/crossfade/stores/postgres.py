@@ -312,10 +312,10 @@ class PostgresStore:
                 for entity, _, rows in images
             ]
             after: list[Statement] = []
-            for entity, image, rows in images:
-                if image.rev <= 1 or len(images) > 1:
-                    # Whoever may have inserted looks again after its own commit.
-                    after += self.statements(entity).look_again(rows.parent[0])
+            for entity, _, rows in images:
+                # Whoever may have inserted looks again after its own commit. Any image may have: of a revision
+                # whose predecessors never arrived, or of a row that a delete removed while this one waited.
+                after += self.statements(entity).look_again(rows.parent[0])
             async with self._connection(timeout) as connection:
                 answers = await self._transaction(
                     connection, migration, statements, looks, after, defer=len(images) > 1
