@@ -232,24 +232,30 @@ class Writer:
     async def _mongo_insert(
         self, entity: Entity, document: dict[str, Any], o: _Operation, *, id_given: bool
     ) -> Record:
-        rev = 1
-        if id_given:
-            buried = await self.pair.mongo.tombstone(entity, document["_id"], timeout=o.left())
-            rev = 1 if buried is None else buried.rev + 1
         keys = entity.keys(document)
-        stored = {**document, CF: self._marks(o, rev, keys, {"kind": "insert"})}
         self._say(o, "Writing to MongoDB...")
-        await self._insert_until_decided(entity, stored, o)
-        self._say(o, "MongoDB write successful")
-        image = Image.from_document(dict(stored))
-        return await self._then_postgres(entity, image, o)
+        for _ in range(ATTEMPTS):
+            buried = (
+                await self.pair.mongo.tombstone(entity, document["_id"], timeout=o.left())
+                if id_given
+                else None
+            )
+            rev = 1 if buried is None else buried.rev + 1
+            stored = {**document, CF: self._marks(o, rev, keys, {"kind": "insert"})}
+            if await self._insert_until_decided(entity, stored, o, id_given=id_given):
+                self._say(o, "MongoDB write successful")
+                return await self._then_postgres(entity, Image.from_document(dict(stored)), o)
+        raise errors.Busy(f"[{o.context}] this record of {entity.name} is being deleted again and again")
 
-    async def _insert_until_decided(self, entity: Entity, stored: dict[str, Any], o: _Operation) -> None:
+    async def _insert_until_decided(
+        self, entity: Entity, stored: dict[str, Any], o: _Operation, *, id_given: bool
+    ) -> bool:
+        """Insert, repeated until it is decided; False: a decided delete of this id stood in the way."""
         unknown = False
         while True:
             try:
                 await self.pair.mongo.insert(entity, stored, timeout=o.left())
-                return
+                return True
             except Unanswered as cause:
                 unknown = True
                 await self._again(o, cause)
@@ -261,7 +267,14 @@ class Writer:
             except RuleBroken as cause:
                 mine = await self._read_or_unknown(entity, stored["_id"], o, unknown=unknown)
                 if mine is not None and mine.op == o.op:
-                    return
+                    return True
+                if mine is not None and unknown and (not id_given or mine.rev > stored[CF]["rev"]):
+                    raise errors.OutcomeUnknown(
+                        f"[{o.context}] the write was not answered, and this record of {entity.name} was written "
+                        "again since"
+                    ) from cause
+                if mine is not None and await self._roll_delete_forward(entity, mine, o):
+                    return False
                 rule = (
                     "_id"
                     if mine is not None
@@ -269,6 +282,17 @@ class Writer:
                 )
                 self._say(o, f"MongoDB write refused: the rule {rule!r} is broken")
                 raise errors.DuplicateKey(entity.name, rule) from cause
+
+    async def _roll_delete_forward(self, entity: Entity, there: Image, o: _Operation) -> bool:
+        """Bury and remove a document whose delete is decided, so that its id is free; False: it is not."""
+        tentative = there.debt is not None and there.debt.tentative is not None
+        if not there.deleted or tentative or there.op is None:
+            return False
+        dual = o.control.phase.rules.dual
+        mongo = self.pair.mongo
+        await mongo.bury(entity, there.id, rev=there.rev, op=there.op, owed=dual, timeout=o.left())
+        await mongo.remove(entity, there.id, rev=there.rev, op=there.op, timeout=o.left())
+        return True
 
     async def _again(self, o: _Operation, cause: errors.StoreUnavailable) -> None:
         """Pause before the same request is sent again.
