@@ -24,7 +24,7 @@ STORES = ("MONGO_URI", "DATABASE_URL", "REDIS_URL")
 
 def say(text: str) -> None:
     """Tell a person; standard output belongs to the command."""
-    print(text, file=sys.stderr, flush=True)
+    sys.stderr.write(text + "\n")
 
 
 def crossfade(*words: str, output: int | None = None) -> str:
@@ -69,7 +69,7 @@ def main(words: list[str]) -> None:
     if fresh_secret and not os.environ.get("JWT_SECRET"):
         os.environ["JWT_SECRET"] = secrets.token_hex(32)
         say("JWT_SECRET is not set: using one made for this session; tokens end with it.")
-    os.execvp(words[0], words)
+    os.execvp(words[0], words)  # noqa: S606 - it is what this script is for
 
 
 if __name__ == "__main__":
