@@ -123,7 +123,7 @@ def _labelled_identity(population: Population, n: int, index: int) -> Labelled:
     admin = population.user_oid(0)
     user = _user_of(population, index, random, pen)
     name = odd_name(identity_name(population, index), pen)
-    games = 0 if random.random() < 0.2 else min(2000, 1 + int(random.paretovariate(0.9)))
+    games = 0 if random.random() < 0.2 else min(2000, 1 + int(random.paretovariate(1.2)))
     last_game = later(random, created, within=timedelta(days=1400)) if games else None
     stats = {"totalGames": games, "totalWins": _wins(random, games), "lastGameAt": last_game}
     merged_into = merges.into.get(index)
