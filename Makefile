@@ -31,7 +31,10 @@ endif
 $(SYNCED): pyproject.toml uv.lock scripts/bootstrap-uv.sh
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		echo "python3 here is older than 3.11: uv looks for another one, and fetches one if there is none" >&2
-	@uv=$$(sh scripts/bootstrap-uv.sh) && echo "setting up .venv" >&2 && "$$uv" sync --frozen --quiet
+	@# The system's certificates, where it has any: a network with a proxy of its own adds its authority there.
+	@certificates=/etc/ssl/certs/ca-certificates.crt; \
+	if [ -z "$$SSL_CERT_FILE" ] && [ -s $$certificates ]; then export SSL_CERT_FILE=$$certificates; fi; \
+	uv=$$(sh scripts/bootstrap-uv.sh) && echo "setting up .venv" >&2 && "$$uv" sync --frozen --quiet
 	@printf '%s\n' '$(CURDIR)' > $@
 
 setup: $(SYNCED)
