@@ -1,5 +1,6 @@
-import os
+import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -29,12 +30,12 @@ def gone():
 
 
 @pytest.fixture
-def reachable(tmp_path_factory):
-    """A folder that PostgreSQL's account may enter, also when the tests run as root."""
-    folder = tmp_path_factory.mktemp("open")
-    if os.geteuid() == 0:
-        for part in [folder, *folder.parents]:
-            if part == Path("/"):
-                break
-            part.chmod(part.stat().st_mode | 0o011)
-    return folder
+def reachable():
+    """A folder that PostgreSQL's account may enter, also when the tests run as root.
+
+    Not pytest's own: every pytest that starts makes the parent of those private to its user again.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="crossfade-test-"))
+    folder.chmod(0o711)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

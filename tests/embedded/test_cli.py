@@ -15,6 +15,9 @@ from crossfade.embedded import supervisor
 from crossfade.embedded.servers import running_set
 
 RUN = "from crossfade.cli.servers import app; app(prog_name='crossfade servers')"
+# Each starts interpreters and servers several times over, which is slow where others compute too.
+pytestmark = pytest.mark.timeout(400)
+
 CLEAN = {name: value for name, value in os.environ.items() if not name.endswith(("_URI", "_URL"))}
 
 
@@ -29,7 +32,7 @@ def crossfade(reachable):
             env={**environ, **variables},
             capture_output=True,
             text=True,
-            timeout=90,
+            timeout=170,
         )
 
     run.place = reachable / "crossfade/servers"
@@ -104,7 +107,7 @@ def test_two_ups_at_once_make_one_set(crossfade):
         )
         for _ in range(2)
     ]
-    reports = [json.loads(up.communicate(timeout=90)[0]) for up in ups]
+    reports = [json.loads(up.communicate(timeout=170)[0]) for up in ups]
     assert [up.returncode for up in ups] == [0, 0]
     assert reports[0]["servers"] == reports[1]["servers"]
     assert sorted(report["already_running"] for report in reports) == [False, True]

@@ -13,6 +13,9 @@ import pytest
 from crossfade.embedded import supervisor
 from crossfade.embedded.servers import running_set
 
+# Each starts interpreters and servers several times over, which is slow where others compute too.
+pytestmark = pytest.mark.timeout(400)
+
 CLEAN = {name: value for name, value in os.environ.items() if not name.endswith(("_URI", "_URL"))}
 
 SUITE = """
@@ -52,7 +55,7 @@ def run_pytest(folder, seconds, *options):
 
 
 def seen(folder, lines):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 170
     path = folder / "seen"
     while not path.exists() or len(path.read_text().splitlines()) < lines:
         assert time.monotonic() < deadline
@@ -71,7 +74,7 @@ def set_on(uri):
 
 def test_workers_share_one_set_and_tests_share_no_database(tmp_path):
     run = run_pytest(tmp_path, 0.5, "-n2")
-    output, _ = run.communicate(timeout=120)
+    output, _ = run.communicate(timeout=170)
     assert run.returncode == 0, output
     rows = seen(tmp_path, 6)
     assert len({row[0] for row in rows}) == 1
@@ -114,7 +117,7 @@ def test_a_template_is_cloned_for_each_test(tmp_path):
         "        connection.execute('INSERT INTO filled VALUES (8)')\n"
     )
     run = run_pytest(tmp_path, 0, "-k", "clone")
-    output, _ = run.communicate(timeout=120)
+    output, _ = run.communicate(timeout=170)
     assert run.returncode == 0, output
 
 

@@ -230,7 +230,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
     with pytest.raises(
-        EmbeddedError, match=r"cannot make the folder .*permission denied.*XDG_CACHE_HOME"
+        EmbeddedError, match=r"cannot make the folder .*[Pp]ermission denied.*XDG_CACHE_HOME"
     ) as error:
         Programs(closed / "cache")
     one_line(error)
