@@ -21,11 +21,15 @@ def include_name(name: str | None, type_: str, _parents: object) -> bool:
 
 
 def run_migrations_online() -> None:
-    engine = create_engine(sqlalchemy_url(context.config.get_main_option("sqlalchemy.url") or database_url()), poolclass=NullPool)
+    engine = create_engine(
+        sqlalchemy_url(context.config.get_main_option("sqlalchemy.url") or database_url()), poolclass=NullPool
+    )
     with engine.connect() as connection:
         connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _LOCK})
         connection.commit()
-        context.configure(connection=connection, target_metadata=metadata, include_name=include_name, compare_type=True)
+        context.configure(
+            connection=connection, target_metadata=metadata, include_name=include_name, compare_type=True
+        )
         with context.begin_transaction():
             context.run_migrations()
 

@@ -47,7 +47,9 @@ def upgrade() -> None:
         sa.Column("version", sa.Integer),
         *record_columns(),
         sa.PrimaryKeyConstraint("id", name="pk_users"),
-        sa.UniqueConstraint("username_norm", name="uq_users_username_norm", deferrable=True, initially="IMMEDIATE"),
+        sa.UniqueConstraint(
+            "username_norm", name="uq_users_username_norm", deferrable=True, initially="IMMEDIATE"
+        ),
         sa.CheckConstraint("role IN ('user', 'admin', 'guest')", name=op.f("ck_users_role")),
     )
     op.create_index("ix_users_username", "users", ["username"])

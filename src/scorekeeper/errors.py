@@ -115,8 +115,14 @@ _UNAVAILABLE = "The service cannot reach its database at the moment, please try 
 _FROM_CROSSFADE: dict[type[Exception], tuple[str, str]] = {
     crossfade_errors.StoreUnavailable: ("unavailable", _UNAVAILABLE),
     crossfade_errors.Busy: ("busy", "The record is being changed by somebody else, please try again"),
-    crossfade_errors.Undone: ("undone", "The change could not be stored and was taken back, please try again"),
-    crossfade_errors.UndoPending: ("undone", "The change could not be stored and is being taken back, please try again"),
+    crossfade_errors.Undone: (
+        "undone",
+        "The change could not be stored and was taken back, please try again",
+    ),
+    crossfade_errors.UndoPending: (
+        "undone",
+        "The change could not be stored and is being taken back, please try again",
+    ),
     crossfade_errors.OutcomeUnknown: (
         "outcome-unknown",
         "It is not known yet whether the change was stored; please look before you try again",

@@ -11,7 +11,10 @@ from typing import Final
 
 # ECMAScript's WhiteSpace and LineTerminator, which String.prototype.trim removes. Python's str.strip() also takes
 # U+001C-U+001F and U+0085, and leaves U+FEFF.
-_BLANKS: Final = "\t\n\v\f\r\u0020\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+_BLANKS: Final = (
+    "\t\n\v\f\r\u0020\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005"
+    "\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+)
 
 #: Length of a new name, in UTF-16 units as JavaScript counts them (an emoji is two).
 SHORTEST: Final = 3

@@ -79,7 +79,9 @@ class Settings(BaseSettings):
         log_level: LOG_LEVEL.
     """
 
-    model_config = SettingsConfigDict(env_file=".env", env_file_encoding="utf-8", extra="ignore", hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_file=".env", env_file_encoding="utf-8", extra="ignore", hide_input_in_errors=True
+    )
 
     mongo_uri: Annotated[SecretStr, AfterValidator(_mongo)]
     database_url: Annotated[SecretStr, AfterValidator(_postgres)]
@@ -155,7 +157,9 @@ def _in_one_line(error: ValidationError) -> str:
 
 
 class _OnlyDatabase(BaseSettings):
-    model_config = SettingsConfigDict(env_file=".env", env_file_encoding="utf-8", extra="ignore", hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_file=".env", env_file_encoding="utf-8", extra="ignore", hide_input_in_errors=True
+    )
 
     database_url: Annotated[SecretStr, AfterValidator(_postgres)]
 

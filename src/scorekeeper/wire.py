@@ -33,10 +33,7 @@ def iso(value: datetime | DatetimeMS) -> str:
     hours, rest = divmod(rest, 3_600_000)
     minutes, rest = divmod(rest, 60_000)
     seconds, fraction = divmod(rest, 1000)
-    if 0 <= year <= 9999:
-        written = f"{year:04}"
-    else:
-        written = f"{'-' if year < 0 else '+'}{abs(year):06}"
+    written = f"{year:04}" if 0 <= year <= 9999 else f"{'-' if year < 0 else '+'}{abs(year):06}"
     return f"{written}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{seconds:02}.{fraction:03}Z"
 
 

@@ -759,7 +759,7 @@ class PostgresStore:
             try:
                 await self._rows(own.select + sql.SQL(" LIMIT 0"), [], timeout)
             except errors.SchemaNotReady as cause:
-                missing.append(f"table {entity.table.name} ({cause.__cause__})".replace("\n", " ")[:200])
+                missing.append(f"table {entity.table.name} ({str(cause.__cause__).splitlines()[0]})")
         return missing
 
     async def is_empty(self, entities: Iterable[Entity], *, timeout: float) -> bool:

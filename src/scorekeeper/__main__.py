@@ -1,0 +1,82 @@
+"""``python -m scorekeeper``: serve, after everything that can be checked beforehand was checked.
+
+Exit statuses: 0 stopped, 2 a setting is missing or unusable, 3 a store cannot be reached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+import tempfile
+from typing import Annotated, NoReturn
+
+import typer
+import uvicorn
+
+from crossfade import CrossfadeError, StoreUnavailable, observe
+from scorekeeper.app import check_start, create_app
+from scorekeeper.settings import SettingsError, load_settings
+
+
+def _stop(message: str, status: int) -> NoReturn:
+    print(f"scorekeeper: {message}", file=sys.stderr)  # noqa: T201 - the one line, log format or not
+    raise SystemExit(status)
+
+
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default HOST.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Default PORT, 5000.")] = None,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes.")] = 1,
+) -> None:
+    """Serve the users and authentication of a card-game score keeper."""
+    try:
+        settings = load_settings(
+            **{name: value for name, value in (("host", host), ("port", port)) if value is not None}
+        )
+    except SettingsError as error:
+        _stop(str(error), 2)
+    observe.configure_logging(settings.log_level)
+    try:
+        asyncio.run(check_start(settings))
+    except StoreUnavailable as error:
+        _stop(str(error), 3)
+    except CrossfadeError as error:
+        _stop(str(error), 2)
+    listener = _listen(settings.host, settings.port)
+    common = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 10}
+    if workers == 1:
+        server = uvicorn.Server(uvicorn.Config(create_app(settings), **common))  # type: ignore[arg-type]
+        server.run(sockets=[listener])
+        return
+    listener.close()
+    with tempfile.TemporaryDirectory(prefix="scorekeeper-metrics-") as folder:
+        # Set before the workers import prometheus_client: each writes its counts there, any of them adds up.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        os.environ["PORT"], os.environ["HOST"] = str(settings.port), settings.host
+        uvicorn.run(
+            "scorekeeper.app:from_environment",
+            factory=True,
+            host=settings.host,
+            port=settings.port,
+            workers=workers,
+            **common,  # type: ignore[arg-type]
+        )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        _stop(
+            f"PORT: cannot listen on {host}:{port} ({error.strerror}). Stop what does, or set another PORT.",
+            2,
+        )
+    return listener
+
+
+if __name__ == "__main__":
+    typer.run(serve)

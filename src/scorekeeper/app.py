@@ -1,0 +1,167 @@
+"""The service, put together."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+
+from crossfade import Crossfade, Migration, Options, SchemaNotReady, StoreUnavailable, observe
+from crossfade.phase import Phase
+from scorekeeper import errors, operations
+from scorekeeper.auth.current import Authenticator
+from scorekeeper.auth.passwords import Passwords
+from scorekeeper.auth.tokens import Tokens
+from scorekeeper.cache import UserCache
+from scorekeeper.http import BodyLimit, Cors, RequestContext
+from scorekeeper.identities.service import IdentityService
+from scorekeeper.migration import accounts as account_entities
+from scorekeeper.migration import name as migration_name
+from scorekeeper.settings import Settings, load_settings
+from scorekeeper.users import routes as user_routes
+from scorekeeper.users.service import UserService
+
+log = structlog.get_logger("scorekeeper")
+
+
+def create_app(
+    settings: Settings, *, initial_phase: Phase | str | None = None, options: Options | None = None
+) -> FastAPI:
+    """The ASGI application; stores are opened when it starts.
+
+    Args:
+        settings: see `load_settings`.
+        initial_phase: where a migration without a control record begins, instead of what USE_POSTGRES says.
+        options: times and limits of Crossfade.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        cf = crossfade_of(settings, initial_phase=initial_phase, options=options)
+        accounts = cf.migration(migration_name, account_entities())
+        cache = UserCache.connect(
+            settings.redis_url.get_secret_value(),
+            prefix=f"scorekeeper:{settings.mongo_database}",
+            ttl=settings.cache_ttl,
+        )
+        passwords = Passwords(settings.bcrypt_rounds, settings.password_threads)
+        tokens = Tokens(settings.jwt_secret.get_secret_value())
+        async with cf, passwords:
+            await check_schema(accounts)
+            identities = IdentityService(accounts["identities"])
+            app.state.crossfade = cf
+            app.state.accounts = accounts
+            app.state.cache = cache
+            app.state.passwords = passwords
+            app.state.authenticator = Authenticator(accounts["users"], tokens, cache)
+            app.state.users = UserService(accounts["users"], identities, passwords, tokens)
+            log.info("scorekeeper serves", phase=accounts.phase.value)
+            try:
+                yield
+            finally:
+                await cache.close()
+
+    app = FastAPI(
+        title="scorekeeper",
+        description="Users and authentication of a card-game score keeper.",
+        version="1.0.0",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    errors.install(app)
+
+    @app.exception_handler(Exception)
+    async def unexpected(_request: Request, error: Exception) -> Response:
+        log.error("request failed", exc_info=error)
+        return errors.internal().response()
+
+    app.include_router(user_routes.router)
+    app.include_router(operations.router)
+    app.add_middleware(BodyLimit)
+    app.add_middleware(
+        Cors,
+        allow_origins=settings.cors_origins,
+        allow_methods=["GET", "HEAD", "PUT", "PATCH", "POST", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=["X-Request-Id", "Retry-After"],
+    )
+    app.add_middleware(RequestContext)
+    return app
+
+
+def crossfade_of(
+    settings: Settings,
+    *,
+    initial_phase: Phase | str | None = None,
+    options: Options | None = None,
+    background: bool = True,
+) -> Crossfade:
+    """Crossfade on the settings' stores.
+
+    Raises:
+        crossfade.ConfigurationError: an address cannot be used.
+    """
+    return Crossfade(
+        mongo_uri=settings.mongo_uri.get_secret_value(),
+        database_url=settings.database_url.get_secret_value(),
+        use_postgres=settings.use_postgres,
+        initial_phase=initial_phase,
+        options=options,
+        background=background,
+    )
+
+
+async def check_schema(accounts: Migration) -> None:
+    """Refuse to serve on tables that are not at head, in the phases that use them.
+
+    A PostgreSQL that does not answer is no reason not to start while MongoDB decides.
+
+    Raises:
+        crossfade.SchemaNotReady: what is missing, and how to get it.
+    """
+    rules = accounts.phase.rules
+    if not rules.dual and rules.primary == "mongo":
+        return
+    try:
+        missing = await accounts.pair.postgres.missing(accounts.entities.values(), timeout=5.0)
+    except StoreUnavailable:
+        if rules.primary == "postgres":
+            raise
+        log.warning("PostgreSQL does not answer; serving from MongoDB until it does")
+        return
+    if missing:
+        raise SchemaNotReady(
+            f"DATABASE_URL: the schema is not at head (missing: {'; '.join(missing)}); run alembic upgrade head"
+        )
+
+
+async def check_start(settings: Settings) -> None:
+    """Open everything once and close it again, to learn in one line why the service cannot start.
+
+    Raises:
+        crossfade.CrossfadeError: names the setting and the cause.
+    """
+    cf = crossfade_of(settings, background=False)
+    accounts = cf.migration(migration_name, account_entities())
+    try:
+        await cf.postgres.connect_once()
+    except StoreUnavailable as cause:
+        # The server answered and refused: that is a wrong setting. One that is down may come back.
+        if "FATAL" in str(cause) and "starting up" not in str(cause):
+            raise
+    async with cf:
+        await check_schema(accounts)
+
+
+def from_environment() -> FastAPI:
+    """The application of a worker process: settings from the environment.
+
+    Raises:
+        scorekeeper.settings.SettingsError: names the setting.
+    """
+    settings = load_settings()
+    observe.configure_logging(settings.log_level)
+    return create_app(settings)

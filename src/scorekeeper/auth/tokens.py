@@ -1,0 +1,167 @@
+"""Tokens: JWT, HS256 and nothing else, with the claims of the old back end.
+
+The client decodes the payload with plain base64 and logs out when it meets base64url's own characters, ``-`` (62)
+and ``_`` (63). Why neither can arise here: in ASCII the top bit of every byte is 0. A group of three bytes
+becomes four sextets, the first three of which each hold a top bit: 0xxxxx is below 32; xx0xxx is none of 11111x;
+xxxx0x is neither 111110 nor 111111. The fourth is the low six bits of the third byte: 62 for ``>`` and ``~``, 63
+for ``?`` and DEL. So the payload is ASCII, and these four are written as \\u escapes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import jwt
+from jwt.warnings import InsecureKeyLengthWarning
+
+from scorekeeper.metrics import AUTH
+
+ALGORITHM: Final = "HS256"
+
+#: Seconds that a token is good for: 7 days, as the old back end has it.
+LIFETIME: Final = 7 * 24 * 3600
+
+#: Longest token that is looked at; ours have some 300 characters.
+LONGEST: Final = 8192
+
+_ESCAPES = str.maketrans({character: f"\\u{ord(character):04x}" for character in "><?~\x7f"})
+
+
+#: PyJWT's own checks of times and names: done in `Tokens._checked`, where a number is told from text.
+_UNCHECKED: Any = dict.fromkeys(
+    ("verify_exp", "verify_iat", "verify_nbf", "verify_aud", "verify_iss", "verify_sub", "verify_jti"), False
+)
+
+
+class PlainBase64Encoder(json.JSONEncoder):
+    """JSON whose base64url is plain base64 without padding (see the module)."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "ensure_ascii": True})
+
+    def encode(self, o: Any) -> str:
+        """The JSON text. The escaped characters stand inside strings only, where an escape means the same."""
+        return super().encode(o).translate(_ESCAPES)
+
+
+class InvalidToken(Exception):
+    """The token proves nothing. ``args[0]`` is a word for the metrics: expired, malformed, signature, claims."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """What a valid token says.
+
+    Attributes:
+        user_id: the user's id as text.
+        username: the name at the time of issue, or None. Only informative: it may have changed since.
+        expires: seconds since 1970.
+    """
+
+    user_id: str
+    username: str | None
+    expires: float
+
+
+class Tokens:
+    """Issues and reads tokens with one secret."""
+
+    def __init__(self, secret: str, clock: Callable[[], float] = time.time) -> None:
+        """Keep the secret.
+
+        Args:
+            secret: JWT_SECRET, shared with the old back end; of any length, because it was chosen there.
+            clock: seconds since 1970.
+        """
+        self._secret = secret
+        self._clock = clock
+
+    def issue(self, user_id: str, username: str) -> str:
+        """A token for 7 days from now."""
+        issued = int(self._clock())
+        claims = {"userId": user_id, "username": username, "iat": issued, "exp": issued + LIFETIME}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InsecureKeyLengthWarning)
+            return jwt.encode(claims, self._secret, ALGORITHM, json_encoder=PlainBase64Encoder)
+
+    def read(self, token: str) -> Claims:
+        """What the token says, if it is ours or the old back end's and still good.
+
+        ``iat`` is not compared with the clock, as the old back end does not: its clock may be ahead of ours.
+
+        Raises:
+            InvalidToken: for everything else: another algorithm, ``none``, no ``exp``, claims of the wrong type.
+        """
+        try:
+            claims = self._decode(token)
+        except InvalidToken as error:
+            AUTH.labels("token", error.args[0]).inc()
+            raise
+        AUTH.labels("token", "accepted").inc()
+        return claims
+
+    def _decode(self, token: str) -> Claims:
+        if len(token) > LONGEST:
+            raise InvalidToken("malformed")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", InsecureKeyLengthWarning)
+                # Times are checked below, where a number is told from a text that looks like one.
+                payload = jwt.decode(
+                    token,
+                    self._secret,
+                    algorithms=[ALGORITHM],
+                    options=dict.fromkeys(
+                        (
+                            "verify_exp",
+                            "verify_iat",
+                            "verify_nbf",
+                            "verify_aud",
+                            "verify_iss",
+                            "verify_sub",
+                            "verify_jti",
+                        ),
+                        False,
+                    ),  # type: ignore[arg-type]
+                )
+        except jwt.InvalidSignatureError as error:
+            raise InvalidToken("signature") from error
+        except jwt.InvalidAlgorithmError as error:
+            raise InvalidToken("algorithm") from error
+        except (jwt.PyJWTError, ValueError, RecursionError) as error:
+            raise InvalidToken("malformed") from error
+        return self._checked(payload)
+
+    def _checked(self, payload: dict[str, Any]) -> Claims:
+        user_id, username = payload.get("userId"), payload.get("username")
+        if not isinstance(user_id, str) or not user_id or "\0" in user_id:
+            raise InvalidToken("claims")
+        if username is not None and not isinstance(username, str):
+            raise InvalidToken("claims")
+        for claim in ("exp", "iat", "nbf"):
+            if claim in payload and not _is_moment(payload[claim]):
+                raise InvalidToken("claims")
+        if "exp" not in payload:
+            raise InvalidToken("claims")
+        now = self._clock()
+        if now >= payload["exp"]:
+            raise InvalidToken("expired")
+        if "nbf" in payload and now < payload["nbf"]:
+            raise InvalidToken("claims")
+        return Claims(user_id, username, float(payload["exp"]))
+
+
+def _is_moment(value: object) -> bool:
+    # 2**53: beyond it JavaScript has no exact seconds, and a float may overflow.
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and abs(value) < 2**53
+    )

@@ -1,0 +1,273 @@
+"""The cache of authenticated users, in Redis: never older than the last acknowledged change.
+
+What it promises
+    A look-up that begins after a change was acknowledged, on whichever worker, sees that change. What another
+    application writes is seen after at most ``ttl`` + ``LEASE`` seconds. When many ask for one missing user, one
+    of them asks the stores. Redis failing makes look-ups slower (they go to the stores), never wrong.
+
+How
+    Leases, after Nishtala et al., "Scaling Memcache at Facebook" (NSDI 2013). Who misses takes a lease (a random
+    word under a second key), asks the stores, and fills the entry only if the lease is still its own, in one script.
+    A change deletes entry and lease in one command, after the stores have it and before it is acknowledged. So a
+    fill that began before the change finds its lease gone. Nobody is handed another's answer: who waits for a
+    fill only waits, and then looks again, because an answer that was under way before it came may be older than
+    a change that it must see. Losing keys (eviction, restart) is a miss, nothing else.
+
+    An entry that nears its end is refreshed in the background under a lease, while it still serves.
+
+What breaks it, and what is done
+    A change that cannot reach Redis cannot delete the entry. It is acknowledged only after every entry from
+    before it has run out (``ttl`` + ``LEASE``): a slow answer while Redis is away, counted, and no stale role.
+    A Redis that fails over to an older copy of itself: an entry from before lives at most ``ttl`` + ``LEASE``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+import structlog
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from scorekeeper.metrics import CACHE, INVALIDATIONS
+
+log = structlog.get_logger("scorekeeper")
+
+#: Seconds that a lease lasts: who has not filled by then may not.
+LEASE: Final = 2.0
+
+#: Seconds that Redis has to answer one command: it is to be faster than the stores, or left aside.
+COMMAND_DEADLINE: Final = 0.25
+
+#: Seconds for which look-ups leave Redis aside after it failed, so that not each of them waits for it.
+SILENCE: Final = 1.0
+
+#: Seconds that a look-up waits for another's fill before it asks the stores itself.
+PATIENCE: Final = 0.5
+
+#: An entry is refreshed when this part of its life is left.
+REFRESH_AT: Final = 0.3
+
+# KEYS entry, lease; ARGV word, value, milliseconds.
+_FILL: Final = """
+if redis.call('GET', KEYS[2]) ~= ARGV[1] then return 0 end
+redis.call('DEL', KEYS[2])
+redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+return 1
+"""
+
+_FAILURES = (RedisError, OSError, TimeoutError)
+
+Load = Callable[[], Awaitable["Loaded"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What the stores said.
+
+    Attributes:
+        value: JSON-able, or None when there is no such user. Absence is not cached.
+        cacheable: False for an answer that may be old (the primary could not be asked).
+    """
+
+    value: dict[str, Any] | None
+    cacheable: bool = True
+
+
+class UserCache:
+    """Users by id, shared by all workers. Safe without Redis."""
+
+    def __init__(self, redis: Redis, *, prefix: str, ttl: float) -> None:
+        """Use a client; nothing is sent yet.
+
+        Args:
+            redis: see `connect`.
+            prefix: of every key; tells deployments apart that share one Redis.
+            ttl: seconds that an entry lives, counted from before the stores were asked.
+        """
+        self._redis = redis
+        self._fill = redis.register_script(_FILL)
+        self._prefix = prefix
+        self._ttl = ttl
+        self._silent_until = 0.0
+        self._loading: dict[str, asyncio.Event] = {}
+        self._refreshes: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    def connect(cls, url: str, *, prefix: str, ttl: float) -> UserCache:
+        """A cache on a pool of its own.
+
+        Args:
+            url: REDIS_URL.
+            prefix, ttl: as in the constructor.
+        """
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=32,
+            timeout=COMMAND_DEADLINE,
+            socket_timeout=COMMAND_DEADLINE,
+            socket_connect_timeout=COMMAND_DEADLINE,
+            # One immediate retry: a connection that Redis closed while it was idle is not a failure.
+            retry=Retry(NoBackoff(), 1),
+        )
+        return cls(Redis.from_pool(pool), prefix=prefix, ttl=ttl)
+
+    async def get(self, user_id: str, load: Load) -> dict[str, Any] | None:
+        """The user, from Redis or else from the stores.
+
+        Args:
+            user_id: id as text.
+            load: asks the stores. Its errors are the caller's.
+        """
+        patience = time.monotonic() + PATIENCE
+        waited = False
+        while time.monotonic() >= self._silent_until:
+            try:
+                entry = await self._command(self._redis.get(self._entry(user_id)))
+                if entry is not None and (value := self._opened(user_id, entry, load)) is not None:
+                    CACHE.labels("waited" if waited else "hit").inc()
+                    return value
+                if time.monotonic() >= patience:
+                    break
+                if await self._wait_for_local(user_id, patience):
+                    waited = True
+                    continue
+                word = await self._take_lease(user_id)
+            except _FAILURES as error:
+                self._failed(error)
+                break
+            if word is not None:
+                CACHE.labels("miss").inc()
+                return await self._load_and_fill(user_id, word, load)
+            waited = True
+            # Another process is filling; 10 ms is a few times what a look-up in the stores takes.
+            await asyncio.sleep(0.01)
+        CACHE.labels("bypass").inc()
+        return (await load()).value
+
+    async def forget(self, user_id: str) -> None:
+        """A change of this user is in the stores: let no look-up from now on see what was before.
+
+        Call it before acknowledging the change, also when its outcome is unknown. Returns at once when Redis has
+        dropped the entry; while Redis does not answer, only after ``ttl`` + `LEASE` seconds (see the module).
+        """
+        try:
+            await self._command(self._redis.delete(self._entry(user_id), self._lease(user_id)))
+        except _FAILURES as error:
+            self._failed(error)
+            INVALIDATIONS.labels("waited_out").inc()
+            log.warning(
+                "cache cannot be told of a change, waiting until it has run out", seconds=self._ttl + LEASE
+            )
+            await asyncio.sleep(self._ttl + LEASE)
+        else:
+            INVALIDATIONS.labels("done").inc()
+
+    async def answers(self) -> bool:
+        """Whether Redis answers now."""
+        try:
+            return bool(await self._command(self._redis.ping()))
+        except _FAILURES:
+            return False
+
+    async def close(self) -> None:
+        """Stop refreshing and let go of the connections."""
+        for task in self._refreshes:
+            task.cancel()
+        await asyncio.gather(*self._refreshes, return_exceptions=True)
+        await self._redis.aclose(close_connection_pool=True)
+
+    # -- one fill at a time ------------------------------------------------------------------------------------
+
+    async def _wait_for_local(self, user_id: str, until: float) -> bool:
+        """Wait for a fill of this process, if there is one; whether there was."""
+        loading = self._loading.get(user_id)
+        if loading is None:
+            return False
+        try:
+            async with asyncio.timeout(max(0.0, until - time.monotonic())):
+                await loading.wait()
+        except TimeoutError:
+            pass
+        return True
+
+    async def _take_lease(self, user_id: str) -> str | None:
+        word = secrets.token_hex(8)
+        taken = await self._command(
+            self._redis.set(self._lease(user_id), word, nx=True, px=int(LEASE * 1000))
+        )
+        return word if taken else None
+
+    async def _load_and_fill(self, user_id: str, word: str, load: Load) -> dict[str, Any] | None:
+        done = self._loading.setdefault(user_id, asyncio.Event())
+        try:
+            began = time.monotonic()
+            loaded = await load()
+            await self._store(user_id, word, loaded, began)
+            return loaded.value
+        finally:
+            if self._loading.get(user_id) is done:
+                del self._loading[user_id]
+            done.set()
+
+    async def _store(self, user_id: str, word: str, loaded: Loaded, began: float) -> None:
+        left = self._ttl - (time.monotonic() - began)
+        try:
+            if loaded.value is None or not loaded.cacheable or left <= 0:
+                # Not to be filled: the next one need not wait for the lease to run out. If it is another's by now,
+                # that one loses a fill, nothing else.
+                await self._command(self._redis.delete(self._lease(user_id)))
+                return
+            entry = orjson.dumps({"until": time.time() + left, "user": loaded.value})
+            keys = [self._entry(user_id), self._lease(user_id)]
+            await self._command(self._fill(keys=keys, args=[word, entry, int(left * 1000) or 1]))
+        except _FAILURES as error:
+            self._failed(error)
+
+    def _opened(self, user_id: str, entry: bytes, load: Load) -> dict[str, Any] | None:
+        try:
+            held = orjson.loads(entry)
+            value, left = held["user"], held["until"] - time.time()
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            return None
+        # Only *when* to refresh hangs on the wall clock; how long an entry lives is Redis's own count.
+        if left < self._ttl * REFRESH_AT and user_id not in self._loading:
+            task = asyncio.create_task(self._refresh(user_id, load))
+            self._refreshes.add(task)
+            task.add_done_callback(self._refreshes.discard)
+        return value if isinstance(value, dict) else None
+
+    async def _refresh(self, user_id: str, load: Load) -> None:
+        try:
+            word = await self._take_lease(user_id)
+            if word is not None:
+                await self._load_and_fill(user_id, word, load)
+                CACHE.labels("refreshed").inc()
+        except Exception as error:  # nobody waits for it; the entry simply runs out
+            log.debug("refresh failed", cause=type(error).__name__)
+
+    # -- Redis ---------------------------------------------------------------------------------------------------
+
+    async def _command(self, command: Awaitable[Any]) -> Any:
+        # The pool may make a command wait for a connection besides: twice the deadline bounds both.
+        async with asyncio.timeout(2 * COMMAND_DEADLINE):
+            return await command
+
+    def _failed(self, error: BaseException) -> None:
+        if time.monotonic() >= self._silent_until:
+            log.warning("Redis does not answer, asking the stores instead", cause=type(error).__name__)
+        self._silent_until = time.monotonic() + SILENCE
+
+    def _entry(self, user_id: str) -> str:
+        return f"{self._prefix}:user:{user_id}"
+
+    def _lease(self, user_id: str) -> str:
+        return f"{self._prefix}:lease:{user_id}"

@@ -1,0 +1,156 @@
+"""The stories of accounts: registering, logging in, being looked up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+
+from crossfade import CrossfadeError, DuplicateKey, EntityHandle, Record
+from scorekeeper import names
+from scorekeeper.auth.current import CurrentUser, normalised
+from scorekeeper.auth.passwords import Passwords
+from scorekeeper.auth.tokens import Tokens
+from scorekeeper.errors import Problem, invalid, name_taken, unauthorized
+from scorekeeper.identities.service import IdentityService
+from scorekeeper.metrics import AUTH, DEGRADED
+from scorekeeper.users.entity import USERNAME_RULE
+from scorekeeper.wire import document_id, now, plain
+
+log = structlog.get_logger("scorekeeper")
+
+#: Shortest password of a new account, in UTF-16 units as JavaScript counts them.
+SHORTEST_PASSWORD = 6
+
+
+class UserService:
+    """Accounts. Knows no HTTP and no store."""
+
+    def __init__(
+        self, users: EntityHandle, identities: IdentityService, passwords: Passwords, tokens: Tokens
+    ) -> None:
+        self._users = users
+        self._identities = identities
+        self._passwords = passwords
+        self._tokens = tokens
+
+    async def register(self, username: str, password: str) -> dict[str, Any]:
+        """A new account, and a token for it.
+
+        Raises:
+            Problem: 400, the name or the password cannot be, or the name is taken in any letter case.
+        """
+        name = names.trimmed(username)
+        if problem := names.fault_of_new(name):
+            raise invalid(problem)
+        if not names.is_unicode(password) or names.length(password) < SHORTEST_PASSWORD:
+            raise invalid(f"The password must be at least {SHORTEST_PASSWORD} characters long")
+        # Only to spare the hash: who gets the name is decided by the rule in the store.
+        if await self._users.find_by_key(USERNAME_RULE, name) is not None:
+            AUTH.labels("register", "name_taken").inc()
+            raise name_taken()
+        hashed = await self._passwords.hash(password)
+        moment = now()
+        try:
+            record = await self._users.insert(
+                {
+                    "username": name,
+                    "passwordHash": hashed,
+                    "role": "user",
+                    "guestMetadata": None,
+                    "lastLogin": None,
+                    "profilePicture": None,
+                    "friends": [],
+                    "createdAt": moment,
+                    "updatedAt": moment,
+                    "__v": 0,
+                },
+                context="User Registration",
+            )
+        except DuplicateKey:
+            AUTH.labels("register", "name_taken").inc()
+            raise name_taken() from None
+        await self._identities.claim_or_create(record.id, name)
+        AUTH.labels("register", "accepted").inc()
+        return {
+            "message": "User registered successfully",
+            "token": self._tokens.issue(str(plain(record.id)), name),
+            "user": _shown(record),
+        }
+
+    async def log_in(self, username: str, password: str) -> dict[str, Any]:
+        """A token for the account of this name and password.
+
+        Raises:
+            Problem: 401, the same answer after the same work whether the name or the password is wrong.
+        """
+        name = names.trimmed(username)
+        record = None
+        if name and names.fault(name) is None:
+            record = await self._users.find_by_key(USERNAME_RULE, name)
+        held = None if record is None else record.get("passwordHash")
+        right = names.is_unicode(password) and await self._passwords.verify(password, held)
+        if record is None or not right:
+            AUTH.labels("login", "refused").inc()
+            raise unauthorized("Invalid username or password")
+        await self._stamp_login(record)
+        user = _shown(record)
+        user["identities"] = await self._identities.of_user(record.id)
+        if not user["identities"]:
+            await self._identities.claim_or_create(record.id, str(user["username"]))
+            user["identities"] = await self._identities.of_user(record.id)
+        AUTH.labels("login", "accepted").inc()
+        return {
+            "message": "Login successful",
+            "token": self._tokens.issue(str(user["id"]), str(user["username"])),
+            "user": user,
+        }
+
+    async def _stamp_login(self, record: Record) -> None:
+        moment = now()
+        try:
+            await self._users.update(
+                record.id, {"lastLogin": moment, "updatedAt": moment}, context="User Login", mode="async"
+            )
+        except CrossfadeError as error:
+            # Nobody is kept out because the time of a log-in could not be noted.
+            DEGRADED.labels("last_login").inc()
+            log.warning("time of log-in not noted", cause=type(error).__name__)
+
+    async def me(self, current: CurrentUser) -> dict[str, Any]:
+        """The signed-in user with their identities.
+
+        Raises:
+            Problem: 401, the account is gone since the token was checked.
+        """
+        record = await self._users.get(document_id(current.id))
+        if record is None:
+            raise unauthorized("Invalid or expired token")
+        return {"user": {**_shown(record), "identities": await self._identities.of_user(record.id)}}
+
+    async def look_up(self, username: str) -> dict[str, Any]:
+        """Whether there is an account of this name, in any letter case.
+
+        Raises:
+            Problem: 404 with ``found: false`` and the ``message`` that the client shows.
+        """
+        name = names.trimmed(username)
+        record = None
+        if name and names.fault(name) is None:
+            record = await self._users.find_by_key(USERNAME_RULE, name)
+        if record is None:
+            sentence = "User not found"
+            raise Problem(404, "not-found", sentence, members={"found": False, "message": sentence})
+        shown = _shown(record)
+        return {"found": True, "user": {k: shown[k] for k in ("id", "username", "createdAt") if k in shown}}
+
+
+def _shown(record: Record) -> dict[str, Any]:
+    """A user as the client knows it; ``createdAt`` is absent where the document has none."""
+    user: dict[str, Any] = normalised(record)
+    created = record.get("createdAt")
+    if created is not None:
+        user["createdAt"] = str(plain(created))
+    picture = record.get("profilePicture")
+    user["profilePicture"] = picture if isinstance(picture, str) else None
+    return user
