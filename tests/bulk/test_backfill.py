@@ -13,6 +13,7 @@ from bson import Binary, Decimal128, Int64, Timestamp
 from crossfade import errors
 from crossfade.stores.errors import Fenced
 from crossfade.values import id_to_text
+from scorekeeper.legacy import generate
 
 SCRIPT = Path(__file__).with_name("run_backfill.py")
 
@@ -346,3 +347,19 @@ async def test_an_unreachable_mongodb_is_one_error(stores, user, monkeypatch):
     stores.mongo_uri = "mongodb://127.0.0.1:9/none?serverSelectionTimeoutMS=200"
     with pytest.raises(errors.StoreUnavailable, match=r"cannot read MongoDB at 127\.0\.0\.1:9"):
         await stores.backfill()
+
+
+async def test_every_kind_of_dirt_is_moved_set_aside_or_named(stores):
+    sizes = dict.fromkeys(("playeridentities", "friendrequests", "games", "wizard", "tablegames"), 0)
+    generate(stores.client.get_default_database(), seed=5, users=3000, sizes=sizes)
+    report = await stores.backfill(batch_size=700)
+    counts = report.counts
+    assert counts.read == 3000
+    assert counts.quarantined > 0
+    assert counts.parked > 0
+    assert counts.inserted + counts.quarantined + counts.parked == 3000
+    verified = await stores.verify()
+    # Nothing stamped the keys and nobody settles here, so the colliding names are not in PostgreSQL.
+    assert verified.counts.findings["missing"] == verified.counts.mismatches == counts.parked
+    assert verified.counts.findings["quarantined"] == counts.quarantined
+    assert verified.counts.equal == counts.inserted
