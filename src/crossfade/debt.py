@@ -28,7 +28,7 @@ from crossfade.record import CF, Applied, Debt, Held, Image, new_operation
 from crossfade.stores.errors import RuleBroken
 from crossfade.stores.mongo import MongoStore
 from crossfade.stores.postgres import Change, Delivery, PostgresStore
-from crossfade.values import Unmappable, digest_of_bytes, id_to_text
+from crossfade.values import Unmappable, digest, digest_of_bytes, id_to_text
 
 #: How often a record that keeps changing under us is tried again before it is left to the next round.
 ATTEMPTS = 8
@@ -156,9 +156,12 @@ class Settler:
             except (Unmappable, errors.Quarantined) as cause:
                 return await self._quarantine(entity, image, cause, timeout=timeout)
             except RuleBroken as cause:
-                if not await self._bring_together(entity, image, control, timeout=timeout):
-                    return await self._park(entity, image, str(cause))
-                return Settled.CONFIRMED
+                if await self._bring_together(entity, image, control, timeout=timeout):
+                    continue
+                if image.debt is None:
+                    # Nothing is owed by a document that a sweep found: only what is owed can be shown.
+                    image = await self.lift(entity, image.id, above=image.rev, control=control) or image
+                return await self._park(entity, image, str(cause))
             if verdict is not Applied.BEHIND:
                 return Settled.CONFIRMED
             current = await pair.mongo.read(entity, image.id, timeout=pair.options.primary_deadline)
@@ -198,6 +201,7 @@ class Settler:
                 return None
             stale = keys_to_stamp(entity, image)
             keys = {rule: unique_key(key, id_) if rule in suffixed else key for rule, key in stale.items()}
+            named = entity.keys(image.document)
             try:
                 lifted = await pair.mongo.compare_and_set(
                     entity,
@@ -209,6 +213,7 @@ class Settler:
                         f"{CF}.debt": Debt(control.epoch).to_document(),
                         **{f"{CF}.keys.{rule}": key for rule, key in keys.items()},
                     },
+                    unset=[f"{CF}.keys.{rule}" for rule in image.keys if rule not in named],
                     also={f"{CF}.debt.tentative": {"$exists": False}, f"{CF}.deleted": {"$ne": True}},
                     timeout=timeout,
                 )
@@ -298,6 +303,10 @@ class Settler:
         except Unmappable as cause:
             raw = await pair.mongo.read_raw(entity, id_, timeout=timeout)
             await self._quarantine_bytes(entity, id_, raw or b"", cause)
+            notes = (await pair.mongo.notes(entity, id_, (), timeout=timeout) or {}).get(CF) or {}
+            if "debt" in notes:
+                rev, op = int(notes.get("rev", 0)), notes.get("op")
+                await pair.mongo.park(entity, id_, rev, op, f"quarantined: {cause.reason}", timeout=timeout)
             return Settled.PARKED
         if image is None:
             return await self.bring_tombstone(entity, id_, control, timeout=timeout)
@@ -424,8 +433,14 @@ class Settler:
         now = await pair.postgres.outbox_row(entity, owed.id, timeout=primary)
         if now is None:
             return Settled.CONFIRMED
-        if row is not None and row.rev != now.rev:
-            return None  # written between the two statements: look again
+        if row is None:
+            gone = await pair.postgres.tombstone(entity, owed.id, timeout=primary)
+            if gone is None or gone[0] != now.rev:
+                return None  # made again between the statements: look again
+            # Before the document is looked for: who inserts one after that look finds the tombstone.
+            await pair.mongo.bury(entity, owed.id, rev=now.rev, op=now.op, owed=False, timeout=timeout)
+        elif row.rev != now.rev:
+            return None  # written between the statements: look again
         raw = await pair.mongo.read_raw(entity, owed.id, timeout=timeout)
         there = None
         if raw is not None:
@@ -433,6 +448,10 @@ class Settler:
                 there = Image.from_raw(raw)
             except Unmappable:
                 there = Image(owed.id, {"_id": owed.id}, 0, None, {}, digest_of_bytes(raw))
+            if there.rev > now.rev:
+                latest = await pair.postgres.outbox_row(entity, owed.id, timeout=primary)
+                if latest is None or latest.op != now.op:
+                    return None  # it is a later delivery's: look again
             expected = {now.base_digest, there.delivered, None if row is None else row.digest}
             if there.digest not in expected:
                 await pair.postgres.note_conflict(
@@ -440,7 +459,6 @@ class Settler:
                     store="mongo", timeout=primary,
                 )  # fmt: skip
         if row is None:
-            await pair.mongo.bury(entity, owed.id, rev=now.rev, op=now.op, owed=False, timeout=timeout)
             if raw is not None and not await pair.mongo.deliver_removal(entity, raw, timeout=timeout):
                 return None
         elif there is not None and there.rev > row.rev:
@@ -463,7 +481,19 @@ class Settler:
         notes: dict[str, Any] = {"rev": Int64(row.rev), "op": row.op, "digest": row.digest}
         if row.keys:
             notes["keys"] = row.keys
-        return await self.pair.mongo.deliver(entity, raw, {**row.document, CF: notes}, timeout=timeout)
+        mongo = self.pair.mongo
+        if not await mongo.deliver(entity, raw, {**row.document, CF: notes}, timeout=timeout):
+            return False
+        if raw is not None:
+            return True
+        # Whoever inserts looks for a tombstone afterwards: the delete may have found nothing to remove.
+        buried = await mongo.tombstone(entity, row.id, timeout=timeout)
+        if buried is None or buried.rev < row.rev:
+            return True
+        mine = await mongo.read_raw(entity, row.id, timeout=timeout)
+        if mine is not None and Image.from_raw(mine).op == row.op:
+            await mongo.deliver_removal(entity, mine, timeout=timeout)
+        return False
 
     async def _give_way(
         self,
@@ -488,25 +518,24 @@ class Settler:
                     owed = await pair.postgres.outbox_row(entity, rival.id, timeout=primary)
                     if owed is None:
                         continue
-                    # Free the value: the rival's own delivery, still owed, writes its new one.
+                    if rival.digest not in (owed.base_digest, rival.delivered):
+                        await pair.postgres.note_conflict(
+                            entity, rival, cause="written in MongoDB while PostgreSQL was primary",
+                            store="mongo", timeout=primary,
+                        )  # fmt: skip
+                    # Free the value: the rival's own delivery, still owed, writes its new one. The digest tells
+                    # what we leave there from what a foreign writer makes of it.
+                    aside = {rule.field: unique_key(key, rival.id)}
                     freed = await pair.mongo.compare_and_set(
                         entity,
                         rival.id,
                         rev=rival.rev,
-                        set_={rule.field: unique_key(key, rival.id)},
+                        set_={**aside, f"{CF}.digest": digest({**rival.document, **aside})},
                         unset=[f"{CF}.keys.{rule.rule}"],
                         also={rule.field: rival.document.get(rule.field)},
                         timeout=timeout,
                     )
                     if freed is not None:
-                        # Told apart from a foreign write: what stands there now was left by us.
-                        await pair.mongo.compare_and_set(
-                            entity,
-                            rival.id,
-                            rev=rival.rev,
-                            set_={f"{CF}.digest": freed.digest},
-                            timeout=timeout,
-                        )
                         return None
         await pair.postgres.park(entity, row.id, now.rev, now.op, str(cause), timeout=primary)
         observe.log().warning(f"Parked: {cause}", context="Reconcile", entity=entity.name, id=str(row.id))
@@ -536,7 +565,27 @@ class Settler:
         """Apply an image together with the records that must give up a value for it; False: one will not.
 
         Each store's history is fine, yet PostgreSQL may see A take a name before it has seen B leave it.
+        True says nothing about the image itself: apply it again to learn that.
         """
+        for _ in range(2):  # once more, in case a holder changed between the look and the transaction
+            try:
+                together = await self._who_must_move(entity, image, control, timeout=timeout)
+                if together is None:
+                    return False
+                await self.pair.postgres.apply(
+                    together, migration=self.pair.name, epoch=control.epoch, timeout=timeout
+                )
+            except RuleBroken:
+                continue
+            except (Unmappable, errors.Quarantined):
+                return False
+            return True
+        return False
+
+    async def _who_must_move(
+        self, entity: Entity, image: Image, control: Control, *, timeout: float
+    ) -> list[tuple[Entity, Image, Rows]] | None:
+        """The image and those whose values it takes, theirs and so on; None: one of them will not give way."""
         pair = self.pair
         together: dict[str, tuple[Image, Rows]] = {
             id_to_text(image.id): (image, entity.to_rows(image.document, image.keys))
@@ -552,22 +601,24 @@ class Settler:
                 if holder is None or id_to_text(holder) in together:
                     continue
                 if len(together) >= LONGEST_CHAIN:
-                    return False
+                    return None
                 rival = await pair.mongo.read(entity, holder, timeout=pair.options.primary_deadline)
                 if rival is None or rival.deleted:
                     if await self._remove_rival(entity, holder, rival, control, timeout=timeout):
                         continue
-                    return False
+                    return None
                 rows = entity.to_rows(rival.document, rival.keys)
                 if self._row_key(entity, rule, rows) == key:
-                    return False
+                    return None
+                if rival.debt is None:
+                    # A foreign writer renamed it: without a revision of its own the row would not move.
+                    rival = await self.lift(entity, holder, above=rival.rev, control=control)
+                    if rival is None:
+                        return None
+                    rows = entity.to_rows(rival.document, rival.keys)
                 together[id_to_text(holder)] = (rival, rows)
                 waiting.append(rival)
-        answers = await pair.postgres.apply(
-            [(entity, one, rows) for one, rows in together.values()],
-            migration=pair.name, epoch=control.epoch, timeout=timeout,
-        )  # fmt: skip
-        return answers[0][0] is not Applied.BEHIND
+        return [(entity, one, rows) for one, rows in together.values()]
 
     @staticmethod
     def _row_key(entity: Entity, rule: UniqueRule, rows: Rows) -> str | None:

@@ -164,7 +164,7 @@ class Reconciler:
         async def work() -> None:
             while waiting and done.failed < _AT_ONCE:
                 debt = waiting.pop()
-                if debt.parked is not None and not retry_parked and not self._retry_due(debt):
+                if not retry_parked and self._rests(debt):
                     done.parked += 1
                     continue
                 try:
@@ -172,6 +172,18 @@ class Reconciler:
                 except (errors.StoreUnavailable, Fenced) as cause:
                     done.failed += 1
                     done.cause = str(cause)
+                    continue
+                except (errors.CrossfadeError, Unmappable) as cause:
+                    # One record that cannot be settled must not keep the others from it.
+                    self._parked[_parked_key(debt)] = boot_clock() + self.pair.options.parked_retry
+                    done.parked += 1
+                    done.cause = str(cause)
+                    observe.log().warning(
+                        f"Cannot be settled: {cause}",
+                        context="Reconcile",
+                        entity=debt.entity,
+                        id=str(debt.id),
+                    )
                     continue
                 if settled in (Settled.CONFIRMED, Settled.GONE):
                     done.settled += 1
@@ -185,14 +197,16 @@ class Reconciler:
         done.failed += len(waiting)
         return done
 
-    def _retry_due(self, debt: Owed | Delivery) -> bool:
-        """A parked debt is tried again now and then, never in a hot loop."""
-        key = (debt.entity, id_to_text(debt.id), debt.rev)
+    def _rests(self, debt: Owed | Delivery) -> bool:
+        """Whether a debt that was refused is left alone: tried again now and then, never in a hot loop."""
+        key = _parked_key(debt)
+        if debt.parked is None and key not in self._parked:
+            return False
         now = boot_clock()
         if now < self._parked.setdefault(key, now + self.pair.options.parked_retry):
-            return False
-        self._parked[key] = now + self.pair.options.parked_retry
-        return True
+            return True
+        del self._parked[key]
+        return False
 
     async def _one(self, debt: Owed | Delivery, control: Control) -> Settled:
         entity = self.pair.entities[debt.entity]
@@ -292,3 +306,7 @@ class Reconciler:
                 )
                 await self.settler.bring_tombstone(entity, id_, control, timeout=timeout)
                 adopted += 1
+
+
+def _parked_key(debt: Owed | Delivery) -> tuple[str, str, int]:
+    return debt.entity, id_to_text(debt.id), debt.rev
