@@ -1,8 +1,8 @@
 """Who is asking: from the bearer token to one normalised user, on every request.
 
 The token says only which user; existence and role come from the stores, through the cache. What this service
-changes takes effect on the very next request of every worker (`UserCache`); what another application writes to
-MongoDB, after the cache's life and, where PostgreSQL serves reads, Crossfade's sweep period.
+changes takes effect on the very next request of every worker (`UserCache`); what another application writes
+to MongoDB, after the cache's life and, where PostgreSQL serves reads, Crossfade's sweep period.
 """
 
 from __future__ import annotations

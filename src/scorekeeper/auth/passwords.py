@@ -1,8 +1,8 @@
 """Passwords: hashed and verified with bcrypt, off the event loop, at a cost that tells nobody who exists.
 
-The promise: a refused log-in costs the same work whether the name is unknown, has no password (a guest), has a
-hash that nobody can read, or has a hash of a lower cost than ours. bcrypt of cost c does 2^c rounds. After a
-refusal at a cost c below ours, C, verifications of a dummy at c, c+1, ... C-1 follow:
+The promise: a refused log-in costs the same work whether the name is unknown, has no password (a guest), has
+a hash that nobody can read, or has a hash of a lower cost than ours. bcrypt of cost c does 2^c rounds. After
+a refusal at a cost c below ours, C, verifications of a dummy at c, c+1, ... C-1 follow:
 2^c + (2^c + ... + 2^(C-1)) = 2^C.
 
 As the old back end (bcryptjs) does it: only the first 72 bytes of a password count, cut even inside a
@@ -30,14 +30,17 @@ SIGNIFICANT_BYTES: Final = 72
 #: A hash of a higher cost is not ours nor the old back end's: verifying it would hold a thread for minutes.
 HIGHEST_COST: Final = 16
 
-#: Verifications that may wait. At cost 12 and two threads that is some minutes of work; more is refused with 503.
+#: Verifications that may wait. At cost 12 and two threads that is some minutes of work; more is refused with
+#: 503.
 LONGEST_QUEUE: Final = 2000
 
 _HASH = re.compile(r"\$2[aby]\$(\d\d)\$[./A-Za-z0-9]{53}")
 
 
 def cost_of(password_hash: object) -> int | None:
-    """The cost of a bcrypt hash (``$2a$``, ``$2b$``, ``$2y$``); None for anything else, or above `HIGHEST_COST`."""
+    """The cost of a bcrypt hash (``$2a$``, ``$2b$``, ``$2y$``); None for anything else, or above
+    `HIGHEST_COST`.
+    """
     match = _HASH.fullmatch(password_hash) if isinstance(password_hash, str) else None
     if match is None or not 4 <= (cost := int(match[1])) <= HIGHEST_COST:
         return None

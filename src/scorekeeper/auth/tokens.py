@@ -1,10 +1,11 @@
 """Tokens: JWT, HS256 and nothing else, with the claims of the old back end.
 
-The client decodes the payload with plain base64 and logs out when it meets base64url's own characters, ``-`` (62)
-and ``_`` (63). Why neither can arise here: in ASCII the top bit of every byte is 0. A group of three bytes
-becomes four sextets, the first three of which each hold a top bit: 0xxxxx is below 32; xx0xxx is none of 11111x;
-xxxx0x is neither 111110 nor 111111. The fourth is the low six bits of the third byte: 62 for ``>`` and ``~``, 63
-for ``?`` and DEL. So the payload is ASCII, and these four are written as \\u escapes.
+The client decodes the payload with plain base64 and logs out when it meets base64url's own characters, ``-``
+(62) and ``_`` (63). Why neither can arise here: in ASCII the top bit of every byte is 0. A group of three
+bytes
+becomes four sextets, the first three of which each hold a top bit: 0xxxxx is below 32; xx0xxx is none of
+11111x; xxxx0x is neither 111110 nor 111111. The fourth is the low six bits of the third byte: 62 for ``>``
+and ``~``, 63 for ``?`` and DEL. So the payload is ASCII, and these four are written as \\u escapes.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class PlainBase64Encoder(json.JSONEncoder):
 
 
 class InvalidToken(Exception):
-    """The token proves nothing. ``args[0]`` is a word for the metrics: expired, malformed, signature, claims."""
+    """The token proves nothing. ``args[0]`` is a word for the metrics: expired, malformed, signature,
+    claims.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,8 @@ class Tokens:
         ``iat`` is not compared with the clock, as the old back end does not: its clock may be ahead of ours.
 
         Raises:
-            InvalidToken: for everything else: another algorithm, ``none``, no ``exp``, claims of the wrong type.
+            InvalidToken: for everything else: another algorithm, ``none``, no ``exp``, claims of the wrong
+                type.
         """
         try:
             claims = self._decode(token)
@@ -117,18 +121,7 @@ class Tokens:
                     token,
                     self._secret,
                     algorithms=[ALGORITHM],
-                    options=dict.fromkeys(
-                        (
-                            "verify_exp",
-                            "verify_iat",
-                            "verify_nbf",
-                            "verify_aud",
-                            "verify_iss",
-                            "verify_sub",
-                            "verify_jti",
-                        ),
-                        False,
-                    ),  # type: ignore[arg-type]
+                    options=_UNCHECKED,
                 )
         except jwt.InvalidSignatureError as error:
             raise InvalidToken("signature") from error
