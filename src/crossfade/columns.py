@@ -135,7 +135,13 @@ def dump_checked(value: Any) -> bytes:
         Unmappable: the value has no JSON form, or the form does not come back as it was.
     """
     text = dump_json(value)
-    if b'"$' in text and encode_document({"v": load_json(text)}) != encode_document({"v": value}):
+    if b'"$' not in text:
+        return text
+    try:
+        back = encode_document({"v": load_json(text)})
+    except ValueError:
+        back = b""
+    if back != encode_document({"v": value}):
         raise Unmappable("a value cannot be carried to JSON and back unchanged")
     return text
 

@@ -508,7 +508,11 @@ class Entity:
         extra.update((name, plain[name]) for name in unmapped)
         shape = None if names == [*self.order, *unmapped] else dump_json(names)
         result = Rows((*parent, dump_checked(extra) if extra else None, shape), tuple(rows))
-        if encode_document(self.from_rows(result.parent, result.children)) != canonical:
+        try:
+            back = encode_document(self.from_rows(result.parent, result.children))
+        except ValueError:
+            back = b""
+        if back != canonical:
             raise Unmappable("the document cannot be carried back unchanged")
         self._remember(document, shape, unmapped)
         return result

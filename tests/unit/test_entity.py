@@ -461,6 +461,11 @@ def test_a_document_as_an_application_writes_it_gives_the_rows_of_what_mongodb_s
     assert users.to_rows(written) == users.to_rows(user())
 
 
+def test_a_date_is_cut_to_the_milliseconds_that_mongodb_keeps() -> None:
+    users.to_rows(user())  # its shape is known from here on
+    assert users.to_rows(user(lastLogin=NOON.replace(microsecond=999))) == users.to_rows(user())
+
+
 def test_bookkeeping_is_left_out() -> None:
     assert users.to_rows(user(_cf={"rev": 1})) == users.to_rows(user())
 
@@ -554,6 +559,15 @@ def test_a_stand_in_that_its_column_could_not_give_back_is_not_used(name: str, v
     stand_in = column(name, stand_in=lambda _value: value)
     entity = Entity("t", collection="t", table=every_table, columns=[stand_in])
     assert there_and_back(entity, {"_id": 1, name: [[1]] if name != "any" else None}).parent[1] is None
+
+
+def test_a_mapping_that_does_not_give_the_document_back_refuses_it() -> None:
+    answers = iter(["x", "y"])  # right when it is checked, wrong when the document is put together
+    split = (lambda _: {"value": 1}), (lambda _: next(answers))
+    child = single_child("b", table=every_value, owner="owner", split=split)
+    entity = Entity("t", collection="t", table=small_table(), columns=[column("a")], children=[child])
+    with pytest.raises(Unmappable, match="carried back unchanged"):
+        entity.to_rows({"_id": 1, "b": "x"})
 
 
 def test_rows_of_another_origin_are_refused() -> None:

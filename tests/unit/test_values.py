@@ -304,6 +304,7 @@ def test_a_text_that_is_no_id_is_refused(text: str) -> None:
 @example({"b": 1, "a": 2})
 @example({"aa": 1, "b": 2})
 @example({"é": 1, "zz": 2, "a": 3})
+@example({"a": 1, "é": 2, "zz": 3})
 @example([1e16, -0.0, 0.0, 1e-4, 1e15, 9999999999999998.0, 123456.7])
 @example({"$scope": {}, "$code": "x"})
 @example(Code("a\0b", {}))
