@@ -102,7 +102,7 @@ def generate(
     sizes: Mapping[str, int] | None = None,
     on_progress: OnProgress | None = None,
 ) -> LegacySummary:
-    """Fill `database` with what a legacy deployment holds: indexes first, then the documents.
+    """Fill `database` with what a legacy deployment holds, documents and indexes.
 
     Args:
         database: of a synchronous client. The collections written to must be empty.
@@ -160,7 +160,7 @@ class _Writer:
 
     def write(self) -> None:
         name = self._collection.name
-        self._create_indexes()
+        self._create_indexes(unique=True)
         batches = _batches(documents_of(name, self._population, self._n), BATCH.get(name, 1000))
         done = 0
         for batch in batches:
@@ -168,12 +168,16 @@ class _Writer:
             done += len(batch)
             if self._on_progress is not None:
                 self._on_progress(name, done, max(self._n, done))
+        self._create_indexes(unique=False)
         self._summary.counts[name] = self._taken
         self._summary.dirt[name] = dict(sorted(self._dirt.items()))
         self._summary.examples[name] = self._examples
 
-    def _create_indexes(self) -> None:
+    def _create_indexes(self, *, unique: bool) -> None:
+        # Rules first, so that they judge each document; the others last: built at once they cost a third as much.
         for index in INDEXES.get(self._collection.name, ()):
+            if index.document.get("unique", False) is not unique:
+                continue
             try:
                 self._collection.create_indexes([index])
             except OperationFailure as error:
