@@ -2,23 +2,26 @@
 
 What it promises
     A look-up that begins after a change was acknowledged, on whichever worker, sees that change. What another
-    application writes is seen after at most ``ttl`` + ``LEASE`` seconds. When many ask for one missing user, one
-    of them asks the stores. Redis failing makes look-ups slower (they go to the stores), never wrong.
+    application writes is seen after at most ``ttl`` + ``LEASE`` seconds. When many ask for one missing user,
+    one of them asks the stores. Redis failing makes look-ups slower (they go to the stores), never wrong.
 
 How
-    Leases, after Nishtala et al., "Scaling Memcache at Facebook" (NSDI 2013). Who misses takes a lease (a random
-    word under a second key), asks the stores, and fills the entry only if the lease is still its own, in one script.
-    A change deletes entry and lease in one command, after the stores have it and before it is acknowledged. So a
-    fill that began before the change finds its lease gone. Nobody is handed another's answer: who waits for a
-    fill only waits, and then looks again, because an answer that was under way before it came may be older than
-    a change that it must see. Losing keys (eviction, restart) is a miss, nothing else.
+    Leases, after Nishtala et al., "Scaling Memcache at Facebook" (NSDI 2013). Who misses takes a lease (a
+    random word under a second key), asks the stores, and fills the entry only if the lease is still its own,
+    in one script. A change deletes entry and lease in one command, after the stores have it and before it is
+    acknowledged. So a fill that began before the change finds its lease gone. Nobody is handed another's
+    answer: who waits for a fill only waits, and then looks again, because an answer that was under way before
+    it came may be older than a change that it must see. Losing keys (eviction, restart) is a miss, nothing
+    else.
 
     An entry that nears its end is refreshed in the background under a lease, while it still serves.
 
 What breaks it, and what is done
     A change that cannot reach Redis cannot delete the entry. It is acknowledged only after every entry from
-    before it has run out (``ttl`` + ``LEASE``): a slow answer while Redis is away, counted, and no stale role.
-    A Redis that fails over to an older copy of itself: an entry from before lives at most ``ttl`` + ``LEASE``.
+    before it has run out (``ttl`` + ``LEASE``): a slow answer while Redis is away, counted, and no stale
+    role.
+    A Redis that fails over to an older copy of itself: an entry from before lives at most ``ttl`` +
+        ``LEASE``.
 """
 
 from __future__ import annotations
@@ -156,20 +159,27 @@ class UserCache:
     async def forget(self, user_id: str) -> None:
         """A change of this user is in the stores: let no look-up from now on see what was before.
 
-        Call it before acknowledging the change, also when its outcome is unknown. Returns at once when Redis has
-        dropped the entry; while Redis does not answer, only after ``ttl`` + `LEASE` seconds (see the module).
+        Call it before acknowledging the change, also when its outcome is unknown. Returns at once when Redis
+        has dropped the entry; while Redis does not answer, after ``ttl`` + `LEASE` seconds at most (see the
+        module).
         """
-        try:
-            await self._command(self._redis.delete(self._entry(user_id), self._lease(user_id)))
-        except _FAILURES as error:
-            self._failed(error)
-            INVALIDATIONS.labels("waited_out").inc()
-            log.warning(
-                "cache cannot be told of a change, waiting until it has run out", seconds=self._ttl + LEASE
-            )
-            await asyncio.sleep(self._ttl + LEASE)
-        else:
-            INVALIDATIONS.labels("done").inc()
+        until = time.monotonic() + self._ttl + LEASE
+        waited = False
+        while True:
+            try:
+                await self._command(self._redis.delete(self._entry(user_id), self._lease(user_id)))
+            except _FAILURES as error:
+                self._failed(error)
+            else:
+                break
+            if not waited:
+                waited = True
+                log.warning("Redis cannot be told of a change", waiting_at_most=self._ttl + LEASE)
+            left = until - time.monotonic()
+            if left <= 0:
+                break
+            await asyncio.sleep(min(COMMAND_DEADLINE, left))
+        INVALIDATIONS.labels("waited_out" if waited else "done").inc()
 
     async def answers(self) -> bool:
         """Whether Redis answers now."""
@@ -185,7 +195,7 @@ class UserCache:
         await asyncio.gather(*self._refreshes, return_exceptions=True)
         await self._redis.aclose(close_connection_pool=True)
 
-    # -- one fill at a time ------------------------------------------------------------------------------------
+    # -- one fill at a time ------------------------------------------------------------------------
 
     async def _wait_for_local(self, user_id: str, until: float) -> bool:
         """Wait for a fill of this process, if there is one; whether there was."""
@@ -210,7 +220,12 @@ class UserCache:
         done = self._loading.setdefault(user_id, asyncio.Event())
         try:
             began = time.monotonic()
-            loaded = await load()
+            try:
+                loaded = await load()
+            except Exception:
+                # The next one is to find out for itself at once, not when the lease has run out.
+                await self._store(user_id, word, Loaded(None), began)
+                raise
             await self._store(user_id, word, loaded, began)
             return loaded.value
         finally:
@@ -222,8 +237,8 @@ class UserCache:
         left = self._ttl - (time.monotonic() - began)
         try:
             if loaded.value is None or not loaded.cacheable or left <= 0:
-                # Not to be filled: the next one need not wait for the lease to run out. If it is another's by now,
-                # that one loses a fill, nothing else.
+                # Not to be filled: the next one need not wait for the lease to run out. If it is another's by
+                # now, that one loses a fill, nothing else.
                 await self._command(self._redis.delete(self._lease(user_id)))
                 return
             entry = orjson.dumps({"until": time.time() + left, "user": loaded.value})
@@ -254,7 +269,7 @@ class UserCache:
         except Exception as error:  # nobody waits for it; the entry simply runs out
             log.debug("refresh failed", cause=type(error).__name__)
 
-    # -- Redis ---------------------------------------------------------------------------------------------------
+    # -- Redis -------------------------------------------------------------------------------------
 
     async def _command(self, command: Awaitable[Any]) -> Any:
         # The pool may make a command wait for a connection besides: twice the deadline bounds both.

@@ -1,4 +1,5 @@
-"""Every error answer, in one shape: problem details (RFC 9457) with the member ``error`` that the client shows.
+"""Every error answer, in one shape: problem details (RFC 9457) with the member ``error`` that the client
+shows.
 
 `Problem` is what services raise. Crossfade's errors are translated here and nowhere else. No answer holds a
 driver's message, a stack trace or a secret.

@@ -22,7 +22,9 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RequestContext:
-    """Gives each request an id (its own ``X-Request-Id`` if it has a sane one), in logs and answer; times it."""
+    """Gives each request an id (its own ``X-Request-Id`` if it has a sane one), in logs and answer; times
+    it.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -9,8 +9,8 @@ from __future__ import annotations
 import unicodedata
 from typing import Final
 
-# ECMAScript's WhiteSpace and LineTerminator, which String.prototype.trim removes. Python's str.strip() also takes
-# U+001C-U+001F and U+0085, and leaves U+FEFF.
+# ECMAScript's WhiteSpace and LineTerminator, which String.prototype.trim removes. Python's str.strip() also
+# takes U+001C-U+001F and U+0085, and leaves U+FEFF.
 _BLANKS: Final = (
     "\t\n\v\f\r\u0020\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005"
     "\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
@@ -32,8 +32,8 @@ def trimmed(name: str) -> str:
 def normal_form(name: str) -> str:
     """What two names that differ only in letter case or in blanks around them have in common.
 
-    The old back end's rule for ``normalizedName``: lower-cased and trimmed. Not case-folded: Strauß and Strauss
-    are two people.
+    The old back end's rule for ``normalizedName``: lower-cased and trimmed. Not case-folded: Strauß and
+    Strauss are two people.
     """
     return trimmed(name.lower())
 

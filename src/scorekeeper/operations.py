@@ -16,7 +16,9 @@ router = APIRouter(tags=["operations"])
 
 @router.get("/api/health")
 async def health(request: Request) -> JSONResponse:
-    """Both stores: whether they answer, and in how many milliseconds. 503 when the one that decides does not."""
+    """Both stores: whether they answer, and in how many milliseconds. 503 when the one that decides does
+    not.
+    """
     cf: Crossfade = request.app.state.crossfade
     accounts: Migration = request.app.state.accounts
     found = await cf.health()

@@ -1,7 +1,7 @@
 """Where the service's tables are declared together, and whether PostgreSQL has them.
 
-Alembic owns the tables (``migrations/``). `HEAD` is the revision that this code needs; a test holds it equal to
-Alembic's own head, so that an installed package can check without the migration scripts.
+Alembic owns the tables (``migrations/``). `HEAD` is the revision that this code needs; a test holds it equal
+to Alembic's own head, so that an installed package can check without the migration scripts.
 """
 
 from __future__ import annotations

@@ -71,10 +71,11 @@ class Settings(BaseSettings):
         host: HOST to listen on.
         port: PORT to listen on.
         cors_origins: CORS_ORIGINS, separated by commas; ``*`` is any.
-        bcrypt_rounds: BCRYPT_ROUNDS, cost of new password hashes, a power of two. 12 is what the old back end uses.
+        bcrypt_rounds: BCRYPT_ROUNDS, cost of new password hashes, a power of two. 12 is what the old back end
+            uses.
         password_threads: PASSWORD_THREADS that hash at one time; hashing leaves the interpreter's lock.
-        cache_ttl: CACHE_TTL in seconds. How late a role or a deletion written by *another* application takes effect
-            here; what this service writes takes effect at once.
+        cache_ttl: CACHE_TTL in seconds. How late a role or a deletion written by *another* application takes
+            effect here; what this service writes takes effect at once.
         legacy_url: LEGACY_URL, address of the old back end. Not used yet.
         log_level: LOG_LEVEL.
     """
@@ -171,7 +172,7 @@ def database_url() -> str:
         SystemExit: with one line, when it is missing or cannot be used.
     """
     try:
-        return _OnlyDatabase().database_url.get_secret_value()
+        return _OnlyDatabase.model_validate({}).database_url.get_secret_value()
     except ValidationError as error:
         raise SystemExit(_in_one_line(error)) from None
 

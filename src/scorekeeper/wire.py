@@ -22,7 +22,9 @@ def now() -> datetime:
 
 
 def iso(value: datetime | DatetimeMS) -> str:
-    """A date as ``toISOString`` writes it, ``2026-01-31T10:30:00.000Z``; beyond year 9999 with sign and six digits."""
+    """A date as ``toISOString`` writes it, ``2026-01-31T10:30:00.000Z``; beyond year 9999 with sign and six
+    digits.
+    """
     if isinstance(value, datetime):
         moment = value if value.tzinfo else value.replace(tzinfo=UTC)
         milliseconds = (moment - _EPOCH) // _MILLISECOND
@@ -73,5 +75,7 @@ def plain(value: Any) -> Any:
 
 
 def document_id(text: str) -> Any:
-    """The ``_id`` that a text on the wire means: 24 hex characters are an ObjectId, anything else is itself."""
+    """The ``_id`` that a text on the wire means: 24 hex characters are an ObjectId, anything else is
+    itself.
+    """
     return ObjectId(text) if len(text) == 24 and ObjectId.is_valid(text) else text
