@@ -529,6 +529,9 @@ class BulkPostgres:
         """Write rows in a savepoint; when the server refuses them, set the guilty ones aside."""
         try:
             async with self._connection.transaction():
+                if not whole:
+                    # An earlier part of the chunk may be in it; a new transaction finds it empty.
+                    await self._connection.execute(tables.empty_stage)
                 outcome = await self._put_at_once(tables, rows, quarantined)
         except _ROW_FAULTS as fault:
             if len(rows) == 1:
@@ -581,7 +584,6 @@ class BulkPostgres:
         return outcome
 
     async def _stage(self, tables: EntityTables, rows: Sequence[PreparedRow]) -> None:
-        await self._connection.execute(tables.empty_stage)
         await self._copy(tables.copy_stage, [row.parent for row in rows])
 
     async def _copy(self, statement: sql.Composed, blocks: Iterable[bytes]) -> None:
@@ -636,14 +638,22 @@ class BulkPostgres:
 
         To be called after the commit that may have put them there.
         """
-        name = tables.entity.name
         with translated(self.address):
-            async with self._connection.transaction():
-                cursor = await self._connection.execute(tables.covered, [name, first, last])
-                ids = [text for [text] in await cursor.fetchall()]
-                if ids:
-                    for drop in (*tables.drop_children, tables.drop_parents):
-                        await self._connection.execute(drop, [ids])
+            for attempt in range(ATTEMPTS):
+                try:
+                    async with self._connection.transaction():
+                        return await self._drop_covered(tables, first, last)
+                except _PASSING:
+                    if attempt == ATTEMPTS - 1:
+                        raise
+        raise AssertionError("unreachable")
+
+    async def _drop_covered(self, tables: EntityTables, first: str, last: str) -> int:
+        cursor = await self._connection.execute(tables.covered, [tables.entity.name, first, last])
+        ids = [text for [text] in await cursor.fetchall()]
+        if ids:
+            for drop in (*tables.drop_children, tables.drop_parents):
+                await self._connection.execute(drop, [ids])
         return len(ids)
 
     # --- rehearsing --------------------------------------------------------------------------------------
