@@ -67,7 +67,7 @@ bench: servers-ready ## benchmarks, all or NAME=backfill (ARGS= are its argument
 
 serve: $(SYNCED) ## the reference service on port 5000, on one's own servers (.env) or embedded ones
 	@$(LOCATED) alembic upgrade head
-	@$(LOCATED) --jwt-secret python -m scorekeeper
+	@$(LOCATED) --jwt-secret python -m scorekeeper $(ARGS)
 
 backfill-users: $(SYNCED) ## copy the users to PostgreSQL (resumes; ARGS="--batch-size 1000")
 	@$(LOCATED) crossfade backfill --entity users $(ARGS)

@@ -37,11 +37,13 @@ def crossfade(*words: str, output: int | None = None) -> str:
 
 def prepare() -> None:
     """Have the programs of the embedded servers ready, so that no test waits for them under its own time limit."""
+    from rich.console import Console
+
     from crossfade.embedded import EmbeddedError
     from crossfade.embedded.programs import Programs
 
     try:
-        Programs().ensure(postgres=True, engine=shutil.which("mongod") is None)
+        Programs(console=Console(stderr=True)).ensure(postgres=True, engine=shutil.which("mongod") is None)
     except EmbeddedError as error:
         sys.exit(str(error))
 
