@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from crossfade import observe
-from crossfade.cli import bulk, phases, servers, settling
+from crossfade.cli import bulk, demo, phases, servers, settling
 from crossfade.cli.context import Exit, fail
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ def _start(
 phases.add_to(app)
 settling.add_to(app)
 bulk.add_to(app)
+demo.add_to(app)
 app.add_typer(servers.app, name="servers")
 
 
