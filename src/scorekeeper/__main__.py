@@ -29,6 +29,9 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; default HOST.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Default PORT, 5000.")] = None,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Processes.")] = 1,
+    uds: Annotated[
+        str | None, typer.Option(help="Unix socket to listen on, instead of host and port.")
+    ] = None,
 ) -> None:
     """Serve the users and authentication of a card-game score keeper."""
     try:
@@ -44,13 +47,13 @@ def serve(
         _stop(str(error), 3)
     except CrossfadeError as error:
         _stop(str(error), 2)
-    listener = _listen(settings.host, settings.port)
     common = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 10}
     if workers == 1:
-        server = uvicorn.Server(uvicorn.Config(create_app(settings), **common))  # type: ignore[arg-type]
-        server.run(sockets=[listener])
+        server = uvicorn.Server(uvicorn.Config(create_app(settings), uds=uds, **common))  # type: ignore[arg-type]
+        server.run(sockets=None if uds else [_listen(settings.host, settings.port)])
         return
-    listener.close()
+    if not uds:
+        _listen(settings.host, settings.port).close()
     with tempfile.TemporaryDirectory(prefix="scorekeeper-metrics-") as folder:
         # Set before the workers import prometheus_client: each writes its counts there, any of them adds up.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
@@ -60,6 +63,7 @@ def serve(
             factory=True,
             host=settings.host,
             port=settings.port,
+            uds=uds,
             workers=workers,
             **common,  # type: ignore[arg-type]
         )

@@ -6,8 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import structlog
-from fastapi import FastAPI, Request
-from fastapi.responses import Response
+from fastapi import FastAPI
 
 from crossfade import Crossfade, Migration, Options, SchemaNotReady, StoreUnavailable, observe
 from crossfade.phase import Phase
@@ -16,7 +15,7 @@ from scorekeeper.auth.current import Authenticator
 from scorekeeper.auth.passwords import Passwords
 from scorekeeper.auth.tokens import Tokens
 from scorekeeper.cache import UserCache
-from scorekeeper.http import BodyLimit, Cors, RequestContext
+from scorekeeper.http import BodyLimit, Cors, ErrorBoundary, RequestContext
 from scorekeeper.identities.service import IdentityService
 from scorekeeper.migration import accounts as account_entities
 from scorekeeper.migration import name as migration_name
@@ -57,7 +56,7 @@ def create_app(
             app.state.cache = cache
             app.state.passwords = passwords
             app.state.authenticator = Authenticator(accounts["users"], tokens, cache)
-            app.state.users = UserService(accounts["users"], identities, passwords, tokens)
+            app.state.users = UserService(accounts["users"], identities, passwords, tokens, cache)
             log.info("scorekeeper serves", phase=accounts.phase.value)
             try:
                 yield
@@ -73,13 +72,9 @@ def create_app(
     )
     errors.install(app)
 
-    @app.exception_handler(Exception)
-    async def unexpected(_request: Request, error: Exception) -> Response:
-        log.error("request failed", exc_info=error)
-        return errors.internal().response()
-
     app.include_router(user_routes.router)
     app.include_router(operations.router)
+    app.add_middleware(ErrorBoundary)
     app.add_middleware(BodyLimit)
     app.add_middleware(
         Cors,

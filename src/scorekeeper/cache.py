@@ -21,7 +21,7 @@ What breaks it, and what is done
     before it has run out (``ttl`` + ``LEASE``): a slow answer while Redis is away, counted, and no stale
     role.
     A Redis that fails over to an older copy of itself: an entry from before lives at most ``ttl`` +
-        ``LEASE``.
+    ``LEASE``.
 """
 
 from __future__ import annotations

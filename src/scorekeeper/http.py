@@ -12,8 +12,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from scorekeeper.errors import body_too_large
+from scorekeeper.errors import body_too_large, internal
 from scorekeeper.metrics import REQUESTS
+
+log = structlog.get_logger("scorekeeper")
 
 #: Bytes of a whole request body; the old back end's limit.
 LARGEST_BODY = 10_485_760
@@ -53,6 +55,30 @@ class RequestContext:
                 route = getattr(scope.get("route"), "path", "unknown")
                 seconds = time.perf_counter() - began
                 REQUESTS.labels(scope["method"], route, str(status)).observe(seconds)
+
+
+class ErrorBoundary:
+    """Answers 500 for what nobody caught, inside CORS, so that a browser lets the client read it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception:
+            if scope["type"] != "http" or begun:
+                raise
+            log.exception("request failed")
+            await internal().response()(scope, receive, send)
 
 
 class BodyLimit:

@@ -36,7 +36,9 @@ async def health(request: Request) -> JSONResponse:
         "error": "The database that decides does not answer",
     }
     body = {"status": status, "message": messages[status], "database": {"active": active, **shown}}
-    return JSONResponse(body, 200 if healthy else 503)
+    if not healthy:
+        return unavailable(messages[status], members=body).response()
+    return JSONResponse(body)
 
 
 @router.get("/api/health/live")

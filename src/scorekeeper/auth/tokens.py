@@ -2,8 +2,7 @@
 
 The client decodes the payload with plain base64 and logs out when it meets base64url's own characters, ``-``
 (62) and ``_`` (63). Why neither can arise here: in ASCII the top bit of every byte is 0. A group of three
-bytes
-becomes four sextets, the first three of which each hold a top bit: 0xxxxx is below 32; xx0xxx is none of
+bytes becomes four sextets, the first three of which each hold a top bit: 0xxxxx is below 32; xx0xxx is none of
 11111x; xxxx0x is neither 111110 nor 111111. The fourth is the low six bits of the third byte: 62 for ``>``
 and ``~``, 63 for ``?`` and DEL. So the payload is ASCII, and these four are written as \\u escapes.
 """
@@ -12,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -30,6 +30,9 @@ LIFETIME: Final = 7 * 24 * 3600
 
 #: Longest token that is looked at; ours have some 300 characters.
 LONGEST: Final = 8192
+
+#: An id as text: 24 hex characters, or a text of an old document; no control characters, no lone surrogates.
+_USER_ID = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,256}")
 
 _ESCAPES = str.maketrans({character: f"\\u{ord(character):04x}" for character in "><?~\x7f"})
 
@@ -116,7 +119,6 @@ class Tokens:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", InsecureKeyLengthWarning)
-                # Times are checked below, where a number is told from a text that looks like one.
                 payload = jwt.decode(
                     token,
                     self._secret,
@@ -133,7 +135,7 @@ class Tokens:
 
     def _checked(self, payload: dict[str, Any]) -> Claims:
         user_id, username = payload.get("userId"), payload.get("username")
-        if not isinstance(user_id, str) or not user_id or "\0" in user_id:
+        if not isinstance(user_id, str) or not _USER_ID.fullmatch(user_id):
             raise InvalidToken("claims")
         if username is not None and not isinstance(username, str):
             raise InvalidToken("claims")

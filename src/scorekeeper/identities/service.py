@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import Any
 
 import structlog
+from bson import ObjectId
 
-from crossfade import CrossfadeError, EntityHandle, NotFound, Record, StaleRevision
+from crossfade import CrossfadeError, DuplicateKey, EntityHandle, NotFound, Record, StaleRevision
 from scorekeeper.metrics import DEGRADED
 from scorekeeper.names import normal_form
 from scorekeeper.wire import now, plain
@@ -43,9 +45,7 @@ class IdentityService:
             log.warning("identity not written, the next log-in makes up for it", cause=type(error).__name__)
 
     async def _claim(self, user_id: Any, username: str) -> bool:
-        for guest in await self._identities.find({"normalizedName": normal_form(username)}, limit=MOST):
-            if guest.get("type") != "guest" or guest.get("userId") is not None or not _is_live(guest):
-                continue
+        for guest in await self._unclaimed(username, user_id):
             try:
                 await self._identities.update(
                     guest.id,
@@ -58,10 +58,33 @@ class IdentityService:
             return True
         return False
 
+    async def is_claimable(self, username: str, guest_id: Any) -> bool:
+        """Whether a new account of this name takes over the guest of this id: its identity is unclaimed."""
+        return bool(await self._unclaimed(username, guest_id))
+
+    async def _unclaimed(self, username: str, user_id: Any) -> list[Record]:
+        """Live guest identities of this name that are nobody's, or this user's from before it registered."""
+        found = await self._identities.find({"normalizedName": normal_form(username)}, limit=MOST)
+        return [
+            identity
+            for identity in found
+            if identity.get("type") == "guest"
+            and identity.get("userId") in (None, user_id)
+            and _is_live(identity)
+        ]
+
     async def _create(self, user_id: Any, username: str) -> None:
+        try:
+            await self._insert(user_id, username)
+        except DuplicateKey:
+            # Another request has made the same identity for the same account.
+            pass
+
+    async def _insert(self, user_id: Any, username: str) -> None:
         moment = now()
         await self._identities.insert(
             {
+                "_id": first_identity_id(user_id),
                 "displayName": username,
                 "normalizedName": normal_form(username),
                 "userId": user_id,
@@ -81,6 +104,16 @@ class IdentityService:
             },
             context="Identity Creation",
         )
+
+
+def first_identity_id(user_id: Any) -> ObjectId:
+    """The id of the identity made for an account: the same on every attempt, so that two of them make one.
+
+    Keeps the moment in an ObjectId's first 4 bytes; the other 8 are a hash.
+    """
+    digest = sha256(f"identity of {user_id}".encode()).digest()
+    moment = user_id.binary if isinstance(user_id, ObjectId) else digest[8:]
+    return ObjectId(moment[:4] + digest[:8])
 
 
 def _is_live(record: Record) -> bool:

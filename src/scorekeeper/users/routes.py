@@ -51,7 +51,7 @@ async def me(current: SignedIn, users: Users) -> Any:
     return await users.me(current)
 
 
-@router.get("/lookup/{username}", response_model=LookupOut, responses=_errors(404))
+@router.get("/lookup/{username:path}", response_model=LookupOut, responses=_errors(404))
 async def look_up(username: str, users: Users) -> Any:
     """Whether a name has an account, in any letter case."""
     return await users.look_up(username)

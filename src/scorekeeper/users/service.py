@@ -6,11 +6,12 @@ from typing import Any
 
 import structlog
 
-from crossfade import CrossfadeError, DuplicateKey, EntityHandle, Record
+from crossfade import CrossfadeError, DuplicateKey, EntityHandle, NotFound, Record, StaleRevision
 from scorekeeper import names
 from scorekeeper.auth.current import CurrentUser, normalised
 from scorekeeper.auth.passwords import Passwords
 from scorekeeper.auth.tokens import Tokens
+from scorekeeper.cache import UserCache
 from scorekeeper.errors import Problem, invalid, name_taken, unauthorized
 from scorekeeper.identities.service import IdentityService
 from scorekeeper.metrics import AUTH, DEGRADED
@@ -27,15 +28,23 @@ class UserService:
     """Accounts. Knows no HTTP and no store."""
 
     def __init__(
-        self, users: EntityHandle, identities: IdentityService, passwords: Passwords, tokens: Tokens
+        self,
+        users: EntityHandle,
+        identities: IdentityService,
+        passwords: Passwords,
+        tokens: Tokens,
+        cache: UserCache,
     ) -> None:
         self._users = users
         self._identities = identities
         self._passwords = passwords
         self._tokens = tokens
+        self._cache = cache
 
     async def register(self, username: str, password: str) -> dict[str, Any]:
         """A new account, and a token for it.
+
+        A guest of that name whose identity nobody has claimed becomes the account, with its games.
 
         Raises:
             Problem: 400, the name or the password cannot be, or the name is taken in any letter case.
@@ -46,28 +55,17 @@ class UserService:
         if not names.is_unicode(password) or names.length(password) < SHORTEST_PASSWORD:
             raise invalid(f"The password must be at least {SHORTEST_PASSWORD} characters long")
         # Only to spare the hash: who gets the name is decided by the rule in the store.
-        if await self._users.find_by_key(USERNAME_RULE, name) is not None:
+        holder = await self._users.find_by_key(USERNAME_RULE, name)
+        if holder is not None and not await self._is_unclaimed_guest(holder):
             AUTH.labels("register", "name_taken").inc()
             raise name_taken()
         hashed = await self._passwords.hash(password)
-        moment = now()
         try:
-            record = await self._users.insert(
-                {
-                    "username": name,
-                    "passwordHash": hashed,
-                    "role": "user",
-                    "guestMetadata": None,
-                    "lastLogin": None,
-                    "profilePicture": None,
-                    "friends": [],
-                    "createdAt": moment,
-                    "updatedAt": moment,
-                    "__v": 0,
-                },
-                context="User Registration",
-            )
-        except DuplicateKey:
+            if holder is None:
+                record = await self._open(name, hashed)
+            else:
+                record = await self._take_over(holder, name, hashed)
+        except (DuplicateKey, StaleRevision, NotFound):
             AUTH.labels("register", "name_taken").inc()
             raise name_taken() from None
         await self._identities.claim_or_create(record.id, name)
@@ -77,6 +75,66 @@ class UserService:
             "token": self._tokens.issue(str(plain(record.id)), name),
             "user": _shown(record),
         }
+
+    async def _open(self, name: str, hashed: str) -> Record:
+        moment = now()
+        return await self._users.insert(
+            {
+                "username": name,
+                "passwordHash": hashed,
+                "role": "user",
+                "guestMetadata": None,
+                "lastLogin": None,
+                "profilePicture": None,
+                "friends": [],
+                "createdAt": moment,
+                "updatedAt": moment,
+                "__v": 0,
+            },
+            context="User Registration",
+        )
+
+    async def _is_unclaimed_guest(self, holder: Record) -> bool:
+        if holder.get("role") != "guest" or holder.get("passwordHash") is not None:
+            return False
+        return await self._identities.is_claimable(str(holder.get("username", "")), holder.id)
+
+    async def _take_over(self, guest: Record, name: str, hashed: str) -> Record:
+        """Make a guest a user; of two who try, the revision lets one."""
+        try:
+            return await self._users.update(
+                guest.id,
+                {"username": name, "passwordHash": hashed, "role": "user", "updatedAt": now()},
+                if_revision=guest.rev,
+                context="Guest Claim",
+            )
+        finally:
+            await self._cache.forget(str(plain(guest.id)))
+
+    async def set_role(self, user_id: str, role: str) -> Record:
+        """Give a user another role; holds from the next request on, on every worker, once this returns.
+
+        Raises:
+            crossfade.NotFound: there is no such user.
+        """
+        try:
+            return await self._users.update(
+                document_id(user_id), {"role": role, "updatedAt": now()}, context="Role Change"
+            )
+        finally:
+            # Whatever became of it: an unknown outcome may be a change.
+            await self._cache.forget(user_id)
+
+    async def remove(self, user_id: str) -> None:
+        """Delete an account; its tokens count for nothing once this returns.
+
+        Raises:
+            crossfade.NotFound: there is no such user.
+        """
+        try:
+            await self._users.delete(document_id(user_id), context="Account Deletion")
+        finally:
+            await self._cache.forget(user_id)
 
     async def log_in(self, username: str, password: str) -> dict[str, Any]:
         """A token for the account of this name and password.
