@@ -231,14 +231,21 @@ class Settler:
         Raises:
             crossfade.errors.StoreUnavailable, Fenced: the debt stays.
         """
-        pair = self.pair
-        timeout = pair.options.primary_deadline
-        dual = control.phase.rules.dual
-        await pair.mongo.bury(entity, id_, rev=rev, op=op, owed=dual, timeout=timeout)
-        await pair.mongo.remove(entity, id_, rev=rev, op=op, timeout=timeout)
-        if not dual:
+        await self.bury(entity, id_, rev, op, control)
+        if not control.phase.rules.dual:
             return Settled.CONFIRMED
-        return await self.bring_tombstone(entity, id_, control, timeout=pair.options.secondary_deadline)
+        return await self.bring_tombstone(entity, id_, control, timeout=self.pair.options.secondary_deadline)
+
+    async def bury(self, entity: Entity, id_: Any, rev: int, op: str, control: Control) -> None:
+        """What a decided delete has to do in MongoDB: the tombstone, with its debt, and then the removal.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: the document's own debt stays.
+        """
+        mongo, timeout = self.pair.mongo, self.pair.options.primary_deadline
+        owed = control.phase.rules.dual
+        await mongo.bury(entity, id_, rev=rev, op=op, owed=owed, timeout=timeout)
+        await mongo.remove(entity, id_, rev=rev, op=op, timeout=timeout)
 
     async def bring_tombstone(self, entity: Entity, id_: Any, control: Control, *, timeout: float) -> Settled:
         """Bring a tombstone to PostgreSQL, and erase its debt after a second look."""
@@ -418,14 +425,15 @@ class Settler:
             crossfade.errors.StoreUnavailable: the outbox row stays.
         """
         entity = self.pair.entities[owed.entity]
-        for _ in range(ATTEMPTS):
-            settled = await self._deliver_once(entity, owed, control, timeout=timeout)
+        for attempt in range(ATTEMPTS):
+            last = attempt == ATTEMPTS - 1
+            settled = await self._deliver_once(entity, owed, control, last=last, timeout=timeout)
             if settled is not None:
                 return settled
         return Settled.SUPERSEDED
 
     async def _deliver_once(
-        self, entity: Entity, owed: Delivery, control: Control, *, timeout: float
+        self, entity: Entity, owed: Delivery, control: Control, *, last: bool, timeout: float
     ) -> Settled | None:
         pair = self.pair
         primary = pair.options.primary_deadline
@@ -470,7 +478,13 @@ class Settler:
                 if not await self._put(entity, raw, row, timeout=timeout):
                     return None
             except RuleBroken as cause:
-                return await self._give_way(entity, row, now, cause, timeout=timeout)
+                if await self._make_way(entity, row, timeout=timeout) and not last:
+                    return None
+                await pair.postgres.park(entity, row.id, now.rev, now.op, str(cause), timeout=primary)
+                observe.log().warning(
+                    f"Parked: {cause}", context="Reconcile", entity=entity.name, id=str(row.id)
+                )
+                return Settled.PARKED
         if now.tentative is None and not await pair.postgres.settle(
             entity, owed.id, now.rev, now.op, timeout=primary
         ):
@@ -495,51 +509,50 @@ class Settler:
             await mongo.deliver_removal(entity, mine, timeout=timeout)
         return False
 
-    async def _give_way(
-        self,
-        entity: Entity,
-        row: Image,
-        now: Delivery,
-        cause: RuleBroken,
-        *,
-        timeout: float,
-    ) -> Settled | None:
-        """Another document holds a value that PostgreSQL gave to this record: deliver that one first."""
-        pair = self.pair
-        primary = pair.options.primary_deadline
+    async def _make_way(self, entity: Entity, row: Image, *, timeout: float) -> bool:
+        """Free the values of this record that another document still holds; False: one will not give way.
+
+        Only a document that is owed a delivery gives way: that delivery writes its new value.
+        """
         for rule in entity.unique:
             key = row.keys.get(rule.rule)
             if key is None:
                 continue
             for query in ({f"{CF}.keys.{rule.rule}": key}, {rule.field: row.document.get(rule.field)}):
-                for rival in await pair.mongo.find(entity, query, limit=2, timeout=timeout):
-                    if rival.id == row.id:
-                        continue
-                    owed = await pair.postgres.outbox_row(entity, rival.id, timeout=primary)
-                    if owed is None:
-                        continue
-                    if rival.digest not in (owed.base_digest, rival.delivered):
-                        await pair.postgres.note_conflict(
-                            entity, rival, cause="written in MongoDB while PostgreSQL was primary",
-                            store="mongo", timeout=primary,
-                        )  # fmt: skip
-                    # Free the value: the rival's own delivery, still owed, writes its new one. The digest tells
-                    # what we leave there from what a foreign writer makes of it.
-                    aside = {rule.field: unique_key(key, rival.id)}
-                    freed = await pair.mongo.compare_and_set(
-                        entity,
-                        rival.id,
-                        rev=rival.rev,
-                        set_={**aside, f"{CF}.digest": digest({**rival.document, **aside})},
-                        unset=[f"{CF}.keys.{rule.rule}"],
-                        also={rule.field: rival.document.get(rule.field)},
-                        timeout=timeout,
-                    )
-                    if freed is not None:
-                        return None
-        await pair.postgres.park(entity, row.id, now.rev, now.op, str(cause), timeout=primary)
-        observe.log().warning(f"Parked: {cause}", context="Reconcile", entity=entity.name, id=str(row.id))
-        return Settled.PARKED
+                for rival in await self.pair.mongo.find(entity, query, limit=2, timeout=timeout):
+                    if rival.id != row.id and not await self._set_aside(
+                        entity, rule, key, rival, timeout=timeout
+                    ):
+                        return False
+        return True
+
+    async def _set_aside(
+        self, entity: Entity, rule: UniqueRule, key: str, rival: Image, *, timeout: float
+    ) -> bool:
+        pair = self.pair
+        primary = pair.options.primary_deadline
+        owed = await pair.postgres.outbox_row(entity, rival.id, timeout=primary)
+        if owed is None:
+            # Delivered between the two looks, or PostgreSQL knows nothing of its giving the value up.
+            there = await pair.mongo.read(entity, rival.id, timeout=timeout)
+            return there is None or (there.rev, there.digest) != (rival.rev, rival.digest)
+        if rival.digest not in (owed.base_digest, rival.delivered):
+            await pair.postgres.note_conflict(
+                entity, rival, cause="written in MongoDB while PostgreSQL was primary",
+                store="mongo", timeout=primary,
+            )  # fmt: skip
+        # The digest tells what we leave there from what a foreign writer makes of it.
+        aside = {rule.field: unique_key(key, rival.id)}
+        await pair.mongo.compare_and_set(
+            entity,
+            rival.id,
+            rev=rival.rev,
+            set_={**aside, f"{CF}.digest": digest({**rival.document, **aside})},
+            unset=[f"{CF}.keys.{rule.rule}"],
+            also={rule.field: rival.document.get(rule.field)},
+            timeout=timeout,
+        )
+        return True
 
     async def _lift_row(self, entity: Entity, id_: Any, *, above: int, control: Control) -> None:
         op = new_operation()

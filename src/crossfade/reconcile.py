@@ -269,7 +269,9 @@ class Reconciler:
         for id_, one in zip(ids, batch, strict=True):
             key = id_to_text(id_)
             if isinstance(one, Image):
-                if one.debt is not None or one.deleted or held.get(key) == (one.rev, one.digest):
+                if one.debt is not None and (one.debt.parked is None or key not in quarantined):
+                    continue  # the debt brings it
+                if not one.deleted and held.get(key) == (one.rev, one.digest):
                     continue
                 if quarantined.get(key) == one.digest:
                     continue

@@ -288,10 +288,7 @@ class Writer:
         tentative = there.debt is not None and there.debt.tentative is not None
         if not there.deleted or tentative or there.op is None:
             return False
-        dual = o.control.phase.rules.dual
-        mongo = self.pair.mongo
-        await mongo.bury(entity, there.id, rev=there.rev, op=there.op, owed=dual, timeout=o.left())
-        await mongo.remove(entity, there.id, rev=there.rev, op=there.op, timeout=o.left())
+        await self.settler.bury(entity, there.id, there.rev, there.op, o.control)
         return True
 
     async def _again(self, o: _Operation, cause: errors.StoreUnavailable) -> None:
@@ -472,7 +469,9 @@ class Writer:
             _, rev = await self._base(entity, id_, (), None, o)
             marks = self._marks(o, rev + 1, {}, {"kind": "delete"})
             set_ = {f"{CF}.{name}": value for name, value in marks.items()} | {f"{CF}.deleted": True}
-            image = await self._set_until_decided(entity, id_, rev, set_, [], {}, {}, o)
+            # The names that it held are free from this moment on, unless it may yet be undone.
+            gone = [] if o.rollback else [f"{CF}.keys"]
+            image = await self._set_until_decided(entity, id_, rev, set_, gone, {}, {}, o)
             if image is None:
                 continue
             self._say(o, "MongoDB delete decided")
@@ -483,9 +482,11 @@ class Writer:
 
     async def _then_postgres(self, entity: Entity, image: Image, o: _Operation) -> Record:
         record = Record(image.id, image.document, image.rev, "mongo")
+        if image.deleted and not o.rollback:
+            # Decided already: if this fails the document, which readers take for gone, stays a little longer.
+            with contextlib.suppress(errors.StoreUnavailable):
+                await self.settler.bury(entity, image.id, image.rev, o.op, o.control)
         if not o.control.phase.rules.dual:
-            if image.deleted:
-                await self.settler.finish_delete(entity, image.id, image.rev, o.op, o.control)
             return record
         if o.asynchronous:
             if len(self._background) < self.pair.options.background:

@@ -136,13 +136,14 @@ class PostgresStore:
                 "connect_timeout": connect_timeout,
                 "application_name": "crossfade",
                 # A worker that dies or sleeps inside a transaction must not hold a switch or a row.
-                "options": "-c idle_in_transaction_session_timeout=1500 -c synchronous_commit=on",
+                "options": "-c idle_in_transaction_session_timeout=1500 -c synchronous_commit=on -c TimeZone=UTC",
             },
             # A reconnect gives up soon and is asked for anew by the next call.
             reconnect_timeout=1.0,
         )
         self._statements: dict[str, RowStatements] = {}
         self._lingering: set[asyncio.Task[Any]] = set()
+        self._weeding: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Begin to fill the pool; does not wait for the server."""
@@ -150,7 +151,7 @@ class PostgresStore:
 
     async def close(self) -> None:
         """Close every connection; waits for no query that hangs."""
-        for task in self._lingering:
+        for task in (*self._lingering, *([self._weeding] if self._weeding else [])):
             task.cancel()
         await self._pool.close(timeout=0.5)
 
@@ -231,6 +232,11 @@ class PostgresStore:
         async with self._pool.connection(timeout=timeout) as connection:
             try:
                 yield connection
+            except psycopg.Error:
+                if connection.broken and (self._weeding is None or self._weeding.done()):
+                    # The server went away: the idle connections of that time are dead, too.
+                    self._weeding = asyncio.create_task(self._pool.check())
+                raise
             finally:
                 if connection.info.transaction_status not in (
                     TransactionStatus.IDLE,
