@@ -175,13 +175,14 @@ class World:
     # --- driving ---
 
     async def reconcile(self, **how: Any) -> Any:
-        """What `crossfade reconcile` does, until nothing but parked debts is left."""
+        """What `crossfade reconcile` does, until nothing but parked debts is left: both stores must be up."""
         async with asyncio.timeout(PATIENCE):
             while True:
                 done = await self.m.reconciler.reconcile(**how)
                 left = await self.owed()
-                if done.failed or not left or all(debt.parked for debt in left):
+                if not done.failed and all(debt.parked for debt in left):
                     return done
+                await asyncio.sleep(0.05)
 
     async def owed(self) -> tuple[Any, ...]:
         """The debts that there are now."""
@@ -192,6 +193,14 @@ class World:
     async def settle(self) -> None:
         """Let debts that are confirmed be erased."""
         await self.settler._queue.join()
+
+    async def postgres_answers(self) -> None:
+        """Wait until PostgreSQL is back for this worker, every connection of its pool."""
+
+        async def answers() -> bool:
+            return all([(await self.cf.health())["postgres"][0] for _ in range(8)])
+
+        await eventually(answers)
 
     async def set_phase(self, phase: str, **fields: Any) -> None:
         from crossfade import Phase
@@ -267,7 +276,8 @@ async def open_world(mongo_uri, database_url, tables):
                 database_url=postgres.uri if postgres else database_url,
                 initial_phase=phase,
                 foreign_writers=foreign_writers,
-                options=replace(FAST, **options),
+                # Who never looks again by itself needs a lease for the whole test.
+                options=replace(FAST, **({} if background else {"lease": 60.0}), **options),
                 background=background,
             )
             entity = entity or users_entity()
