@@ -28,7 +28,7 @@ from crossfade.record import CF, Applied, Debt, Held, Image, new_operation
 from crossfade.stores.errors import RuleBroken
 from crossfade.stores.mongo import MongoStore
 from crossfade.stores.postgres import Change, Delivery, PostgresStore
-from crossfade.values import Unmappable, digest, digest_of_bytes, id_to_text
+from crossfade.values import Unmappable, digest, digest_of_bytes, encode_document, id_to_text
 
 #: How often a record that keeps changing under us is tried again before it is left to the next round.
 ATTEMPTS = 8
@@ -377,9 +377,10 @@ class Settler:
                 unset.append(f"{CF}.deleted")
             else:
                 wrote, before = note["wrote"], note["before"]
+                future = dict(image.document)
                 for name in (*wrote, *note["removed"]):
                     mine = (
-                        image.document.get(name) == wrote[name]
+                        name in image.document and _same(image.document[name], wrote[name])
                         if name in wrote
                         else name not in image.document
                     )
@@ -387,11 +388,15 @@ class Settler:
                         continue
                     also[name] = {"$eq": wrote[name]} if name in wrote else {"$exists": False}
                     if name in before:
-                        marks[name] = before[name]
+                        future[name] = marks[name] = before[name]
                     else:
+                        future.pop(name, None)
                         unset.append(name)
-                for rule, key in note["keys"].items():
-                    marks[f"{CF}.keys.{rule}"] = key
+                plain = entity.keys(future)
+                for rule, key in plain.items():
+                    kept = note["keys"].get(rule)
+                    marks[f"{CF}.keys.{rule}"] = kept if acceptable_key(kept, key, image.id) else key
+                unset += [f"{CF}.keys.{rule}" for rule in image.keys if rule not in plain]
             try:
                 undone = await pair.mongo.compare_and_set(
                     entity, image.id, rev=image.rev, set_=marks, unset=unset, also=also, timeout=timeout
@@ -683,6 +688,11 @@ class Settler:
                 entity, image.id, image.rev, image.op, cause, timeout=self.pair.options.primary_deadline
             )
         return Settled.PARKED
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are the same BSON: 1 is not true, and a NaN equals itself."""
+    return encode_document({"v": one}) == encode_document({"v": other})
 
 
 def _covered(held: Held) -> bool:

@@ -35,7 +35,7 @@ from crossfade.breaker import Breaker
 from crossfade.control import Control
 from crossfade.debt import ATTEMPTS, Pair, Settled, Settler, acceptable_key
 from crossfade.entity import Entity
-from crossfade.record import CF, Debt, Image, Record, new_id, new_operation
+from crossfade.record import CF, Applied, Debt, Image, Record, new_id, new_operation
 from crossfade.stores.errors import Fenced, RuleBroken, Unanswered
 from crossfade.stores.postgres import Change, Delivery
 from crossfade.strategy import FailureStrategy, check_strategy, default_strategy
@@ -365,7 +365,7 @@ class Writer:
                 before = {name: notes[name] for name in changed if name in notes}
                 tentative = {
                     "kind": "update", "before": before, "wrote": dict(wrote), "removed": list(removed),
-                    "keys": {rule: stamped[rule] for rule in keys if rule in stamped},
+                    "keys": stamped,
                 }  # fmt: skip
                 # The values before must still stand when the write happens, or its undo would bring back others.
                 also = {n: {"$eq": before[n]} if n in before else {"$exists": False} for n in changed}
@@ -455,6 +455,10 @@ class Writer:
             now = await self._read_or_unknown(entity, id_, o, unknown=True)
             if now is not None and now.op == o.op:
                 return now
+            if now is None and o.kind == "delete":
+                buried = await self.pair.mongo.tombstone(entity, id_, timeout=o.left())
+                if buried is not None and buried.op == o.op:
+                    return Image(id_, {"_id": id_}, buried.rev, o.op, {}, b"", deleted=True)
             if now is None or now.rev > rev + 1:
                 # Somebody has written upon revision n+1, and nothing says any more whose that was.
                 raise errors.OutcomeUnknown(
@@ -515,24 +519,19 @@ class Writer:
         if flagged or not self.breaker.allows():
             return errors.StoreUnavailable("postgres", "PostgreSQL is known to be down; nobody waits for it")
         self._say(o, "Writing to PostgreSQL...")
-        timeout = self.pair.options.secondary_deadline
         try:
-            if image.deleted and not o.rollback:
-                assert image.op is not None
-                settled = await self.settler.finish_delete(entity, image.id, image.rev, image.op, o.control)
-            elif image.deleted:
-                # Still tentative: the row goes, the document stays until success may be told.
-                await self.pair.postgres.apply_delete(
-                    entity, image.id, rev=image.rev, op=o.op,
-                    migration=self.pair.name, epoch=o.control.epoch, timeout=timeout,
-                )  # fmt: skip
-                settled = Settled.CONFIRMED
-            else:
-                settled = await self.settler.bring(entity, image, o.control, timeout=timeout)
-        except _FAILED as cause:
+            # Lifting and making way take several steps: together no longer than four.
+            async with asyncio.timeout(self.pair.options.secondary_deadline * 4):
+                settled = await self._bring(entity, image, o)
+        except (errors.StoreUnavailable, TimeoutError) as cause:
             self.breaker.failed()
             self._say(o, f"PostgreSQL write failed: {cause}", warn=True)
-            return cause
+            if isinstance(cause, errors.CrossfadeError):
+                return cause
+            return errors.StoreUnavailable("postgres", "PostgreSQL did not answer within the deadline")
+        except Unmappable as cause:
+            self.breaker.succeeded()
+            return errors.Quarantined(f"PostgreSQL cannot hold this record: {cause}")
         except errors.CrossfadeError as cause:
             self.breaker.succeeded()
             self._say(o, f"PostgreSQL write failed: {cause}", warn=True)
@@ -544,10 +543,26 @@ class Writer:
         if settled is Settled.PARKED:
             self._say(o, "PostgreSQL write failed: its rules or the mapping refuse the record", warn=True)
             return errors.Quarantined("PostgreSQL refuses this record; see the debt's cause")
+        if o.rollback and settled is not Settled.CONFIRMED:
+            # A row above the primary's revision, for one: it is not a confirmation.
+            return errors.StoreUnavailable("postgres", "PostgreSQL holds another state of this record")
         self._say(o, "PostgreSQL write successful")
         if settled is Settled.CONFIRMED and not image.deleted and not o.rollback:
             self.settler.erase_soon(entity, image)
         return None
+
+    async def _bring(self, entity: Entity, image: Image, o: _Operation) -> Settled:
+        timeout = self.pair.options.secondary_deadline
+        if not image.deleted:
+            return await self.settler.bring(entity, image, o.control, timeout=timeout)
+        if not o.rollback:
+            return await self.settler.finish_delete(entity, image.id, image.rev, o.op, o.control)
+        # Still tentative: the row goes, the document stays until success may be told.
+        verdict, _ = await self.pair.postgres.apply_delete(
+            entity, image.id, rev=image.rev, op=o.op,
+            migration=self.pair.name, epoch=o.control.epoch, timeout=timeout,
+        )  # fmt: skip
+        return Settled.SUPERSEDED if verdict is Applied.BEHIND else Settled.CONFIRMED
 
     async def _acknowledge_with_debt(self, o: _Operation, failure: errors.CrossfadeError) -> None:
         """Before success is told: make sure that no worker goes on serving the older row."""
@@ -569,7 +584,7 @@ class Writer:
             try:
                 confirmed = await self._confirm(entity, image, o)
             except errors.StoreUnavailable as cause:
-                raise errors.UndoPending(
+                raise errors.OutcomeUnknown(
                     f"[{o.context}] both stores hold the write, but it could not be confirmed in time: the "
                     "reconciler undoes it unless the confirmation arrived"
                 ) from cause
@@ -586,29 +601,42 @@ class Writer:
         try:
             settled = await self.settler.undo(entity, image, o.control)
         except _FAILED as cause:
-            current = None
-            with contextlib.suppress(errors.CrossfadeError):
-                current = await self.pair.mongo.read(entity, image.id, timeout=o.left())
-            if current is None or current.op == o.op:
+            if await self._stands_open(entity, image, o):
                 self._say(o, f"Rollback failed: {cause}; the reconciler undoes it", warn=True)
                 raise errors.UndoPending(
                     f"[{o.context}] PostgreSQL failed, and the undo in MongoDB could not be finished; it is "
                     "recorded and will be carried out"
                 ) from failure
             settled = Settled.SUPERSEDED
-        if settled in (Settled.OPEN, Settled.PARKED):
-            current = await self.pair.mongo.read(entity, image.id, timeout=o.left())
-            if current is not None and current.op == o.op:
-                raise errors.UndoPending(
-                    f"[{o.context}] the undo in MongoDB waits for the reconciler"
-                ) from failure
+        if settled in (Settled.OPEN, Settled.PARKED) and await self._stands_open(entity, image, o):
+            raise errors.UndoPending(
+                f"[{o.context}] the undo in MongoDB waits for the reconciler"
+            ) from failure
+        if settled is not Settled.CONFIRMED and self.pair.board.control.postgres_first:
+            # PostgreSQL may have taken the write without saying so: nobody may read it there after "undone".
+            with contextlib.suppress(errors.CrossfadeError):
+                await self.pair.board.mark_unreadable(o.op)
         self._say(o, "Rollback successful", warn=True)
         raise errors.Undone(
             f"[{o.context}] PostgreSQL failed; MongoDB was rolled back: {failure}"
         ) from failure
 
+    async def _stands_open(self, entity: Entity, image: Image, o: _Operation) -> bool:
+        """Whether the document still is as the open write left it, or cannot be asked."""
+        try:
+            current = await self.pair.mongo.read(entity, image.id, timeout=o.left())
+        except errors.StoreUnavailable:
+            return True
+        return current is not None and current.op == o.op
+
     async def _confirm(self, entity: Entity, image: Image, o: _Operation) -> bool:
-        """The compare-and-set from tentative to confirmed, repeated until it is decided."""
+        """The compare-and-set from tentative to confirmed, repeated until it is decided; False: undone.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: MongoDB does not say.
+            crossfade.errors.OutcomeUnknown: it was confirmed or undone, and written again since.
+        """
+        unknown = False
         while True:
             try:
                 done = await self.pair.mongo.compare_and_set(
@@ -620,12 +648,23 @@ class Writer:
                 if done is not None:
                     return True
                 now = await self.pair.mongo.read(entity, image.id, timeout=o.left())
+                if now is None or now.op != o.op:
+                    buried = await self.pair.mongo.tombstone(entity, image.id, timeout=o.left())
+                    if buried is not None and buried.op == o.op:
+                        return True
+                    if unknown:
+                        raise errors.OutcomeUnknown(
+                            f"[{o.context}] whether the write was confirmed was not answered, and this record of "
+                            f"{entity.name} was written again since"
+                        )
+                    return False
             except errors.StoreUnavailable:
+                unknown = True
                 if boot_clock() >= o.ends:
                     raise
                 await asyncio.sleep(0.05)
                 continue
-            return now is not None and now.op == o.op and (now.debt is None or now.debt.tentative is None)
+            return now.debt is None or now.debt.tentative is None
 
     async def _finish_confirmed_delete(self, entity: Entity, image: Image, o: _Operation) -> None:
         with contextlib.suppress(*_FAILED):
@@ -651,6 +690,12 @@ class Writer:
         def decide(before: Image | None, tombstone: int) -> Change:
             if before is not None and before.op == o.op:
                 raise _AlreadyWritten
+            if mine and max(tombstone, before.rev if before else 0) > mine[-1].rev:
+                # An attempt that was not answered may be what others have written upon.
+                raise errors.OutcomeUnknown(
+                    f"[{o.context}] the write was not answered, and this record of {entity.name} was written again "
+                    "since"
+                )
             if insert is not None:
                 if before is not None:
                     raise errors.DuplicateKey(entity.name, "_id")
@@ -738,7 +783,7 @@ class Writer:
             try:
                 return await self.pair.postgres.write(
                     entity, id_, decide, migration=self.pair.name, epoch=o.control.epoch,
-                    timeout=o.left(), keep_in_outbox=keep_in_outbox,
+                    timeout=o.left(), keep_in_outbox=keep_in_outbox, op=o.op,
                 )  # fmt: skip
             except _AlreadyWritten:
                 return mine[-1]
@@ -753,13 +798,9 @@ class Writer:
                     raise
                 await asyncio.sleep(0.02)
             except RuleBroken as cause:
+                mine.clear()
                 names = {rule.to: rule.rule for rule in entity.unique}
                 found = next((rule for column, rule in names.items() if column in cause.constraint), None)
-                if found is None and cause.constraint.endswith("_pkey"):
-                    unknown = True  # two inserts of one id: look again, ours may be there
-                    if boot_clock() >= o.ends:
-                        raise errors.DuplicateKey(entity.name, "_id") from cause
-                    continue
                 self._say(o, f"PostgreSQL write refused: {cause}")
                 raise errors.DuplicateKey(entity.name, found or cause.constraint) from cause
             except Unanswered as cause:
@@ -798,12 +839,17 @@ class Writer:
                 settled = await self.settler.deliver(
                     owed, o.control, timeout=self.pair.options.secondary_deadline
                 )
-        except (*_FAILED, TimeoutError) as cause:
+        except (errors.StoreUnavailable, TimeoutError) as cause:
             self.breaker.failed()
             self._say(o, f"MongoDB write failed: {cause}", warn=True)
             if isinstance(cause, errors.CrossfadeError):
                 return cause
             return errors.StoreUnavailable("mongo", "MongoDB did not answer within the deadline")
+        except (errors.CrossfadeError, Unmappable) as cause:
+            # PostgreSQL holds the write already: what goes wrong here is the outbox row's business.
+            self.breaker.succeeded()
+            self._say(o, f"MongoDB write failed: {cause}", warn=True)
+            return errors.Quarantined(f"MongoDB did not take this record: {cause}")
         except BaseException:
             self.breaker.failed()
             raise
@@ -811,6 +857,8 @@ class Writer:
         if settled is Settled.PARKED:
             self._say(o, "MongoDB write failed: its rules refuse the record", warn=True)
             return errors.Quarantined("MongoDB refuses this record; see the outbox row's cause")
+        if settled is not Settled.CONFIRMED:
+            return errors.StoreUnavailable("mongo", "other writers kept changing this record in MongoDB")
         self._say(o, "MongoDB write successful")
         return None
 
@@ -820,9 +868,9 @@ class Writer:
         postgres = self.pair.postgres
         if failure is None:
             try:
-                confirmed = await postgres.confirm(entity, owed.id, owed.rev, owed.op, timeout=o.left())
+                confirmed = await self._confirm_in_postgres(entity, owed, o)
             except errors.StoreUnavailable as cause:
-                raise errors.UndoPending(
+                raise errors.OutcomeUnknown(
                     f"[{o.context}] both stores hold the write, but it could not be confirmed in time: the "
                     "reconciler undoes it unless the confirmation arrived"
                 ) from cause
@@ -836,7 +884,10 @@ class Writer:
         self._say(o, f"Rolling PostgreSQL back: {failure}", warn=True)
         try:
             await self.undo_in_postgres(entity, owed, o.control)
-        except errors.StoreUnavailable as cause:
+            now = await self.pair.postgres.outbox_row(entity, owed.id, timeout=o.left())
+            if now is not None and now.op == owed.op:
+                raise Fenced("PostgreSQL is at another epoch")
+        except (*_FAILED, RuleBroken) as cause:
             self._say(o, f"Rollback failed: {cause}; the reconciler undoes it", warn=True)
             raise errors.UndoPending(
                 f"[{o.context}] MongoDB failed, and the undo in PostgreSQL could not be finished; it is recorded "
@@ -846,6 +897,39 @@ class Writer:
         raise errors.Undone(
             f"[{o.context}] MongoDB failed; PostgreSQL was rolled back: {failure}"
         ) from failure
+
+    async def _confirm_in_postgres(self, entity: Entity, owed: Delivery, o: _Operation) -> bool:
+        """Turn tentative into confirmed, repeated until it is decided; False: undone.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: PostgreSQL does not say.
+            crossfade.errors.OutcomeUnknown: it was confirmed or undone, and written again since.
+        """
+        postgres = self.pair.postgres
+        unknown = False
+        while True:
+            try:
+                if await postgres.confirm(entity, owed.id, owed.rev, owed.op, timeout=o.left()):
+                    return True
+                if not unknown:
+                    return False
+                row = await postgres.read(entity, owed.id, timeout=o.left())
+                buried = await postgres.tombstone(entity, owed.id, timeout=o.left())
+            except errors.StoreUnavailable:
+                unknown = True
+                if boot_clock() >= o.ends:
+                    raise
+                await asyncio.sleep(0.05)
+                continue
+            # Whoever undoes it, or writes upon it, leaves an operation id of its own.
+            if (row is not None and row.op == owed.op) or (
+                row is None and buried is not None and buried[1] == owed.op
+            ):
+                return True
+            raise errors.OutcomeUnknown(
+                f"[{o.context}] whether the write was confirmed was not answered, and this record of "
+                f"{entity.name} was written again since"
+            )
 
     async def undo_in_postgres(self, entity: Entity, owed: Delivery, control: Control) -> None:
         """Take an open write back as a new revision; nothing if it is no longer open.

@@ -493,8 +493,11 @@ class PostgresStore:
         epoch: int,
         timeout: float,
         keep_in_outbox: bool = True,
+        op: str | None = None,
     ) -> Change:
         """Read a record under its lock, let ``decide`` make the change, write it and its outbox row.
+
+        ``op``: the operation that asks; its own open write does not stand in its way.
 
         ``decide`` gets the image (None: no row) and the highest revision that a tombstone of this id has (0:
         none), and raises to change nothing. All in one transaction bound to ``epoch``.
@@ -510,6 +513,7 @@ class PostgresStore:
             async with self._connection(timeout) as connection, connection.transaction():
                 async with connection.pipeline():
                     await connection.execute(QUERIES["lock_shared"], {"migration": migration})
+                    await connection.execute(QUERIES["lock_record"], {"entity": entity.name, "id": key})
                     fence = await connection.execute(
                         QUERIES["epoch_is"], {"migration": migration, "epoch": epoch}
                     )
@@ -527,7 +531,7 @@ class PostgresStore:
                     owed = await open_row.fetchone()
                 if not same_epoch:
                     raise Fenced(f"PostgreSQL is not at epoch {epoch} of {migration}")
-                if owed is not None and owed[3] is not None:
+                if owed is not None and owed[3] is not None and owed[1].hex != op:
                     raise errors.Busy(f"a write of this record of {entity.name} waits for its outcome")
                 before = None if found is None else own.image(found)
                 change = decide(before, 0 if tombstone is None else int(tombstone[0]))

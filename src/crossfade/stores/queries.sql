@@ -8,6 +8,10 @@ SELECT pg_advisory_xact_lock_shared(hashtextextended('crossfade:' || %(migration
 -- name: lock_exclusive
 SELECT pg_advisory_xact_lock(hashtextextended('crossfade:' || %(migration)s, 0))
 
+-- name: lock_record
+-- PostgreSQL primary: an id without a row has nothing else to lock, and the numbering must not skip a tombstone.
+SELECT pg_advisory_xact_lock(hashtextextended(%(entity)s || ':' || %(id)s, 1))
+
 -- name: epoch_is
 SELECT EXISTS (SELECT FROM crossfade.control WHERE migration = %(migration)s AND epoch = %(epoch)s)
 
@@ -71,7 +75,7 @@ WHERE entity = %(entity)s AND id = %(id)s AND rev = %(rev)s AND op = %(op)s::uui
 
 -- name: outbox_undo
 -- Takes an open write back: of this, a confirmation, and another undo only one finds it tentative.
-UPDATE crossfade.outbox SET tentative = NULL, rev = rev + 1, op = %(new_op)s::uuid, epoch = %(epoch)s
+UPDATE crossfade.outbox SET tentative = NULL, parked = NULL, rev = rev + 1, op = %(new_op)s::uuid, epoch = %(epoch)s
 WHERE entity = %(entity)s AND id = %(id)s AND rev = %(rev)s AND op = %(op)s::uuid AND tentative IS NOT NULL
   AND EXISTS (SELECT FROM crossfade.control WHERE migration = %(migration)s AND epoch = %(epoch)s)
 
