@@ -44,7 +44,7 @@ from crossfade import errors
 from crossfade.entity import Entity
 from crossfade.record import CF, Debt, Image
 from crossfade.stores.errors import RuleBroken, Unanswered
-from crossfade.values import CODEC_OPTIONS, id_to_text, text_to_id
+from crossfade.values import CODEC_OPTIONS, Unmappable, decode_document, id_to_text, text_to_id
 
 STORE = "mongo"
 TOMBSTONES = "crossfade_tombstones"
@@ -430,8 +430,6 @@ class MongoStore:
     async def _iterate(
         self, entity: Entity, query: Mapping[str, Any], *, batch: int, timeout: float
     ) -> AsyncIterator[Image | tuple[Any, bytes]]:
-        from crossfade.values import Unmappable
-
         # The limit is on each round trip, not on the whole: a full pass takes as long as it takes.
         cursor = self._raw_documents(entity).find(query, batch_size=batch)
         while True:
@@ -485,18 +483,24 @@ class MongoStore:
     async def unstamped(
         self, entity: Entity, field: str, rule: str, *, batch: int, timeout: float
     ) -> AsyncIterator[list[dict[str, Any]]]:
-        """Batches of documents without a normalised key for ``rule``, oldest first: ``_id`` and ``field``."""
+        """Batches of documents without a normalised key for ``rule``, oldest first: ``_id`` and ``field``.
+
+        A document whose bytes are no valid text is left out: it has no key, and goes to quarantine.
+        """
         cursor = (
-            self._documents(entity)
+            self._raw_documents(entity)
             .find({f"{CF}.keys.{rule}": {"$exists": False}}, {field: 1}, batch_size=batch)
             .sort("_id", 1)
         )
         while True:
-            documents: list[dict[str, Any]] = []
             async with self._asking(timeout):
-                documents = await cursor.to_list(batch)
-            if not documents:
+                found = await cursor.to_list(batch)
+            if not found:
                 return
+            documents: list[dict[str, Any]] = []
+            for raw in found:
+                with contextlib.suppress(Unmappable):
+                    documents.append(decode_document(bytes(raw.raw)))
             yield documents
 
     async def stamp(

@@ -92,7 +92,7 @@ class Stage:
                         stdout=log,
                         stderr=log,
                         preexec_fn=_die_with_parent,  # noqa: PLW1509 - before any thread of the child
-                    )  # fmt: skip
+                    )
                 )
 
     async def until_ready(self, seconds: float = 60.0) -> None:
