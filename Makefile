@@ -55,6 +55,7 @@ check: $(SYNCED) ## format, lint, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@sh scripts/test-bootstrap-uv.sh
 
 format: $(SYNCED) ## rewrite the code in the house's format
 	$(BIN)/ruff format .
