@@ -8,20 +8,22 @@ see the child rows of the transaction that it had to wait for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from psycopg import sql
 from sqlalchemy import Column, Table
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.engine import Dialect
 
 from crossfade.entity import DocumentId, Entity, Rows
 from crossfade.errors import ConfigurationError
 from crossfade.record import Held, Image
 from crossfade.values import digest, id_to_text
 
-_DIALECT = postgresql.dialect()
+_new_dialect: Callable[[], Dialect] = postgresql.dialect
+_DIALECT = _new_dialect()
 _META = ("cf_rev", "cf_op", "cf_digest", "cf_mapping")
 
 #: A statement with its parameters, in order.
@@ -30,7 +32,7 @@ Statement = tuple[sql.Composed, Sequence[Any]]
 
 def _type(column: Column[Any]) -> sql.SQL:
     name = "text" if isinstance(column.type, DocumentId) else column.type.compile(dialect=_DIALECT)
-    return sql.SQL(name)  # type: ignore[arg-type]  # from the entity's own table, not from input
+    return sql.SQL(name)  # from the entity's own table, not from input
 
 
 def _is_json(column: Column[Any]) -> bool:
