@@ -47,7 +47,12 @@ def serve(
         _stop(str(error), 3)
     except CrossfadeError as error:
         _stop(str(error), 2)
-    common = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 10}
+    common = {
+        "log_level": "warning",
+        "access_log": False,
+        "timeout_graceful_shutdown": 10,
+        "timeout_keep_alive": 65,
+    }
     if workers == 1:
         server = uvicorn.Server(uvicorn.Config(create_app(settings), uds=uds, **common))  # type: ignore[arg-type]
         server.run(sockets=None if uds else [_listen(settings.host, settings.port)])

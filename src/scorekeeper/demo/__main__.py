@@ -269,7 +269,8 @@ def _fill(stage: Stage, figures: Figures, users: int) -> tuple[list[Any], list[s
             bar.update(tasks[collection], completed=done, total=total)
 
         few = max(users // 20, 10)
-        sizes = dict.fromkeys(("games", "wizard", "tablegames"), few)
+        # The rest is there to be left alone; a quarter of the identities keeps the demo under three minutes.
+        sizes = {**dict.fromkeys(("games", "wizard", "tablegames"), few), "playeridentities": users // 4}
         generate(database, users=users, sizes=sizes, on_progress=on_progress)
         figures.legacy_users = database["users"].count_documents({})
         clean = database["users"].find(
@@ -351,7 +352,11 @@ def _as_json(
 
 def _show(figures: Figures, traffic: Traffic, old: OldApplication, seconds: float, *, failed: bool) -> None:
     out = Console()
-    stages = ["mongo_only", "dual_write", "backfill", "postgres dead", "draining", "postgres_read"]
+    # What it is called inside, and in a table that fits 80 columns.
+    stages = {
+        "mongo_only": "alone", "dual_write": "dual", "backfill": "backfill",
+        "postgres dead": "pg dead", "draining": "drain", "postgres_read": "pg read",
+    }  # fmt: skip
     latency = _latencies(traffic)
     table = Table(
         "request",
@@ -360,7 +365,9 @@ def _show(figures: Figures, traffic: Traffic, old: OldApplication, seconds: floa
         title="milliseconds, p50 / p99, by what was going on",
     )
     for kind, by_stage in latency.items():
-        cells = [f"{by_stage[s]['p50']:g} / {by_stage[s]['p99']:g}" if s in by_stage else "" for s in stages]
+        cells = [
+            f"{by_stage[s]['p50']:.0f}/{by_stage[s]['p99']:.0f}" if s in by_stage else "" for s in stages
+        ]
         table.add_row(kind, str(traffic.requests[kind]), *cells)
     out.print(table)
     base, dual = (

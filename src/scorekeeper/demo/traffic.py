@@ -65,7 +65,8 @@ class Traffic:
 
     async def run(self) -> None:
         """Until `stop`."""
-        limits = httpx.Limits(max_connections=self.clients * 2)
+        # Idle connections are given up before the server does: else it may close one while a request is on it.
+        limits = httpx.Limits(max_connections=self.clients * 2, keepalive_expiry=3.0)
         async with httpx.AsyncClient(timeout=20.0, limits=limits) as http:
             await asyncio.gather(*(self._client(http, n) for n in range(self.clients)))
 
