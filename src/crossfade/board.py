@@ -115,6 +115,8 @@ class Board:
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _flagging: asyncio.Lock = field(default_factory=asyncio.Lock)
     _task: asyncio.Task[None] | None = None
+    #: The flag "secondary unreadable" as last seen (None: it may be read), and since when.
+    _flag: tuple[str | None, float] | None = None
     _first_seen: dict[tuple[Any, ...], float] = field(default_factory=dict)
 
     @property
@@ -210,11 +212,21 @@ class Board:
             mongo=seen.mongo != -1,
             postgres=seen.postgres != -1,
         )
-        self._note_ages(look)
         async with self._changed:
+            if self.look is not None and look.began < self.look.began:
+                return look  # another look began later and was faster
+            self._note_ages(look)
+            self._note_flag(control)
             self.look = look
             self._changed.notify_all()
         return look
+
+    def _note_flag(self, control: Control) -> float:
+        """Since when this worker has seen the flag that stands now."""
+        token = None if control.lifting else control.unreadable
+        if self._flag is None or self._flag[0] != token:
+            self._flag = (token, boot_clock())
+        return self._flag[1]
 
     def _note_ages(self, look: Look) -> None:
         """Remember since when each revision in debt has been seen; the reconciler goes by that."""
@@ -263,6 +275,7 @@ class Board:
         """
         control = self.control
         if control.unreadable is not None and not control.lifting and self.age <= self.options.board_age:
+            await self._outlast_boards(self._note_flag(control))
             return
         async with self._flagging:
             for _ in range(20):
@@ -275,15 +288,25 @@ class Board:
                 if now is None:
                     raise errors.StoreUnavailable("mongo", "the control record cannot be read")
                 if now.unreadable is not None and not now.lifting:
+                    known = self._flag is not None and self._flag[0] == now.unreadable
+                    since = self._flag[1] if known and self._flag else boot_clock()
                     break
                 new = now.changed(
                     by="a worker", reason="a write met a failure", unreadable=token, lifting=False
                 )
                 if await self.record.change(now, new, timeout=self.options.primary_deadline, copy=False):
+                    since = boot_clock()
                     break
             else:
                 raise errors.StoreUnavailable("mongo", "the control record could not be changed")
-        await asyncio.sleep(self.options.board_age)
+        await self._outlast_boards(since)
+
+    async def _outlast_boards(self, since: float) -> None:
+        """Wait until every board is too old that began before the flag was seen; once per failure, not per write.
+
+        Seeing the flag is not enough: another worker's board may be from just before it.
+        """
+        await asyncio.sleep(max(0.0, since + self.options.board_age - boot_clock()))
 
     async def lift_unreadable(self, settle_everything: Callable[[], Awaitable[bool]]) -> bool:
         """Make the secondary readable again, if every debt can be settled first.
