@@ -277,7 +277,7 @@ async def open_world(mongo_uri, database_url, tables):
                 initial_phase=phase,
                 foreign_writers=foreign_writers,
                 # Who never looks again by itself needs a lease for the whole test.
-                options=replace(FAST, **({} if background else {"lease": 60.0}), **options),
+                options=replace(FAST, **({} if background else {"lease": 60.0}) | options),
                 background=background,
             )
             entity = entity or users_entity()

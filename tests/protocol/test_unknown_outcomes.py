@@ -1,0 +1,204 @@
+"""A store that acted and did not say so: the write is decided by repeating it, never guessed, never doubled."""
+
+import asyncio
+
+import pytest
+from bson import ObjectId
+
+from crossfade import FailureStrategy, NotFound, OutcomeUnknown, StoreUnavailable
+
+from .conftest import PATIENCE, World
+
+ROLLBACK = FailureStrategy.ROLLBACK_BOTH
+POINTS = ["cut_before_request", "cut_after_request"]
+
+
+def command(name: str):
+    """A request that carries this MongoDB command."""
+    return lambda request: request[26 : 26 + len(name) + 1] == name.encode() + b"\0"
+
+
+async def insert(w: World, id_, **how):
+    return await w.users.insert({"_id": id_, "username": "Bob"}, **how)
+
+
+async def update(w: World, id_, **how):
+    return await w.users.update(id_, {"n": 2}, **how)
+
+
+async def delete(w: World, id_, **how):
+    await w.users.delete(id_, **how)
+
+
+OPERATIONS = [(insert, "insert"), (update, "findAndModify"), (delete, "findAndModify")]
+operations = pytest.mark.parametrize(("operation", "sent"), OPERATIONS, ids=["insert", "update", "delete"])
+
+
+async def prepared(w: World, operation):
+    id_ = ObjectId()
+    if operation is not insert:
+        await w.users.insert({"_id": id_, "username": "Bob", "n": 1})
+        await w.settle()
+    return id_
+
+
+async def check(w: World, id_, operation):
+    """The write was made exactly once."""
+    await w.reconcile()
+    await w.assert_equal()
+    if operation is delete:
+        assert w.document(id_) is None
+        assert w.tombstone_in_postgres(id_) == 2
+    else:
+        assert w.notes(id_)["rev"] == (1 if operation is insert else 2)
+        assert w.document(id_).get("n") == (None if operation is insert else 2)
+
+
+@pytest.mark.parametrize("strategy", [None, ROLLBACK], ids=["default", "rollback"])
+@pytest.mark.parametrize("point", POINTS)
+@operations
+async def test_a_lost_answer_of_mongo_is_decided_and_the_write_made_once(
+    open_world, mongo_proxy, operation, sent, point, strategy
+):
+    w = await open_world("dual_write", mongo=mongo_proxy)
+    id_ = await prepared(w, operation)
+    faults = mongo_proxy.counts.faults
+    getattr(mongo_proxy, point)(when=command(sent))
+    await operation(w, id_, strategy=strategy)
+    assert mongo_proxy.counts.faults == faults + 1
+    await check(w, id_, operation)
+
+
+@pytest.mark.parametrize("strategy", [None, ROLLBACK], ids=["default", "rollback"])
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("operation", [insert, update, delete])
+async def test_a_lost_commit_of_postgres_is_decided_and_the_write_made_once(
+    open_world, postgres_proxy, operation, point, strategy
+):
+    w = await open_world("postgres_primary", postgres=postgres_proxy)
+    id_ = await prepared(w, operation)
+    getattr(postgres_proxy, point)(when=lambda request: b"COMMIT" in request)
+    await operation(w, id_, strategy=strategy)
+    assert postgres_proxy.counts.faults == 1
+    await check(w, id_, operation)
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_primary"])
+async def test_a_lost_confirmation_is_decided(open_world, mongo_proxy, postgres_proxy, phase, point):
+    w = await open_world(phase, mongo=mongo_proxy, postgres=postgres_proxy, tentative=5.0)
+    id_ = await prepared(w, update)
+    if phase == "dual_write":
+        getattr(mongo_proxy, point)(when=lambda r: command("findAndModify")(r) and b"$unset" in r)
+    else:
+        getattr(postgres_proxy, point)(when=lambda r: b"SET tentative = NULL" in r)
+    await update(w, id_, strategy=ROLLBACK)
+    assert mongo_proxy.counts.faults + postgres_proxy.counts.faults == 1
+    await check(w, id_, update)
+
+
+@operations
+async def test_the_outcome_is_unknown_while_mongo_stays_silent_and_both_stores_are_made_equal(
+    open_world, mongo_proxy, operation, sent
+):
+    w = await open_world("dual_write", mongo=mongo_proxy, primary_deadline=1.0)
+    id_ = await prepared(w, operation)
+
+    def silence(request):
+        if command(sent)(request):
+            mongo_proxy._loop.call_soon(setattr, mongo_proxy, "_mode", type(mongo_proxy._mode).SWALLOW)
+        return False
+
+    mongo_proxy.cut_before_request(when=silence)
+    with pytest.raises(OutcomeUnknown):
+        await operation(w, id_)
+    mongo_proxy.pass_through()
+    # The request did arrive, and nobody was told: so the write stands, in both stores.
+    await check(w, id_, operation)
+
+
+async def test_the_outcome_is_unknown_while_postgres_the_primary_stays_silent(open_world, postgres_proxy):
+    w = await open_world("postgres_primary", postgres=postgres_proxy, primary_deadline=1.0)
+    id_ = await prepared(w, update)
+
+    def silence(request):
+        if b"COMMIT" in request:
+            postgres_proxy._loop.call_soon(
+                setattr, postgres_proxy, "_mode", type(postgres_proxy._mode).SWALLOW
+            )
+        return False
+
+    postgres_proxy.cut_before_request(when=silence)
+    with pytest.raises(OutcomeUnknown):
+        await update(w, id_)
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    await check(w, id_, update)
+
+
+@operations
+async def test_a_primary_that_is_down_changes_nothing_and_says_so(open_world, mongo_proxy, operation, sent):
+    w = await open_world("dual_write", mongo=mongo_proxy, primary_deadline=1.0)
+    id_ = await prepared(w, operation)
+    before = w.document(id_)
+    mongo_proxy.refuse()
+    # An insert goes out without a look before it: it cannot know that no server was reached.
+    with pytest.raises((StoreUnavailable, OutcomeUnknown)):
+        await operation(w, id_)
+    mongo_proxy.pass_through()
+    assert w.document(id_) == before
+    await w.reconcile()
+    await w.assert_equal()
+
+
+async def test_a_repeated_write_never_lands_on_a_rivals(open_world, postgres_proxy):
+    """Its commit is lost, a rival writes upon it, and then it is repeated: the rival's write must stand."""
+    w = await open_world("postgres_primary", postgres=postgres_proxy)
+    rival = await open_world("postgres_primary")
+    id_ = await prepared(w, update)
+    written = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def lost(request):
+        if b"COMMIT" in request:
+            loop.call_soon_threadsafe(written.set)
+            return True
+        # Held back until the rival has written.
+        return False
+
+    postgres_proxy.cut_after_request(when=lost)
+    mine = asyncio.create_task(update(w, id_))
+    await written.wait()
+    async with asyncio.timeout(PATIENCE):
+        while (await rival.row(id_)).rev == 1:  # noqa: ASYNC110 - it changes in a server
+            await asyncio.sleep(0)
+        await rival.users.update(id_, {"n": 3})
+    # Either it had seen its own commit before the rival wrote, or it may not say what became of it.
+    try:
+        await mine
+    except OutcomeUnknown:
+        pass
+    assert (await rival.users.get(id_))["n"] == 3
+    assert (await rival.users.get(id_)).rev == 3
+    await w.reconcile()
+    await w.assert_equal()
+
+
+async def test_a_lease_that_ran_out_under_a_write_leaves_its_outcome_unknown(open_world, mongo_proxy):
+    w = await open_world("dual_write", mongo=mongo_proxy, lease=0.5)
+    id_ = await prepared(w, update)
+    await w.m.board.refresh()
+    mongo_proxy.delay(0.2)
+    with pytest.raises(OutcomeUnknown, match="lease"):
+        await update(w, id_)
+    mongo_proxy.pass_through()
+    # It was made, and only the telling was late: both stores have it.
+    await check(w, id_, update)
+
+
+async def test_a_delete_of_nothing_is_not_found_whatever_was_lost(open_world, mongo_proxy):
+    w = await open_world("dual_write", mongo=mongo_proxy)
+    mongo_proxy.cut_after_request(when=command("find"))
+    with pytest.raises((NotFound, StoreUnavailable)):
+        await w.users.delete(ObjectId())
+    await w.assert_equal()
