@@ -38,6 +38,7 @@ class Options:
 
     Attributes:
         primary_deadline: for the store that decides.
+        bulk_deadline: for one round trip of what nobody waits for: stamping, sweeping, preparing.
         secondary_deadline: for the other one: how much longer it may make a caller wait.
         poll: between two looks at the control record and the debts.
         board_age: the oldest board that a reader accepts; a write that leaves debt on a failure waits it out.
@@ -54,6 +55,7 @@ class Options:
     """
 
     primary_deadline: float = 5.0
+    bulk_deadline: float = 60.0
     secondary_deadline: float = 0.25
     poll: float = 0.25
     board_age: float = 0.5

@@ -89,7 +89,7 @@ async def _keys_stamped(migration: Migration) -> Statement:
     for entity in migration.entities.values():
         for rule in entity.unique:
             async for documents in migration.pair.mongo.unstamped(
-                entity, rule.field, rule.rule, batch=1000, timeout=migration.pair.options.primary_deadline
+                entity, rule.field, rule.rule, batch=1000, timeout=migration.pair.options.bulk_deadline
             ):
                 if any(rule.rule in entity.keys(document) for document in documents):
                     return Statement(

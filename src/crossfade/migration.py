@@ -232,7 +232,7 @@ class Migration:
 
     async def _stamp(self, entity: Entity, field: str, rule: str) -> list[tuple[str, Any]]:
         """Stamp the keys of one rule, oldest document first."""
-        mongo, timeout = self.pair.mongo, self.pair.options.primary_deadline
+        mongo, timeout = self.pair.mongo, self.pair.options.bulk_deadline
         colliding: list[tuple[str, Any]] = []
         async for documents in mongo.unstamped(entity, field, rule, batch=1000, timeout=timeout):
             keys: list[tuple[Any, Any, str]] = []

@@ -232,7 +232,7 @@ class Reconciler:
         for entity in self.pair.entities.values():
             if any(column.field == "updatedAt" for column in entity.columns):
                 changed = self.pair.mongo.changed_since(
-                    entity, "updatedAt", since, batch=_BATCH, timeout=self.pair.options.primary_deadline
+                    entity, "updatedAt", since, batch=_BATCH, timeout=self.pair.options.bulk_deadline
                 )
                 adopted += await self._adopt_all(entity, changed)
         self._swept = began
@@ -242,7 +242,7 @@ class Reconciler:
         """Adopt every document whose content is not its row's, and every foreign delete; how many."""
         adopted = 0
         for entity in self.pair.entities.values():
-            found = self.pair.mongo.scan(entity, batch=_BATCH, timeout=self.pair.options.primary_deadline)
+            found = self.pair.mongo.scan(entity, batch=_BATCH, timeout=self.pair.options.bulk_deadline)
             adopted += await self._adopt_all(entity, found)
             adopted += await self._adopt_deletes(entity)
         return adopted
@@ -260,7 +260,7 @@ class Reconciler:
     async def _adopt_batch(self, entity: Entity, batch: Sequence[Image | tuple[Any, bytes]]) -> int:
         if not batch:
             return 0
-        timeout = self.pair.options.primary_deadline
+        timeout = self.pair.options.bulk_deadline
         control = self.pair.board.control
         ids = [one.id if isinstance(one, Image) else one[0] for one in batch]
         held = await self.pair.postgres.held_many(entity, ids, timeout=timeout)
@@ -284,7 +284,7 @@ class Reconciler:
     async def _adopt_deletes(self, entity: Entity) -> int:
         """Rows whose document is gone without a tombstone: deleted by a foreign writer, after a second look."""
         pair = self.pair
-        timeout = pair.options.primary_deadline
+        timeout = pair.options.bulk_deadline
         control = pair.board.control
         adopted = 0
         after = ""
