@@ -1,0 +1,158 @@
+"""A secondary that is down, hangs or is slow: callers go on, the debt stands, and it is settled by itself."""
+
+import asyncio
+import time
+
+import pytest
+from bson import ObjectId
+
+from crossfade import Crossfade
+
+from .conftest import FAST, PATIENCE, World, create_tables, eventually, users_entity
+
+
+async def nothing_owed(w: World) -> bool:
+    try:
+        return await w.owed() == ()
+    except Exception:
+        return False
+
+
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_read"])
+async def test_postgres_is_away_and_mongo_decides_and_the_reconciler_catches_up_by_itself(
+    open_world, postgres_proxy, phase
+):
+    w = await open_world(phase, postgres=postgres_proxy, background=True)
+    kept, gone = [(await w.users.insert({"username": name})).id for name in ("kept", "gone")]
+    postgres_proxy.refuse()
+    made = await w.users.insert({"username": "made"})
+    await w.users.update(kept, {"n": 2})
+    await w.users.delete(gone)
+    assert w.debt(made.id) is not None
+    assert w.debt(kept) is not None
+    assert "debt" in w.tombstone_in_mongo(gone)
+    # Acknowledged writes are seen although PostgreSQL cannot have them.
+    assert (await w.users.get(kept))["n"] == 2
+    assert await w.users.get(gone) is None
+    # The name of a deleted record is free at once.
+    await w.users.insert({"username": "GONE"})
+    postgres_proxy.pass_through()
+    await eventually(lambda: nothing_owed(w))
+    await w.assert_equal()
+
+
+async def test_mongo_is_away_and_postgres_decides_and_the_outbox_is_delivered_by_itself(
+    open_world, mongo_proxy
+):
+    w = await open_world("postgres_primary", mongo=mongo_proxy, background=True)
+    kept, gone = [(await w.users.insert({"username": name})).id for name in ("kept", "gone")]
+    mongo_proxy.refuse()
+    made = await w.users.insert({"username": "made", "friends": [ObjectId()]})
+    await w.users.update(kept, {"n": 2})
+    await w.users.delete(gone)
+    assert [rev for _, rev, _, _ in w.outbox()] == [2, 2, 1]
+    assert (await w.users.get(made.id)).source == "postgres"
+    mongo_proxy.pass_through()
+    await eventually(lambda: nothing_owed(w))
+    await w.assert_equal()
+
+
+async def test_a_foreign_write_after_the_switch_is_journaled_whole_before_it_is_replaced(open_world):
+    w = await open_world("postgres_primary")
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    w.documents.update_one({"_id": made.id}, {"$set": {"n": 99, "stray": "kept for a person"}})
+    await w.users.update(made.id, {"n": 2})
+    assert w.document(made.id)["n"] == 2
+    [(store, document)] = w.conflicts()
+    assert (store, document["n"], document["stray"]) == ("mongo", 99, "kept for a person")
+    await w.assert_equal()
+
+
+async def test_a_foreign_document_under_a_delete_is_journaled_and_goes(open_world):
+    w = await open_world("postgres_primary")
+    made = await w.users.insert({"username": "Bob"})
+    w.documents.replace_one({"_id": made.id}, {"username": "Mallory"})
+    await w.users.delete(made.id)
+    assert w.document(made.id) is None
+    assert [document["username"] for _, document in w.conflicts()] == ["Mallory"]
+    await w.assert_equal()
+
+
+async def test_a_revision_that_a_sleeper_numbered_in_mongo_is_overtaken(open_world):
+    """A worker that slept through the switch wrote to MongoDB: PostgreSQL's content goes above it."""
+    w = await open_world("postgres_primary")
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    w.documents.update_one({"_id": made.id}, {"$set": {"_cf.rev": 7, "_cf.op": "0" * 32, "n": 99}})
+    await w.users.update(made.id, {"n": 2})
+    await w.reconcile()
+    assert w.document(made.id)["n"] == 2
+    assert w.notes(made.id)["rev"] > 7
+    assert [document["n"] for _, document in w.conflicts()] == [99]
+    await w.assert_equal()
+
+
+async def test_a_late_delivery_after_a_delete_removes_itself(open_world):
+    """The row was read before the delete, and its insert arrives after it."""
+    w = await open_world("postgres_primary")
+    made = await w.users.insert({"username": "Bob"})
+    row = await w.row(made.id)
+    await w.users.delete(made.id)
+    assert not await w.settler._put(w.entity, None, row, timeout=PATIENCE)
+    assert w.document(made.id) is None
+
+
+async def test_stores_that_stop_hang_and_come_back(own_servers):
+    """Postgres stopped, then paused (SIGSTOP), under a worker that goes on writing."""
+    mongo_uri = own_servers.mongo_uri.replace("/?", "/t?") if "/?" in own_servers.mongo_uri else None
+    from crossfade.testing.plugin import _with_database
+
+    mongo_uri = mongo_uri or _with_database(own_servers.mongo_uri, "t")
+    create_tables(own_servers.database_url)
+    cf = Crossfade(
+        mongo_uri=mongo_uri,
+        database_url=own_servers.database_url,
+        initial_phase="postgres_read",
+        options=FAST,
+    )
+    m = cf.migration("accounts", [users_entity()])
+    import pymongo
+
+    async with cf:
+        with pymongo.MongoClient(mongo_uri) as client:
+            w = World(
+                cf, m, m["users"].entity, client.get_default_database()["users"], own_servers.database_url
+            )
+            made = await w.users.insert({"username": "Bob", "n": 0})
+
+            own_servers.postgres.stop()
+            number = await write_for(w, made.id, seconds=2.0, start=1)
+            await asyncio.to_thread(own_servers.postgres.start)
+            await eventually(lambda: nothing_owed(w))
+
+            own_servers.postgres.pause()
+            # Longer than the lease: a hanging secondary may not let it run out either.
+            number = await write_for(w, made.id, seconds=FAST.lease + 2.0, start=number)
+            own_servers.postgres.resume()
+            await eventually(lambda: nothing_owed(w))
+
+            async def readable() -> bool:
+                return (await w.users.get(made.id)).source == "postgres"
+
+            await eventually(readable)
+            assert (await w.users.get(made.id))["n"] == number - 1
+            await w.assert_equal()
+
+
+async def write_for(w: World, id_, *, seconds: float, start: int) -> int:
+    """Write and read back for so long; no caller waits beyond the deadlines (generously)."""
+    ends = time.monotonic() + seconds
+    number = start
+    while time.monotonic() < ends:
+        began = time.monotonic()
+        await w.users.update(id_, {"n": number})
+        assert (await w.users.get(id_))["n"] == number
+        assert time.monotonic() - began < 8.0
+        number += 1
+        await asyncio.sleep(0.05)
+    assert number > start + 2
+    return number

@@ -1,0 +1,243 @@
+"""ROLLBACK_BOTH: success is told only when both stores hold the write; else neither does."""
+
+import asyncio
+
+import pytest
+from bson import Int64, ObjectId
+
+from crossfade import Busy, FailureStrategy, Undone, UndoPending
+from crossfade.record import CF, new_operation
+
+from .conftest import World
+from .test_unknown_outcomes import command
+
+ROLLBACK = FailureStrategy.ROLLBACK_BOTH
+OPERATIONS = ["insert", "update", "delete"]
+BEFORE = {"username": "Bob", "n": 1, "friends": [ObjectId()], "flag": True, "x": float("nan")}
+
+
+async def write(w: World, operation, id_, strategy=ROLLBACK):
+    if operation == "insert":
+        return await w.users.insert({"_id": id_, "username": "Eve"}, strategy=strategy)
+    if operation == "update":
+        return await w.users.update(
+            id_, {"n": 2, "username": "Robert", "new": float("nan")}, unset=["flag"], strategy=strategy
+        )
+    return await w.users.delete(id_, strategy=strategy)
+
+
+async def prepared(w: World, operation):
+    id_ = ObjectId()
+    if operation != "insert":
+        await w.users.insert({"_id": id_, **BEFORE})
+        await w.settle()
+    return id_
+
+
+async def check_undone(w: World, operation, id_):
+    """Both stores as before, but for the revision; nobody's name is blocked."""
+    await w.reconcile()
+    await w.assert_equal()
+    if operation == "insert":
+        assert w.document(id_) is None
+        await w.users.insert({"username": "eve"})
+    else:
+        image = await w.image(id_)
+        after = {k: v for k, v in image.document.items() if k not in ("_id", "x")}
+        assert after == {k: v for k, v in BEFORE.items() if k != "x"}
+        assert image.rev == 3
+        assert image.keys == {"username": "bob"}
+        await w.users.insert({"username": "ROBERT"})
+
+
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_read"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+async def test_postgres_fails_and_mongo_is_undone(open_world, postgres_proxy, phase, operation):
+    w = await open_world(phase, postgres=postgres_proxy)
+    id_ = await prepared(w, operation)
+    postgres_proxy.refuse()
+    with pytest.raises(Undone) as undone:
+        await write(w, operation, id_)
+    assert undone.value.__cause__ is not None
+    assert (w.document(id_) is None) == (operation == "insert")
+    postgres_proxy.pass_through()
+    await check_undone(w, operation, id_)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+async def test_postgres_acted_and_did_not_say_so_and_both_are_undone(open_world, postgres_proxy, operation):
+    w = await open_world("dual_write", postgres=postgres_proxy)
+    id_ = await prepared(w, operation)
+    postgres_proxy.cut_after_request(when=lambda r: b"COMMIT" in r)
+    with pytest.raises(Undone):
+        await write(w, operation, id_)
+    await check_undone(w, operation, id_)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+async def test_mongo_fails_and_postgres_the_primary_is_undone(open_world, mongo_proxy, operation):
+    w = await open_world("postgres_primary", mongo=mongo_proxy)
+    id_ = await prepared(w, operation)
+    mongo_proxy.refuse()
+    with pytest.raises(Undone):
+        await write(w, operation, id_)
+    assert (await w.row(id_) is None) == (operation == "insert")
+    mongo_proxy.pass_through()
+    await check_undone(w, operation, id_)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+async def test_mongo_acted_and_did_not_say_so_and_both_are_undone(open_world, mongo_proxy, operation):
+    w = await open_world("postgres_primary", mongo=mongo_proxy)
+    id_ = await prepared(w, operation)
+    sent = {"insert": "insert", "update": "update", "delete": "delete"}[operation]
+    mongo_proxy.cut_after_request(when=command(sent))
+    with pytest.raises(Undone):
+        await write(w, operation, id_)
+    await check_undone(w, operation, id_)
+
+
+async def test_a_rule_of_the_secondary_undoes_the_write(open_world):
+    w = await open_world("dual_write")
+    id_ = await prepared(w, "update")
+    with pytest.raises(Undone):
+        await w.users.update(id_, {"n": 666}, strategy=ROLLBACK)
+    await w.assert_equal()
+    assert w.document(id_)["n"] == 1
+
+
+async def test_a_row_above_the_primary_does_not_confirm(open_world):
+    """Behind is not a confirmation: the row's content is not what the caller wrote."""
+    from .test_images import apply, image_of
+
+    w = await open_world("dual_write")
+    id_ = await prepared(w, "update")
+    await apply(w, image_of(id_, 9, n=99))
+    try:
+        await w.users.update(id_, {"n": 2}, strategy=ROLLBACK)
+        told = 2
+    except Undone:
+        told = 1
+    await w.reconcile()
+    assert w.document(id_)["n"] == (await w.row(id_)).document["n"] == told
+    await w.assert_equal()
+
+
+@pytest.mark.parametrize("foreign", [{"n": 77}, {"other": 5}])
+async def test_a_foreign_write_in_between_stays(open_world, postgres_proxy, foreign):
+    w = await open_world("dual_write", postgres=postgres_proxy)
+    id_ = await prepared(w, "update")
+    await leave_open(w, "update", id_)
+    w.documents.update_one({"_id": id_}, {"$set": foreign})
+    await w.reconcile()
+    document = w.document(id_)
+    for name, value in foreign.items():
+        assert document[name] == value
+    # Everything else of the open write is taken back.
+    assert document["username"] == "Bob"
+    await w.m.reconciler.full_sweep()
+    await w.assert_equal()
+
+
+async def leave_open(w: World, operation, id_):
+    """What a process leaves that dies between the tentative write and its confirmation."""
+    epoch = Int64(w.control.epoch)
+    op = new_operation()
+    if operation == "insert":
+        w.documents.insert_one(
+            {"_id": id_, "username": "Eve", CF: {"rev": Int64(1), "op": op, "keys": {"username": "eve"},
+             "debt": {"epoch": epoch, "tentative": {"kind": "insert"}}}}
+        )  # fmt: skip
+        return
+    tentative = {"kind": operation}
+    set_ = {f"{CF}.deleted": True}
+    unset = {}
+    if operation == "update":
+        wrote = {"n": 2, "username": "Robert", "new": float("nan")}
+        tentative |= {
+            "before": {name: BEFORE[name] for name in ("n", "username", "flag")}, "wrote": wrote,
+            "removed": ["flag"], "keys": {"username": "bob"},
+        }  # fmt: skip
+        set_, unset = {**wrote, f"{CF}.keys.username": "robert"}, {"$unset": {"flag": ""}}
+    w.documents.update_one(
+        {"_id": id_},
+        {"$set": {**set_, f"{CF}.rev": Int64(2), f"{CF}.op": op,
+                  f"{CF}.debt": {"epoch": epoch, "tentative": tentative}}, **unset},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("postgres_had_it", [False, True])
+@pytest.mark.parametrize("operation", OPERATIONS)
+async def test_what_a_dead_process_left_open_the_reconciler_undoes_whatever_postgres_did(
+    open_world, operation, postgres_had_it
+):
+    w = await open_world("dual_write")
+    id_ = await prepared(w, operation)
+    await leave_open(w, operation, id_)
+    if postgres_had_it:
+        image = await w.image(id_)
+        if operation == "delete":
+            await w.postgres.apply_delete(
+                w.entity, id_, rev=2, op=image.op, migration="accounts", epoch=w.control.epoch, timeout=5
+            )
+        else:
+            await w.settler.bring(w.entity, image, w.control, timeout=5)
+    await check_undone(w, operation, id_)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+async def test_what_a_dead_process_left_open_in_postgres_is_undone(open_world, mongo_proxy, operation):
+    w = await open_world("postgres_primary", mongo=mongo_proxy, secondary_deadline=5.0)
+    other = await open_world("postgres_primary")
+    id_ = await prepared(w, operation)
+    mongo_proxy.swallow_answers()
+    dying = asyncio.create_task(write(w, operation, id_))
+    async with asyncio.timeout(10):
+        while not any(tentative for _, _, tentative, _ in w.outbox()):  # noqa: ASYNC110 - in a server
+            await asyncio.sleep(0.02)
+    dying.cancel()
+    await asyncio.gather(dying, return_exceptions=True)
+    await check_undone(other, operation, id_)
+
+
+async def test_an_open_write_lets_no_other_in_and_those_wait_for_its_outcome(open_world):
+    w = await open_world("dual_write")
+    id_ = await prepared(w, "update")
+    await leave_open(w, "update", id_)
+    waiting = asyncio.create_task(w.users.update(id_, {"n": 5}))
+    await asyncio.wait({waiting}, timeout=0.2)
+    assert not waiting.done()
+    await w.reconcile()
+    assert (await waiting).rev == 4
+    assert w.document(id_)["username"] == "Bob"
+    await w.reconcile()
+    await w.assert_equal()
+
+
+async def test_a_write_that_waits_for_an_open_one_past_its_deadline_changes_nothing(open_world):
+    w = await open_world("dual_write", primary_deadline=0.3)
+    id_ = await prepared(w, "update")
+    await leave_open(w, "update", id_)
+    with pytest.raises(Busy):
+        await w.users.update(id_, {"n": 5})
+    assert w.document(id_)["n"] == 2
+
+
+async def test_the_undo_is_pending_when_the_primary_goes_too(open_world, mongo_proxy, postgres_proxy):
+    w = await open_world("dual_write", mongo=mongo_proxy, postgres=postgres_proxy, primary_deadline=1.0)
+    id_ = await prepared(w, "update")
+    postgres_proxy.refuse()
+
+    def dies_after(request):
+        if command("findAndModify")(request):
+            dies_after.seen += 1
+        return dies_after.seen >= 2
+
+    dies_after.seen = 0
+    mongo_proxy.cut_before_request(n=10_000, when=dies_after)
+    with pytest.raises(UndoPending):
+        await write(w, "update", id_)
+    mongo_proxy.pass_through()
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    await check_undone(w, "update", id_)
