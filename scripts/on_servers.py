@@ -45,7 +45,9 @@ def prepare() -> None:
     try:
         Programs(console=Console(stderr=True)).ensure(postgres=True, engine=shutil.which("mongod") is None)
     except EmbeddedError as error:
-        sys.exit(str(error))
+        if not all(os.environ.get(name) for name in STORES):
+            sys.exit(str(error))
+        say(f"{error}\nGoing on with the servers that the environment names.")
 
 
 def main(words: list[str]) -> None:
