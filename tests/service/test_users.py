@@ -169,7 +169,7 @@ class TestWhatTheStoresHold:
 
 async def eventually(holds: Any, seconds: float = 20.0) -> None:
     async with asyncio.timeout(seconds):
-        while not await holds():
+        while not await holds():  # noqa: ASYNC110 - what it waits for is in a database
             await asyncio.sleep(0.05)
 
 

@@ -32,26 +32,41 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ProblemOut} for status in (*statuses, 413, 503)}
 
 
-@router.post("/register", status_code=201, response_model=RegisteredOut, responses=_errors(400))
+@router.post(
+    "/register",
+    status_code=201,
+    response_model=RegisteredOut,
+    response_model_exclude_unset=True,
+    responses=_errors(400),
+)
 async def register(credentials: Credentials, users: Users) -> Any:
     """Open an account."""
     return await users.register(credentials.username, credentials.password)
 
 
-@router.post("/login", response_model=LoggedInOut, responses=_errors(400, 401))
+@router.post(
+    "/login", response_model=LoggedInOut, response_model_exclude_unset=True, responses=_errors(400, 401)
+)
 async def log_in(credentials: Credentials, users: Users) -> Any:
     """Get a token."""
     return await users.log_in(credentials.username, credentials.password)
 
 
-@router.get("/me", response_model=OwnUserAnswer, responses=_errors(401))
-@router.get("/profile", response_model=OwnUserAnswer, responses=_errors(401))
+@router.get("/me", response_model=OwnUserAnswer, response_model_exclude_unset=True, responses=_errors(401))
+@router.get(
+    "/profile", response_model=OwnUserAnswer, response_model_exclude_unset=True, responses=_errors(401)
+)
 async def me(current: SignedIn, users: Users) -> Any:
     """Who is signed in."""
     return await users.me(current)
 
 
-@router.get("/lookup/{username:path}", response_model=LookupOut, responses=_errors(404))
+@router.get(
+    "/lookup/{username:path}",
+    response_model=LookupOut,
+    response_model_exclude_unset=True,
+    responses=_errors(404),
+)
 async def look_up(username: str, users: Users) -> Any:
     """Whether a name has an account, in any letter case."""
     return await users.look_up(username)
