@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 from dotenv import dotenv_values
 
@@ -33,6 +34,12 @@ def crossfade(*words: str, output: int | None = None) -> str:
     if done.returncode:
         sys.exit(done.returncode)
     return done.stdout or ""
+
+
+def with_database(uri: str) -> str:
+    """The address with a database: the server's own names none."""
+    parts = urlsplit(uri)
+    return uri if parts.path.strip("/") else urlunsplit(parts._replace(path="/scorekeeper"))
 
 
 def prepare() -> None:
@@ -66,10 +73,14 @@ def main(words: list[str]) -> None:
         if value is not None:
             os.environ.setdefault(name, value)
     if any(not os.environ.get(name) for name in STORES):
-        crossfade("servers", "up", output=2)
+        crossfade("servers", "up", output=subprocess.PIPE)
         environment = json.loads(crossfade("servers", "env", "--json", output=subprocess.PIPE))
         # What the caller named stays as it is.
-        os.environ.update({n: v for n, v in environment.items() if not os.environ.get(n)})
+        mine = {name: value for name, value in environment.items() if not os.environ.get(name)}
+        say(f"{', '.join(mine)}: embedded servers, which run on until `crossfade servers down`.")
+        if "MONGO_URI" in mine:
+            mine["MONGO_URI"] = with_database(mine["MONGO_URI"])
+        os.environ.update(mine)
     if fresh_secret and not os.environ.get("JWT_SECRET"):
         os.environ["JWT_SECRET"] = secrets.token_hex(32)
         say("JWT_SECRET is not set: using one made for this session; tokens end with it.")
