@@ -4,7 +4,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test check format bench serve backfill-users backfill-users-dry setup servers-ready clean help
+.PHONY: demo test check format bench serve crossfade backfill-users backfill-users-dry setup servers-ready clean help
 
 # A test run as a whole ends after this, with pytest's summary, whatever hangs.
 TEST_LIMIT ?= 20m
@@ -69,6 +69,9 @@ bench: servers-ready ## benchmarks, all or NAME=backfill (ARGS= are its argument
 serve: $(SYNCED) ## the reference service on port 5000, on one's own servers (.env) or embedded ones
 	@$(LOCATED) alembic upgrade head
 	@$(LOCATED) --jwt-secret python -m scorekeeper $(ARGS)
+
+crossfade: $(SYNCED) ## any command on the same servers: make crossfade ARGS="phase set dual_write"
+	@$(LOCATED) crossfade $(ARGS)
 
 backfill-users: $(SYNCED) ## copy the users to PostgreSQL (resumes; ARGS="--batch-size 1000")
 	@$(LOCATED) crossfade backfill --entity users $(ARGS)

@@ -77,7 +77,7 @@ def main(words: list[str]) -> None:
         environment = json.loads(crossfade("servers", "env", "--json", output=subprocess.PIPE))
         # What the caller named stays as it is.
         mine = {name: value for name, value in environment.items() if not os.environ.get(name)}
-        say(f"{', '.join(mine)}: embedded servers, which run on until `crossfade servers down`.")
+        say(f"{', '.join(mine)}: embedded servers, which run on until `.venv/bin/crossfade servers down`.")
         if "MONGO_URI" in mine:
             mine["MONGO_URI"] = with_database(mine["MONGO_URI"])
         os.environ.update(mine)
