@@ -47,6 +47,18 @@ def hashed(password: bytes, cost: int = COST) -> str:
         5,
         {},
     ],
+    # Named, because salts are random and every worker must collect the same tests.
+    ids=[
+        "none",
+        "own cost",
+        "least cost",
+        "lower cost",
+        "empty",
+        "no hash",
+        "too costly",
+        "number",
+        "object",
+    ],
 )
 async def test_every_refusal_costs_the_same(held: object) -> None:
     count = Counting()
