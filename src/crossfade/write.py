@@ -547,6 +547,13 @@ class Writer:
             # A row above the primary's revision, for one: it is not a confirmation.
             return errors.StoreUnavailable("postgres", "PostgreSQL holds another state of this record")
         self._say(o, "PostgreSQL write successful")
+        look = self.pair.board.look
+        if settled is Settled.CONFIRMED and look is not None and entity.name in look.quarantined:
+            # What could not be carried before may be this very record.
+            with contextlib.suppress(errors.CrossfadeError):
+                await self.pair.postgres.release(
+                    entity, [image.id], timeout=self.pair.options.secondary_deadline
+                )
         if settled is Settled.CONFIRMED and not image.deleted and not o.rollback:
             self.settler.erase_soon(entity, image)
         return None
@@ -567,7 +574,10 @@ class Writer:
     async def _acknowledge_with_debt(self, o: _Operation, failure: errors.CrossfadeError) -> None:
         """Before success is told: make sure that no worker goes on serving the older row."""
         board = self.pair.board
-        if board.control.postgres_first:
+        if board.control.postgres_first and isinstance(failure, errors.Quarantined):
+            # PostgreSQL answers, and refuses this record alone: it is on every board that is young enough.
+            await asyncio.sleep(board.options.board_age)
+        elif board.control.postgres_first:
             try:
                 await board.mark_unreadable(o.op)
             except errors.CrossfadeError as cause:

@@ -9,7 +9,9 @@ only one can match. That is what lets an unanswered write be resolved by sending
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import random
 import re
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -457,6 +459,18 @@ class MongoStore:
         Raises:
             RuleBroken: stamped keys collide (they are stamped apart before this is called).
         """
+        entities = list(entities)
+        for attempt in range(8):
+            try:
+                await self._create_indexes(entities, timeout=timeout)
+                return
+            except Unanswered:
+                # Workers that start together: a compatible service may see a deadlock in it. It is idempotent.
+                if attempt == 7:
+                    raise
+                await asyncio.sleep(random.uniform(0.05, 0.3))
+
+    async def _create_indexes(self, entities: Sequence[Entity], *, timeout: float) -> None:
         async with self._asking(timeout):
             await self.database[TOMBSTONES].create_index("debt", sparse=True)
             for entity in entities:
