@@ -1,0 +1,137 @@
+"""Where a migration stands: one record, changed by compare-and-set, and the fence that it is."""
+
+import asyncio
+
+import pytest
+
+from crossfade import Phase, StoreUnavailable
+from crossfade.stores.errors import Fenced
+
+from .conftest import PATIENCE
+from .test_images import apply, image_of
+
+
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_primary"])
+async def test_of_two_that_change_it_one_wins(open_world, phase):
+    w = await open_world(phase)
+    old = w.control
+    tries = [old.changed(by=str(n), reason="race", dual_epoch=n) for n in range(8)]
+    won = await asyncio.gather(*(w.m.record.change(old, new, timeout=PATIENCE) for new in tries))
+    assert sum(won) == 1
+    winner = tries[won.index(True)]
+    seen = await w.m.record.look(timeout=PATIENCE)
+    assert seen.control == winner
+    # Both copies are at it.
+    assert (seen.mongo, seen.postgres) == (winner.version, winner.version)
+
+
+@pytest.mark.parametrize("phase", ["mongo_only", "dual_write", "postgres_primary"])
+async def test_workers_that_begin_together_agree(open_world, phase):
+    worlds = await asyncio.gather(*(open_world(phase) for _ in range(3)))
+    assert len({w.control for w in worlds}) == 1
+    assert worlds[0].control.phase is Phase(phase)
+
+
+async def test_the_phase_lives_in_the_stores_not_in_a_setting(open_world):
+    w = await open_world("dual_write")
+    await w.set_phase("shadow_read")
+    assert (await open_world("mongo_only")).m.phase is Phase.SHADOW_READ
+
+
+async def test_a_copy_that_lags_is_carried_over_by_the_next_look(open_world):
+    w = await open_world("dual_write")
+    new = w.control.changed(by="x", reason="died before the copy", phase=Phase.SHADOW_READ)
+    assert await w.mongo.change_control(
+        "accounts", new.to_document(), expected=w.control.version, timeout=PATIENCE
+    )
+    look = await w.m.board.refresh()
+    assert look.control == new
+    seen = await w.m.record.look(timeout=PATIENCE)
+    assert seen.mongo == seen.postgres == new.version
+
+
+async def test_an_older_copy_never_replaces_a_newer_one(open_world):
+    w = await open_world("dual_write")
+    old = w.control
+    await w.set_phase("shadow_read")
+    for store in (w.mongo, w.postgres):
+        await store.copy_control("accounts", old.to_document(), timeout=PATIENCE)
+    seen = await w.m.record.look(timeout=PATIENCE)
+    assert seen.mongo == seen.postgres == old.version + 1
+
+
+async def test_a_look_without_the_primary_renews_nothing(open_world, mongo_proxy):
+    w = await open_world("dual_write", mongo=mongo_proxy)
+    began = w.m.board.look.began
+    mongo_proxy.refuse()
+    with pytest.raises(StoreUnavailable):
+        await w.m.board.refresh()
+    assert w.m.board.look.began == began
+
+
+async def test_a_worker_of_an_older_epoch_cannot_write_to_postgres(open_world):
+    w = await open_world("postgres_read")
+    sleeper = await open_world("postgres_read")
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.set_phase("postgres_primary")
+    # As secondary ...
+    with pytest.raises(Fenced):
+        await apply(sleeper, image_of(made.id, 5, n=5))
+    # ... and a sleeper of phase 4 as primary.
+    late = await open_world("postgres_primary")
+    await w.set_phase("postgres_read")
+    with pytest.raises(StoreUnavailable, match="the primary changed"):
+        await late.users.update(made.id, {"n": 6})
+    assert (await w.row(made.id)).document["n"] == 1
+    await w.assert_equal()
+
+
+async def test_a_change_of_epoch_waits_for_the_writes_under_way(open_world, database_url):
+    import psycopg
+
+    w = await open_world("postgres_primary")
+    async with await psycopg.AsyncConnection.connect(database_url) as writing:
+        await writing.execute(
+            "SELECT pg_advisory_xact_lock_shared(hashtextextended('crossfade:accounts', 0))"
+        )
+        change = asyncio.create_task(w.set_phase("postgres_read"))
+        await asyncio.wait({change}, timeout=0.5)
+        assert not change.done()
+        await writing.commit()
+    await change
+
+
+async def test_a_write_of_an_older_epoch_leaves_its_debt_and_arrives_under_the_new_one(open_world):
+    w = await open_world("dual_write")
+    late = await open_world("dual_write")
+    await w.set_phase("shadow_read")
+    made = await late.users.insert({"username": "Bob"})
+    assert late.debt(made.id) is not None
+    assert await w.row(made.id) is None
+    await w.reconcile()
+    await w.assert_equal()
+
+
+async def test_writes_wait_while_a_switch_is_under_way(open_world):
+    w = await open_world("dual_write", background=True)
+    old = (await w.m.board.refresh()).control
+    switching = old.changed(by="x", reason="y", state="switching", target=Phase.SHADOW_READ)
+    assert await w.m.record.change(old, switching, timeout=PATIENCE)
+    await w.m.board.refresh()
+    waiting = asyncio.create_task(w.users.insert({"username": "Bob"}))
+    await asyncio.wait({waiting}, timeout=0.3)
+    assert not waiting.done()
+    steady = switching.changed(by="x", reason="y", state="steady")
+    assert await w.m.record.change(switching, steady, timeout=PATIENCE)
+    assert (await waiting).rev == 1
+
+
+async def test_a_slower_look_never_replaces_a_later_one(open_world, mongo_proxy):
+    w = await open_world("dual_write", mongo=mongo_proxy, lease=20.0, board_age=10.0)
+    mongo_proxy.delay(0.3)
+    slow = asyncio.create_task(w.m.board.refresh())
+    await asyncio.sleep(0.05)
+    mongo_proxy.delay(0)
+    newer = await w.m.board.refresh()
+    await slow
+    assert w.m.board.look.began >= newer.began

@@ -1,0 +1,243 @@
+"""Found, absent and failed are kept apart, and nobody is served an older row than was acknowledged."""
+
+import asyncio
+
+import pytest
+from bson import ObjectId
+
+from crossfade import StoreUnavailable
+
+from .conftest import World, eventually
+from .test_images import apply, image_of
+
+
+async def test_found_comes_from_the_store_that_the_phase_names(open_world):
+    w = await open_world("mongo_only")
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.m.prepare()
+    for phase, source in (
+        ("dual_write", "mongo"),
+        ("shadow_read", "mongo"),
+        ("postgres_read", "postgres"),
+        ("postgres_primary", "postgres"),
+    ):
+        await w.set_phase(phase)
+        if phase == "dual_write":
+            await w.m.reconciler.full_sweep()
+        await w.owed()
+        record = await w.users.get(made.id)
+        assert (record.source, record["n"], record.stale) == (source, 1, False)
+
+
+async def test_who_has_not_been_copied_yet_is_found_in_mongo(open_world):
+    """Falling back on errors alone would lock them all out."""
+    w = await open_world("postgres_read", foreign_writers=True)
+    id_ = ObjectId()
+    w.documents.insert_one({"_id": id_, "username": "Bob", "_cf": {"keys": {"username": "bob"}}})
+    assert (await w.users.get(id_)).source == "mongo"
+    assert (await w.users.find_by_key("username", "BOB")).id == id_
+    assert await w.users.get(ObjectId()) is None
+
+
+async def test_absence_is_final_only_where_nobody_else_writes_and_nothing_is_owed(open_world, mongo_proxy):
+    w = await open_world("postgres_read", mongo=mongo_proxy, board_age=30.0)
+    mongo_proxy.refuse()
+    assert await w.users.get(ObjectId()) is None  # PostgreSQL alone may say so
+    mongo_proxy.pass_through()
+
+    async def back() -> bool:
+        return (await w.cf.health())["mongo"][0]
+
+    await eventually(back)
+    id_ = ObjectId()
+    w.sql(
+        "INSERT INTO crossfade.quarantine (entity, id, reason, rev, digest, document) "
+        "VALUES ('users', %s, 'x', 0, '', '')", str(id_),
+    )  # fmt: skip
+    w.documents.insert_one({"_id": id_, "username": "Bob"})
+    await w.m.board.refresh()
+    assert (await w.users.get(id_)).source == "mongo"
+
+
+async def test_failed_is_not_absent(open_world, mongo_proxy, postgres_proxy):
+    w = await open_world("postgres_read", mongo=mongo_proxy, postgres=postgres_proxy, primary_deadline=0.5)
+    made = await w.users.insert({"username": "Bob"})
+    mongo_proxy.refuse()
+    postgres_proxy.refuse()
+    for read in (w.users.get(made.id), w.users.find_by_key("username", "bob"), w.users.count()):
+        with pytest.raises(StoreUnavailable):
+            await read
+
+
+async def test_a_record_in_debt_is_read_from_the_primary(open_world):
+    w = await open_world("postgres_read", board_age=30.0)
+    made, other = [await w.users.insert({"username": name, "n": 1}) for name in ("a", "b")]
+    await w.settle()
+    w.documents.update_one({"_id": made.id}, {"$set": {"n": 2, "_cf.rev": 2, "_cf.debt": {"epoch": 1}}})
+    await w.m.board.refresh()
+    assert [(await w.users.get(one.id)).source for one in (made, other)] == ["mongo", "postgres"]
+    assert (await w.users.get(made.id))["n"] == 2
+    # Found by anything but its id, it could be any record: the whole entity is read from the primary.
+    assert [r.source for r in await w.users.find({"n": 2})] == ["mongo"]
+    assert await w.users.count({"n": 1}) == 1
+
+
+async def test_a_board_too_old_sends_readers_to_the_primary(open_world):
+    w = await open_world("postgres_read", board_age=0.3)
+    made = await w.users.insert({"username": "Bob"})
+    await w.settle()
+    await w.m.board.refresh()
+    assert (await w.users.get(made.id)).source == "postgres"
+    await asyncio.sleep(0.35)
+    assert (await w.users.get(made.id)).source == "mongo"
+
+
+async def test_more_debts_than_the_board_holds_send_the_entity_to_the_primary(open_world, postgres_proxy):
+    w = await open_world("postgres_read", postgres=postgres_proxy, board_limit=2)
+    made = [await w.users.insert({"username": str(n)}) for n in range(4)]
+    await w.settle()
+    w.documents.update_many({"username": {"$in": ["0", "1"]}}, {"$set": {"_cf.debt": {"epoch": 1}}})
+    await w.m.board.refresh()
+    assert (await w.users.get(made[3].id)).source == "mongo"
+
+
+async def test_no_worker_serves_an_older_row_after_an_acknowledgement(open_world, postgres_proxy):
+    """The writer cannot reach PostgreSQL; the reader can, and PostgreSQL holds the old row."""
+    writer = await open_world("postgres_read", postgres=postgres_proxy, background=True)
+    reader = await open_world("postgres_read", background=True)
+    made = await writer.users.insert({"username": "Bob", "n": 0})
+    await writer.settle()
+    await reader.m.board.refresh()
+    assert (await reader.users.get(made.id)).source == "postgres"
+    writer.m.reconciler._task.cancel()  # nobody settles while the point is made
+    reader.m.reconciler._task.cancel()
+    postgres_proxy.refuse()
+    for n in range(1, 12):
+        await writer.users.update(made.id, {"n": n})
+        assert (await reader.users.get(made.id))["n"] == n
+        assert (await reader.users.find({"username": "Bob"}))[0]["n"] == n
+    assert (await reader.row(made.id)).document["n"] == 0
+    await reader.m.board.refresh()
+    assert reader.control.unreadable is not None
+
+
+async def test_two_writers_that_fail_at_once_both_wait_out_the_boards_of_others(open_world, postgres_proxy):
+    """Whoever only sees the flag of another has not waited yet."""
+    reader = await open_world("postgres_read", board_age=1.5)
+    one, two = [await open_world("postgres_read", postgres=postgres_proxy, board_age=1.5) for _ in range(2)]
+    a, b = [(await reader.users.insert({"username": name, "n": 0})).id for name in "ab"]
+    postgres_proxy.refuse()
+    await reader.settle()
+    first = asyncio.create_task(one.users.update(a, {"n": 1}))
+    await reader.m.board.refresh()  # before the flag stands: this board may be used for a while
+    began = reader.m.board.look.began
+
+    async def flagged() -> bool:
+        return (await two.m.board.refresh()).control.unreadable is not None
+
+    if reader.control.unreadable is None:
+        await eventually(flagged)
+        await two.users.update(b, {"n": 1})
+        assert reader.m.board.look.began == began
+        assert (await reader.users.get(b))["n"] == 1
+    await first
+    assert (await reader.users.get(a))["n"] == 1
+
+
+async def test_the_reconciler_lifts_the_flag_once_postgres_answers_even_under_writes(
+    open_world, postgres_proxy
+):
+    w = await open_world("postgres_read", postgres=postgres_proxy, background=True)
+    reader = await open_world("postgres_read", background=True)
+    made = await w.users.insert({"username": "Bob", "n": 0})
+    postgres_proxy.refuse()
+    await w.users.update(made.id, {"n": 1})
+    assert (await reader.m.board.refresh()).control.unreadable is not None
+    postgres_proxy.pass_through()
+    n = 1
+
+    async def lifted() -> bool:
+        nonlocal n
+        n += 1
+        await w.users.update(made.id, {"n": n})
+        assert (await reader.users.get(made.id))["n"] == n
+        return w.control.unreadable is None and reader.control.unreadable is None
+
+    await eventually(lifted)
+
+    async def from_postgres() -> bool:
+        return (await reader.users.get(made.id)).source == "postgres"
+
+    await eventually(from_postgres)
+
+
+async def test_a_flag_set_anew_while_it_is_being_lifted_stays(open_world):
+    w = await open_world("postgres_read", board_age=0.2)
+    await w.m.board.mark_unreadable("first")
+    await w.m.board.refresh()
+    other = await open_world("postgres_read", board_age=0.2)
+
+    async def fails_meanwhile() -> bool:
+        await other.m.board.refresh()
+        assert other.control.lifting
+        await other.m.board.mark_unreadable("second")
+        return True
+
+    assert not await w.m.board.lift_unreadable(fails_meanwhile)
+    look = await w.m.board.refresh()
+    assert (look.control.unreadable, look.control.lifting) == ("second", False)
+
+
+async def test_in_phase_4_with_postgres_down_mongo_serves_marked_stale_but_not_what_is_owed(
+    open_world, postgres_proxy
+):
+    w = await open_world("postgres_primary", postgres=postgres_proxy, primary_deadline=0.5)
+    made, owed = [await w.users.insert({"username": name}) for name in ("a", "b")]
+    w.sql(
+        "INSERT INTO crossfade.outbox (entity, id, rev, op, epoch) VALUES ('users', %s, 1, gen_random_uuid(), 1)",
+        str(owed.id),
+    )
+    await w.m.board.refresh()
+    postgres_proxy.refuse()
+    record = await w.users.get(made.id)
+    assert (record.source, record.stale) == ("mongo", True)
+    with pytest.raises(StoreUnavailable):
+        await w.users.get(owed.id)
+
+
+async def test_in_phase_3_with_mongo_down_postgres_serves_marked_stale(open_world, mongo_proxy):
+    w = await open_world("postgres_read", mongo=mongo_proxy, primary_deadline=0.5)
+    made = await w.users.insert({"username": "Bob"})
+    await w.settle()
+    await w.m.board.refresh()
+    mongo_proxy.refuse()
+    await asyncio.sleep(0.45)  # the board is too old: MongoDB would be asked first
+    record = await w.users.get(made.id)
+    assert (record.source, record.stale) == ("postgres", True)
+
+
+async def test_a_deleted_record_is_absent_for_every_way_of_asking(open_world):
+    w = await open_world("dual_write")
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.settle()
+    w.documents.update_one(
+        {"_id": made.id}, {"$set": {"_cf.deleted": True, "_cf.rev": 2, "_cf.debt": {"epoch": 1}}}
+    )
+    await w.m.board.refresh()
+    assert await w.users.get(made.id) is None
+    assert await w.users.find_by_key("username", "bob") is None
+    assert await w.users.find({"n": 1}) == []
+    assert await w.users.count({"n": 1}) == 0
+
+
+async def test_the_exact_spelling_is_tried_before_the_normal_form(open_world):
+    w: World = await open_world("postgres_read")
+    plain, own = ObjectId(), ObjectId()
+    for id_, name, key in ((plain, "Bob", "bob"), (own, "bob", f"bob#{own}")):
+        image = image_of(id_, 1)
+        image.document["username"] = name
+        image.keys["username"] = key
+        await apply(w, image)
+    await w.m.board.refresh()
+    found = [(await w.users.find_by_key("username", name)).id for name in ("Bob", "bob", "BOB")]
+    assert found == [plain, own, plain]
