@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .PHONY: demo test check format bench serve crossfade backfill-users backfill-users-dry setup servers-ready clean help
 
 # A test run as a whole ends after this, with pytest's summary, whatever hangs.
-TEST_LIMIT ?= 20m
+TEST_LIMIT ?= 35m
 # More workers than this wait for the same three servers rather than for a core.
 TEST_WORKERS ?= 4
 BENCHES := $(filter-out __init__,$(basename $(notdir $(wildcard bench/*.py))))
