@@ -15,7 +15,7 @@ from scorekeeper.auth.current import Authenticator
 from scorekeeper.auth.passwords import Passwords
 from scorekeeper.auth.tokens import Tokens
 from scorekeeper.cache import UserCache
-from scorekeeper.http import BodyLimit, Cors, ErrorBoundary, RequestContext
+from scorekeeper.http import BodyLimit, Cors, ErrorBoundary, RequestContext, Turns
 from scorekeeper.identities.service import IdentityService
 from scorekeeper.migration import accounts as account_entities
 from scorekeeper.migration import name as migration_name
@@ -75,6 +75,7 @@ def create_app(
     app.include_router(user_routes.router)
     app.include_router(operations.router)
     app.add_middleware(ErrorBoundary)
+    app.add_middleware(Turns)
     app.add_middleware(BodyLimit)
     app.add_middleware(
         Cors,

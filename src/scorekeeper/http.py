@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import uuid
@@ -12,13 +13,20 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from scorekeeper.errors import body_too_large, internal
+from scorekeeper.errors import body_too_large, internal, unavailable
 from scorekeeper.metrics import REQUESTS
 
 log = structlog.get_logger("scorekeeper")
 
 #: Bytes of a whole request body; the old back end's limit.
 LARGEST_BODY = 10_485_760
+
+#: Requests that one worker serves at a time: enough to keep two stores busy, few enough for each to be
+#: answered well within the shortest deadline (0.25 s for the secondary).
+AT_ONCE = 16
+
+#: Seconds that a request waits for its turn.
+PATIENCE = 60.0
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -55,6 +63,35 @@ class RequestContext:
                 route = getattr(scope.get("route"), "path", "unknown")
                 seconds = time.perf_counter() - began
                 REQUESTS.labels(scope["method"], route, str(status)).observe(seconds)
+
+
+class Turns:
+    """Lets a worker serve so many requests at a time; the others wait here, for a bounded time.
+
+    A burst that reached the stores at once would wait in their pools instead, where every deadline runs: all
+    of it would fail together. Operators' routes do not wait.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._turns = asyncio.Semaphore(AT_ONCE)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http" or scope["path"].startswith(("/api/health", "/metrics")):
+            await self._app(scope, receive, send)
+            return
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await self._turns.acquire()
+        except TimeoutError:
+            crowded = unavailable("The service is very busy at the moment, please try again", "overloaded")
+            await crowded.response()(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._turns.release()
 
 
 class ErrorBoundary:

@@ -108,7 +108,7 @@ async def serve(
             app = create_app(Settings(_env_file=None, **given), initial_phase=phase, options=options)
             await stack.enter_async_context(app.router.lifespan_context(app))
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-            http = httpx.AsyncClient(transport=transport, base_url="http://service", timeout=60)
+            http = httpx.AsyncClient(transport=transport, base_url="http://service", timeout=300)
             await stack.enter_async_context(http)
             return Service(http, app, documents, database_url)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import Response
 
 from crossfade import Busy, Options, OutcomeUnknown, StoreUnavailable, Undone, UndoPending
 from crossfade.testing.proxy import FaultProxy
+from scorekeeper import http
 from scorekeeper.errors import too_many
 from scorekeeper.http import LARGEST_BODY
 
@@ -193,3 +196,29 @@ class TestOutages:
         redis_proxy.refuse()
         answers: list[httpx.Response] = [await service.get("/api/users/me", token) for _ in range(5)]
         assert [answer.status_code for answer in answers] == [200] * 5
+
+
+async def test_a_crowd_waits_for_its_turn_and_who_waits_too_long_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    serving = most = 0
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal serving, most
+        serving += 1
+        most = max(most, serving)
+        await asyncio.sleep(0.2)
+        serving -= 1
+        await Response(b"done")(scope, receive, send)
+
+    transport = httpx.ASGITransport(http.Turns(slow))
+    async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+        answers = await asyncio.gather(*(client.get("/api/users/me") for _ in range(3 * http.AT_ONCE)))
+        assert {answer.status_code for answer in answers} == {200}
+        assert most == http.AT_ONCE
+        monkeypatch.setattr(http, "PATIENCE", 0.1)
+        answers = await asyncio.gather(*(client.get("/api/users/me") for _ in range(2 * http.AT_ONCE)))
+        crowded = [answer for answer in answers if answer.status_code != 200]
+        assert len(crowded) == http.AT_ONCE
+        assert_problem(crowded[0], 503)
+        assert (await client.get("/api/health/live")).status_code == 200
