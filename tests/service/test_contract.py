@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import bcrypt
@@ -185,7 +186,16 @@ class TestOddRequests:
     async def test_a_document_that_the_old_back_end_has_just_written_keeps_its_name(
         self, service: Service
     ) -> None:
-        service.documents["users"].insert_one({"username": "Old Bob", "passwordHash": OLD_HASH})
+        moment = datetime.now(UTC)
+        old = {"username": "Old Bob", "passwordHash": OLD_HASH, "createdAt": moment, "updatedAt": moment}
+        service.documents["users"].insert_one(old)
+        assert_problem(await service.register("Old Bob"), 400)
+
+        async def stamped() -> bool:
+            return service.documents["users"].find_one({"_cf.keys.username": "old bob"}) is not None
+
+        # Another letter case is noticed from the next sweep on: every 2 s.
+        await eventually(stamped)
         assert_problem(await service.register("OLD BOB"), 400)
         assert (await service.log_in("old bob", PASSWORD)).status_code == 200
 
