@@ -27,6 +27,17 @@ from crossfade.stores.postgres import Delivery, PostgresStore
 from crossfade.values import id_to_text
 
 
+async def end(task: asyncio.Task[None]) -> None:
+    """Cancel a background task until it has ended.
+
+    Once is not enough: a cancellation that meets the completion of a ``wait_for`` below is lost (Python 3.11), and
+    the loop above would go on for ever.
+    """
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=0.1)
+
+
 def boot_clock() -> float:
     """Seconds on a monotonic clock that runs through suspension of the machine."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -151,8 +162,7 @@ class Board:
     async def stop(self) -> None:
         """Stop looking."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
 
     async def _run(self) -> None:
         while True:

@@ -21,7 +21,7 @@ from typing import Any
 from bson.int64 import Int64
 
 from crossfade import errors, observe
-from crossfade.board import Board, Options
+from crossfade.board import Board, Options, end
 from crossfade.control import Control
 from crossfade.entity import Entity, Rows, UniqueRule
 from crossfade.record import CF, Applied, Debt, Held, Image, new_operation
@@ -103,8 +103,7 @@ class Settler:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1.0):
                 await self._queue.join()
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
 
     def erase_soon(self, entity: Entity, image: Image) -> None:
         """Erase a confirmed debt with the next batch; a full queue leaves it to the reconciler."""

@@ -18,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from crossfade import errors, observe
-from crossfade.board import boot_clock, debt_key
+from crossfade.board import boot_clock, debt_key, end
 from crossfade.control import STEADY, Control
 from crossfade.debt import Pair, Settled, Settler
 from crossfade.entity import Entity
@@ -72,8 +72,7 @@ class Reconciler:
     async def stop(self) -> None:
         """Stop at the next await; what is not settled stays in debt."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
 
     async def _run(self) -> None:
         options = self.pair.options
