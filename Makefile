@@ -47,8 +47,9 @@ demo: $(SYNCED) ## migrate 20,000 users under traffic, on servers of its own (AR
 	@$(BIN)/crossfade demo $(ARGS)
 
 test: servers-ready ## all tests, on servers of their own (ARGS="-k name" picks)
-	@timeout --foreground -s INT -k 60 $(TEST_LIMIT) \
-		$(BIN)/python -m pytest -n auto --maxprocesses=$(TEST_WORKERS) $(ARGS)
+	@status=0; timeout --foreground -s INT -k 60 $(TEST_LIMIT) \
+		$(BIN)/python -m pytest -n auto --maxprocesses=$(TEST_WORKERS) $(ARGS) || status=$$?; \
+	echo $$status > .venv/.tested; exit $$status
 
 check: $(SYNCED) ## format, lint, types, layers
 	$(BIN)/ruff format --check .
