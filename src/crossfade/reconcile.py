@@ -93,6 +93,9 @@ class Reconciler:
                         next_sweep = boot_clock() + options.sweep
             except (errors.CrossfadeError, Unmappable) as cause:
                 observe.log().debug(f"Reconciling waits: {cause}", context="Reconcile")
+            except Exception as cause:
+                # Whatever one record or one round did, debts must go on being settled.
+                observe.log().error("A round of reconciling failed", context="Reconcile", exc_info=cause)
 
     async def _background_round(self) -> None:
         board, options = self.pair.board, self.pair.options

@@ -45,6 +45,7 @@ from pymongo.write_concern import WriteConcern
 from crossfade import errors
 from crossfade.entity import Entity
 from crossfade.record import CF, Debt, Image
+from crossfade.stores.bulk_mongo import id_of
 from crossfade.stores.errors import RuleBroken, Unanswered
 from crossfade.values import CODEC_OPTIONS, Unmappable, decode_document, id_to_text, text_to_id
 
@@ -443,7 +444,9 @@ class MongoStore:
             try:
                 yield Image.from_raw(bytes(raw.raw))
             except Unmappable:
-                yield raw["_id"], bytes(raw.raw)
+                # Not raw["_id"], which decodes the whole; without an id that can be told there is nothing to adopt.
+                with contextlib.suppress(ValueError):
+                    yield id_of(bytes(raw.raw)), bytes(raw.raw)
 
     async def present(self, entity: Entity, ids: Sequence[Any], *, timeout: float) -> set[str]:
         """Id texts of those of ``ids`` that have a document."""
