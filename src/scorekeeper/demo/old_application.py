@@ -64,7 +64,7 @@ class OldApplication:
     signed_in: Sequence[ObjectId]
     roles: dict[str, list[RoleChange]]
     stage: Callable[[], str]
-    rate: float = 6.0
+    rate: float = 4.0
     seed: int = 1
     written: dict[ObjectId, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
     by_kind: dict[str, int] = field(default_factory=lambda: defaultdict(int))

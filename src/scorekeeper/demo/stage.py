@@ -113,7 +113,8 @@ class Stage:
         printed: Any = {}
         with suppress(IndexError, ValueError):
             printed = json.loads(out.decode().strip().splitlines()[-1])
-        if process.returncode not in ((0, 1) if may_find else (0,)) or "error" in printed:
+        refused = process.returncode not in ((0, 1) if may_find else (0,))
+        if refused or "error" in printed or (as_json and not printed):
             why = printed.get("error") or err.decode(errors="replace").strip()[-2000:]
             raise DemoFailed(f"crossfade {' '.join(words)} (status {process.returncode}): {why}")
         return dict(printed)
