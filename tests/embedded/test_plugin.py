@@ -66,7 +66,11 @@ def seen(folder, lines):
 def set_on(uri):
     """The folder and processes of the set whose MongoDB is at `uri`."""
     for state in Path(os.environ.get("TMPDIR", "/tmp")).glob("crossfade-servers-*/state.json"):
-        if uri in state.read_text():
+        try:
+            text = state.read_text()
+        except OSError:
+            continue  # another user's set, or one that has just gone
+        if uri in text:
             supervising, _ = running_set(state.parent)
             return state.parent, [supervising, *supervisor.descendants(supervising)]
     raise AssertionError(f"no set has {uri}")

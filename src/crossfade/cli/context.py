@@ -48,7 +48,7 @@ AppOption = Annotated[
         "--app",
         envvar="CROSSFADE_APP",
         help="Where the entities are: module:function, which returns a list of them; the function's name is the "
-        "migration's. Default: `app` under [tool.crossfade] in pyproject.toml.",
+        "migration's. Default: `app` under \\[tool.crossfade] in pyproject.toml.",
         show_default=False,
     ),
 ]
