@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit, urlunsplit
 
 import typer
 from rich.console import Console
@@ -186,7 +187,12 @@ def env(directory: Directory = None, as_json: AsJson = False) -> None:
     with _outcome(as_json):
         from crossfade.embedded import EmbeddedServers
 
-        environment = EmbeddedServers.attach(_place(directory)).environment()
+        servers = EmbeddedServers.attach(_place(directory))
+        environment = servers.environment()
+        if servers.mongo.is_ours:
+            # A URI without a database is of no use to a command; PostgreSQL's names one, too.
+            parts = urlsplit(environment["MONGO_URI"])
+            environment["MONGO_URI"] = urlunsplit(parts._replace(path="/crossfade"))
         if as_json:
             print(json.dumps(environment))
         else:
