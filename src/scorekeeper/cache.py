@@ -133,6 +133,8 @@ class UserCache:
         patience = time.monotonic() + PATIENCE
         waited = False
         while time.monotonic() >= self._silent_until:
+            if time.monotonic() < patience and await self._wait_for_local(user_id, patience):
+                waited = True
             try:
                 entry = await self._command(self._redis.get(self._entry(user_id)))
                 if entry is not None and (value := self._opened(user_id, entry, load)) is not None:
@@ -140,8 +142,7 @@ class UserCache:
                     return value
                 if time.monotonic() >= patience:
                     break
-                if await self._wait_for_local(user_id, patience):
-                    waited = True
+                if user_id in self._loading:
                     continue
                 word = await self._take_lease(user_id)
             except _FAILURES as error:
@@ -149,7 +150,12 @@ class UserCache:
                 break
             if word is not None:
                 CACHE.labels("miss").inc()
-                return await self._load_and_fill(user_id, word, load)
+                done = self._loading.setdefault(user_id, asyncio.Event())
+                try:
+                    return await self._load_and_fill(user_id, word, load)
+                finally:
+                    self._loading.pop(user_id, None)
+                    done.set()
             waited = True
             # Another process is filling; 10 ms is a few times what a look-up in the stores takes.
             await asyncio.sleep(0.01)
@@ -217,21 +223,15 @@ class UserCache:
         return word if taken else None
 
     async def _load_and_fill(self, user_id: str, word: str, load: Load) -> dict[str, Any] | None:
-        done = self._loading.setdefault(user_id, asyncio.Event())
+        began = time.monotonic()
         try:
-            began = time.monotonic()
-            try:
-                loaded = await load()
-            except Exception:
-                # The next one is to find out for itself at once, not when the lease has run out.
-                await self._store(user_id, word, Loaded(None), began)
-                raise
-            await self._store(user_id, word, loaded, began)
-            return loaded.value
-        finally:
-            if self._loading.get(user_id) is done:
-                del self._loading[user_id]
-            done.set()
+            loaded = await load()
+        except Exception:
+            # The next one is to find out for itself at once, not when the lease has run out.
+            await self._store(user_id, word, Loaded(None), began)
+            raise
+        await self._store(user_id, word, loaded, began)
+        return loaded.value
 
     async def _store(self, user_id: str, word: str, loaded: Loaded, began: float) -> None:
         left = self._ttl - (time.monotonic() - began)
