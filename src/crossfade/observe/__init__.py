@@ -63,7 +63,11 @@ def configure_logging(level: str = "INFO", *, stream: TextIO | None = None, json
     rendering: list[Any] = (
         [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
         if machine
-        else [_with_context, structlog.dev.ConsoleRenderer(colors=True)]
+        # Plain: a pretty traceback prints local variables, a password among them.
+        else [
+            _with_context,
+            structlog.dev.ConsoleRenderer(colors=True, exception_formatter=structlog.dev.plain_traceback),
+        ]
     )
     # The driver repeats what every failed call already says in an error of our own.
     for name in ("psycopg", "psycopg.pool"):
