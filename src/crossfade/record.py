@@ -64,6 +64,15 @@ class Debt:
         return cls(int(note.get("epoch", 0)), note.get("tentative"), note.get("parked"))
 
 
+def stamped_keys(notes: Mapping[str, Any]) -> dict[str, str]:
+    """The normalised keys by rule in ``_cf``.
+
+    An open ``ROLLBACK_BOTH`` write holds two, the new one first: the old one must not be taken before its outcome.
+    """
+    found = dict(notes.get("keys") or {})
+    return {rule: key[0] if isinstance(key, list) else key for rule, key in found.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Image:
     """The whole state of a record at one revision.
@@ -110,7 +119,7 @@ class Image:
             document=document,
             rev=int(notes.get("rev", 0)),
             op=notes.get("op"),
-            keys=dict(notes.get("keys") or {}),
+            keys=stamped_keys(notes),
             digest=digest(document),
             debt=Debt.from_document(notes.get("debt")),
             deleted=bool(notes.get("deleted", False)),

@@ -35,7 +35,7 @@ from crossfade.breaker import Breaker
 from crossfade.control import Control
 from crossfade.debt import ATTEMPTS, Pair, Settled, Settler, acceptable_key
 from crossfade.entity import Entity
-from crossfade.record import CF, Applied, Debt, Image, Record, new_id, new_operation
+from crossfade.record import CF, Applied, Debt, Image, Record, new_id, new_operation, stamped_keys
 from crossfade.stores.errors import Fenced, RuleBroken, Unanswered
 from crossfade.stores.postgres import Change, Delivery
 from crossfade.strategy import FailureStrategy, check_strategy, default_strategy
@@ -352,7 +352,7 @@ class Writer:
         for _ in range(ATTEMPTS * 4):
             notes, rev = await self._base(entity, id_, looked_at, if_revision, o)
             cf = notes.get(CF) or {}
-            stamped: dict[str, str] = dict(cf.get("keys") or {})
+            stamped = stamped_keys(cf)
             future = {**{n: notes[n] for n in unique_fields if n in notes}, **wrote}
             for name in removed:
                 future.pop(name, None)
@@ -373,7 +373,10 @@ class Writer:
             set_ = {
                 **wrote,
                 **{f"{CF}.{name}": value for name, value in marks.items()},
-                **{f"{CF}.keys.{rule}": key for rule, key in keys.items()},
+                **{
+                    f"{CF}.keys.{rule}": [key, stamped[rule]] if o.rollback and rule in stamped else key
+                    for rule, key in keys.items()
+                },
             }
             gone = [*removed, *(f"{CF}.keys.{rule}" for rule in stamped if rule not in plain)]
             image = await self._set_until_decided(entity, id_, rev, set_, gone, also, future, o)
@@ -650,7 +653,8 @@ class Writer:
         while True:
             try:
                 done = await self.pair.mongo.compare_and_set(
-                    entity, image.id, rev=image.rev, set_={f"{CF}.op": o.op},
+                    entity, image.id, rev=image.rev,
+                    set_={f"{CF}.op": o.op, **{f"{CF}.keys.{rule}": key for rule, key in image.keys.items()}},
                     unset=[f"{CF}.debt.tentative"],
                     also={f"{CF}.op": o.op, f"{CF}.debt.tentative": {"$exists": True}},
                     timeout=o.left(),
@@ -804,6 +808,7 @@ class Writer:
                         return mine[-1]
                 raise
             except errors.Busy:
+                mine.clear()
                 if boot_clock() >= o.ends:
                     raise
                 await asyncio.sleep(0.02)

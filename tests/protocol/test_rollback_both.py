@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from bson import Int64, ObjectId
 
-from crossfade import Busy, FailureStrategy, Undone, UndoPending
+from crossfade import Busy, DuplicateKey, FailureStrategy, Undone, UndoPending
 from crossfade.record import CF, new_operation
 
 from .conftest import World
@@ -241,3 +241,49 @@ async def test_the_undo_is_pending_when_the_primary_goes_too(open_world, mongo_p
     postgres_proxy.pass_through()
     await w.postgres_answers()
     await check_undone(w, "update", id_)
+
+
+async def test_a_name_that_an_open_write_gave_up_is_not_taken_before_its_outcome(open_world):
+    """Else the undo could not give it back."""
+    w = await open_world("dual_write", tentative=30.0)
+    id_ = await prepared(w, "update")
+    found = asyncio.Event()
+    asked = w.settler.bring
+
+    async def hold(*args, **how):
+        found.set()
+        await asyncio.sleep(1.0)
+        return await asked(*args, **how)
+
+    w.settler.bring = hold  # the moment between the two stores, made longer
+    renaming = asyncio.create_task(w.users.update(id_, {"username": "Robert"}, strategy=ROLLBACK))
+    await found.wait()
+    other = await open_world("dual_write")
+    for name in ("bob", "ROBERT"):
+        with pytest.raises(DuplicateKey):
+            await other.users.insert({"username": name})
+    await renaming
+    assert w.notes(id_)["keys"] == {"username": "robert"}
+    await other.users.insert({"username": "bob"})
+    await other.settle()
+    await w.assert_equal()
+
+
+async def test_a_name_given_up_in_postgres_waits_for_the_outcome_too(open_world, mongo_proxy):
+    w = await open_world("postgres_primary", mongo=mongo_proxy, secondary_deadline=1.0)
+    other = await open_world("postgres_primary", primary_deadline=10.0)
+    id_ = await prepared(w, "update")
+    mongo_proxy.swallow_answers()
+    renaming = asyncio.create_task(w.users.update(id_, {"username": "Robert"}, strategy=ROLLBACK))
+    async with asyncio.timeout(10):
+        while not any(tentative for _, _, tentative, _ in w.outbox()):  # noqa: ASYNC110 - in a server
+            await asyncio.sleep(0.02)
+    taking = asyncio.create_task(other.users.insert({"username": "bob"}))
+    with pytest.raises(Undone):
+        await renaming
+    with pytest.raises(DuplicateKey):
+        await taking
+    mongo_proxy.pass_through()
+    await w.reconcile()
+    assert (await w.row(id_)).document["username"] == "Bob"
+    await w.assert_equal()

@@ -567,6 +567,18 @@ class PostgresStore:
                                 else orjson.dumps(change.tentative).decode(),
                             },
                         )
+                    reserved = await connection.execute(
+                        QUERIES["reserved"],
+                        {
+                            "entity": entity.name,
+                            "id": key,
+                            "keys": orjson.dumps(change.image.keys if change.image else {}).decode(),
+                        },
+                    )
+                    [(held_open,)] = await reserved.fetchall()
+                if held_open:
+                    # Seen after the unique index let us through: whoever freed the value may yet take it back.
+                    raise errors.Busy(f"a value of this record of {entity.name} is another open write's")
                 return change
 
         return await self._bounded(work(), timeout)

@@ -69,6 +69,14 @@ WHERE entity = ANY(%(entities)s) ORDER BY since LIMIT %(limit)s
 -- name: outbox_row
 SELECT rev, op, base_digest, tentative, parked FROM crossfade.outbox WHERE entity = %(entity)s AND id = %(id)s
 
+-- name: reserved
+-- Whether an open write of another record would need one of these normalised keys back, were it undone.
+SELECT EXISTS (
+    SELECT FROM crossfade.outbox AS o, jsonb_each_text(o.tentative->'keys') AS k (rule, key)
+    WHERE o.entity = %(entity)s AND o.id <> %(id)s AND o.tentative IS NOT NULL
+      AND %(keys)s::jsonb @> jsonb_build_object(k.rule, k.key)
+)
+
 -- name: outbox_confirm
 UPDATE crossfade.outbox SET tentative = NULL
 WHERE entity = %(entity)s AND id = %(id)s AND rev = %(rev)s AND op = %(op)s::uuid AND tentative IS NOT NULL

@@ -49,6 +49,9 @@ CREATE TABLE IF NOT EXISTS crossfade.outbox (
     PRIMARY KEY (entity, id)
 );
 
+-- The open ROLLBACK_BOTH writes: a handful, whatever else is owed.
+CREATE INDEX IF NOT EXISTS outbox_open ON crossfade.outbox (entity) WHERE tentative IS NOT NULL;
+
 -- Content that lost against the primary and that no revision of the primary ever held: kept for a person.
 CREATE TABLE IF NOT EXISTS crossfade.conflicts (
     number    bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
