@@ -215,6 +215,7 @@ class Migration:
         Raises:
             crossfade.errors.SchemaNotReady: an entity's table is missing.
         """
+        await self.pair.postgres.connect_once()
         await self.pair.postgres.prepare()
         timeout = self.pair.options.primary_deadline
         missing = await self.pair.postgres.missing(self.entities.values(), timeout=timeout)

@@ -13,6 +13,8 @@ from bson.raw_bson import RawBSONDocument
 
 from scorekeeper.legacy import DirtRates, generate
 
+pytestmark = pytest.mark.long
+
 MAIN = [sys.executable, "-c", "from crossfade.cli.main import main; main()"]
 
 

@@ -18,6 +18,8 @@ from sqlalchemy import create_engine
 sys.path.insert(0, str(Path(__file__).parent))
 from notes_app import metadata
 
+pytestmark = pytest.mark.long
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from crossfade.embedded.supervisor import descendants, started
 
+pytestmark = pytest.mark.long
+
 MAIN = [sys.executable, "-c", "from crossfade.cli.main import main; main()", "demo"]
 
 

@@ -16,7 +16,7 @@ from crossfade.embedded.servers import running_set
 
 RUN = "from crossfade.cli.servers import app; app(prog_name='crossfade servers')"
 # Each starts interpreters and servers several times over, which is slow where others compute too.
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.long]
 
 CLEAN = {name: value for name, value in os.environ.items() if not name.endswith(("_URI", "_URL"))}
 

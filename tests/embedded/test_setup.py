@@ -20,6 +20,8 @@ from crossfade.embedded import EmbeddedError, cache, debian, places, programs
 from crossfade.embedded.commands import Commands
 from crossfade.embedded.programs import Programs
 
+pytestmark = pytest.mark.long
+
 ALTERNATIVES = r".*MONGO_URI.*docker compose"
 
 

@@ -24,6 +24,8 @@ from scorekeeper.settings import Settings, SettingsError, load_settings
 
 from .conftest import ROOT, SECRET
 
+pytestmark = pytest.mark.long
+
 GOOD = {
     "MONGO_URI": "mongodb://ann:pass-word@127.0.0.1:27017/scores",
     "DATABASE_URL": "postgresql://ann:pass-word@127.0.0.1:5432/scores",

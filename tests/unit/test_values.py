@@ -63,14 +63,14 @@ def wrapped(levels: int) -> Any:
 
 
 def same_types(one: Any, other: Any) -> bool:
+    # A document in which PyMongo would reorder one DBRef is decoded with plain documents for all of them.
+    one, other = (dict(value.as_doc()) if isinstance(value, DBRef) else value for value in (one, other))
     if type(one) is not type(other):
         return False
     if isinstance(one, dict):
         return list(one) == list(other) and all(same_types(one[k], other[k]) for k in one)
     if isinstance(one, list):
         return len(one) == len(other) and all(map(same_types, one, other))
-    if isinstance(one, DBRef):
-        return same_types(dict(one.as_doc()), dict(other.as_doc()))
     return True
 
 
@@ -308,6 +308,7 @@ def test_a_text_that_is_no_id_is_refused(text: str) -> None:
 @example([1e16, -0.0, 0.0, 1e-4, 1e15, 9999999999999998.0, 123456.7])
 @example({"$scope": {}, "$code": "x"})
 @example(Code("a\0b", {}))
+@example({"$ref": "users", "$id": {"$id": None, "$ref": ""}, "$db": "app"})
 def test_a_value_comes_back_from_json_and_from_jsonb(value: Any) -> None:
     value = normal_form({"v": value})["v"]
     text = dump_json(value)

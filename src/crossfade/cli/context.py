@@ -13,6 +13,7 @@ import sys
 import tomllib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import datetime
 from enum import IntEnum
 from pathlib import Path
@@ -30,6 +31,8 @@ from crossfade.migration import Crossfade, Migration
 
 console = Console()
 problems = Console(stderr=True)
+#: Seconds that a command waits for a store before it calls it unreachable.
+_PATIENCE = 3.0
 
 
 class Exit(IntEnum):
@@ -101,13 +104,30 @@ def _environment() -> None:
             os.environ.setdefault(name, value)
 
 
+async def _unreachable(cf: Crossfade) -> list[errors.CrossfadeError]:
+    """Why each store that does not answer does not, learnt in seconds: a pool would go on trying."""
+    asked = await asyncio.gather(
+        cf.mongo.ping(_PATIENCE), cf.postgres.connect_once(_PATIENCE), return_exceptions=True
+    )
+    for answer in asked:
+        if isinstance(answer, BaseException) and not isinstance(answer, errors.CrossfadeError):
+            raise answer
+    return [answer for answer in asked if isinstance(answer, errors.CrossfadeError)]
+
+
 @asynccontextmanager
 async def open_migration(
-    app: str | None, *, options: Options | None = None, background: bool = False, begin: bool = True
+    app: str | None,
+    *,
+    options: Options | None = None,
+    background: bool = False,
+    begin: bool = True,
+    needs_both: bool = True,
 ) -> AsyncIterator[Migration]:
     """The application's migration with its stores open.
 
-    ``begin=False``: do not write a control record where there is none.
+    ``begin=False``: do not write a control record where there is none. ``needs_both=False``: the command has
+    something to say, or to do, while one of the stores is down.
 
     Raises:
         crossfade.errors.CrossfadeError: settings, stores or schema; the message says what to do.
@@ -115,22 +135,28 @@ async def open_migration(
     _environment()
     name, entities = find_application(app)
     cf = Crossfade.from_env(options=options, background=background)
-    migration = cf.migration(name, entities)
-    if not begin:
-        await cf.postgres.open()
-        try:
-            seen = await migration.record.look(timeout=cf.options.primary_deadline)
+    try:
+        down = await _unreachable(cf)
+        if len(down) > (0 if needs_both else 1):
+            raise down[0]
+        limits = cf.options
+        if down:
+            limits = options = replace(limits, primary_deadline=1.0, bulk_deadline=5.0)
+        if not begin:
+            await cf.postgres.open()
+            migration = cf.migration(name, entities)
+            seen = await migration.record.look(timeout=limits.primary_deadline)
             if seen.control is None:
-                # A server that refuses a password says so only to a connection of our own.
-                await cf.postgres.connect_once()
-                await cf.mongo.ping(cf.options.primary_deadline)
+                if down:
+                    raise down[0]
                 raise errors.SchemaNotReady(
                     f"migration {name!r} has no control record yet: run `crossfade init`"
                 )
-        finally:
-            await cf.postgres.close()
-        cf = Crossfade.from_env(options=options, background=background)
-        migration = cf.migration(name, entities)
+    finally:
+        await cf.mongo.close()
+        await cf.postgres.close()
+    cf = Crossfade.from_env(options=options, background=background)
+    migration = cf.migration(name, entities)
     async with cf:
         yield migration
 

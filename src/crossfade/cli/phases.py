@@ -66,7 +66,7 @@ def status(app: AppOption = None, as_json: JsonOption = False) -> None:
     """Phase, debts, evidence, and what the next phase wants."""
 
     async def work() -> None:
-        async with open_migration(app, begin=False) as migration:
+        async with open_migration(app, begin=False, needs_both=False) as migration:
             found = await gather_status(migration)
             if as_json:
                 print(as_json_text(found))
@@ -201,7 +201,7 @@ def set_phase(
 
     async def work() -> Exit:
         target = Phase.parse(phase)
-        async with open_migration(app) as migration:
+        async with open_migration(app, needs_both=False) as migration:
             if dry_run:
                 statements = await guard(migration, target)
                 if as_json:
@@ -238,7 +238,7 @@ def abort_switch(app: AppOption = None) -> None:
     """Go back from a switch whose coordinator is gone."""
 
     async def work() -> Exit:
-        async with open_migration(app, begin=False) as migration:
+        async with open_migration(app, begin=False, needs_both=False) as migration:
             undone = await abort(migration, by=getpass.getuser())
             console.print("back at the old primary" if undone else "no switch is under way")
             return Exit.DONE if undone else Exit.FOUND

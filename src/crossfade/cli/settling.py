@@ -68,7 +68,7 @@ def debts(app: AppOption = None, limit: LimitOption = 50, as_json: JsonOption = 
     """What the secondary is owed, and why it refuses what is parked."""
 
     async def work() -> Exit:
-        async with open_migration(app, begin=False) as migration:
+        async with open_migration(app, begin=False, needs_both=False) as migration:
             look = await migration.board.refresh()
             rows = [
                 {
