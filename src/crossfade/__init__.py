@@ -15,6 +15,7 @@ from crossfade.entity import (
 )
 from crossfade.errors import (
     Busy,
+    ConditionNotMet,
     ConfigurationError,
     CrossfadeError,
     DuplicateKey,
@@ -28,13 +29,14 @@ from crossfade.errors import (
     Undone,
     UndoPending,
 )
-from crossfade.migration import Crossfade, EntityHandle, Migration
+from crossfade.migration import Crossfade, EntityHandle, Migration, Operation
 from crossfade.phase import Phase
 from crossfade.record import Record
 from crossfade.strategy import FailureStrategy
 
 __all__ = [
     "Busy",
+    "ConditionNotMet",
     "ConfigurationError",
     "Crossfade",
     "CrossfadeError",
@@ -46,6 +48,7 @@ __all__ = [
     "Migration",
     "NotAllowedInPhase",
     "NotFound",
+    "Operation",
     "Options",
     "OutcomeUnknown",
     "Phase",

@@ -355,3 +355,15 @@ class Board:
 def debt_key(debt: Owed | Delivery) -> tuple[Any, ...]:
     """What tells one owed revision from another."""
     return (debt.entity, id_to_text(debt.id), debt.rev, debt.op, getattr(debt, "tombstone", False))
+
+
+@dataclass
+class Pair:
+    """The two stores of one migration, and what a worker knows of them."""
+
+    name: str
+    entities: dict[str, Entity]
+    mongo: MongoStore
+    postgres: PostgresStore
+    board: Board
+    options: Options

@@ -21,14 +21,14 @@ from typing import Any
 from bson.int64 import Int64
 
 from crossfade import errors, observe
-from crossfade.board import Board, Options, end
+from crossfade.board import Pair, boot_clock, end
 from crossfade.control import Control
 from crossfade.entity import Entity, Rows, UniqueRule
 from crossfade.record import CF, Applied, Debt, Held, Image, new_operation
+from crossfade.steps import Placed, Stepper
 from crossfade.stores.errors import RuleBroken
-from crossfade.stores.mongo import MongoStore
-from crossfade.stores.postgres import Change, Delivery, PostgresStore
-from crossfade.values import Unmappable, digest, digest_of_bytes, encode_document, id_to_text
+from crossfade.stores.postgres import Change, Delivery
+from crossfade.values import Unmappable, digest, digest_of_bytes, encode_document, id_to_text, text_to_id
 
 #: How often a record that keeps changing under us is tried again before it is left to the next round.
 ATTEMPTS = 8
@@ -49,18 +49,6 @@ class Settled(StrEnum):
     OPEN = "open"
     #: There is nothing in the primary.
     GONE = "gone"
-
-
-@dataclass
-class Pair:
-    """The two stores of one migration, and what a worker knows of them."""
-
-    name: str
-    entities: dict[str, Entity]
-    mongo: MongoStore
-    postgres: PostgresStore
-    board: Board
-    options: Options
 
 
 def acceptable_key(key: str | None, plain: str, id_: Any) -> bool:
@@ -87,6 +75,7 @@ class Settler:
     """Settles single records of one migration, in both directions."""
 
     pair: Pair
+    stepper: Stepper
     _queue: asyncio.Queue[tuple[Entity, Any, int, str]] = field(default_factory=lambda: asyncio.Queue(10_000))
     _task: asyncio.Task[None] | None = None
 
@@ -136,6 +125,67 @@ class Settler:
             )
 
     # --- MongoDB primary: images to PostgreSQL ---------------------------------------------------------------
+
+    async def bring_together(
+        self, placed: Sequence[Placed], control: Control, *, timeout: float
+    ) -> list[Settled]:
+        """Bring images of one operation to PostgreSQL in one transaction; where its rules refuse that, one by one.
+
+        Raises:
+            crossfade.errors.StoreUnavailable, Fenced: the debts stay.
+        """
+        pair = self.pair
+        together: list[Placed] = [(entity, image) for entity, image in placed if not image.deleted]
+        brought: dict[tuple[str, str], Settled] = {}
+        with contextlib.suppress(Unmappable, errors.Quarantined, RuleBroken):
+            answers = await pair.postgres.apply(
+                [(entity, image, entity.to_rows(image.document, image.keys)) for entity, image in together],
+                migration=pair.name, epoch=control.epoch, timeout=timeout,
+            )  # fmt: skip
+            for (entity, image), (verdict, _) in zip(together, answers, strict=True):
+                if verdict is not Applied.BEHIND:
+                    brought[entity.name, id_to_text(image.id)] = Settled.CONFIRMED
+        return [
+            brought.get((entity.name, id_to_text(image.id)))
+            or await self._bring_any(entity, image, control, timeout=timeout)
+            for entity, image in placed
+        ]
+
+    async def _bring_any(self, entity: Entity, image: Image, control: Control, *, timeout: float) -> Settled:
+        if not image.deleted:
+            return await self.bring(entity, image, control, timeout=timeout)
+        if image.op is None:
+            return Settled.GONE
+        return await self.finish_delete(entity, image.id, image.rev, image.op, control)
+
+    async def with_group(self, entity: Entity, image: Image) -> list[Placed]:
+        """The image, and those that PostgreSQL should get with it: of one operation, and not yet settled."""
+        placed: list[Placed] = [(entity, image)]
+        for name, text in image.debt.group if image.debt is not None else ():
+            other = self.pair.entities[name]
+            with contextlib.suppress(Unmappable):
+                found = await self.pair.mongo.read(
+                    other, text_to_id(text), timeout=self.pair.options.primary_deadline
+                )
+                if found is not None and not found.deleted and found.debt and found.debt.tentative is None:
+                    placed.append((other, found))
+        return placed
+
+    async def roll_forward(self, entity: Entity, image: Image, control: Control, *, ends: float) -> None:
+        """Do in MongoDB what a decided operation owes to other records, and erase that it is owed.
+
+        Raises:
+            crossfade.errors.StoreUnavailable, Busy: the steps that are left stand.
+        """
+        steps = image.steps
+        assert steps is not None
+        if steps.state == "confirmed":
+            await self.stepper.close(steps)
+        elif steps.state == "decided":
+            await self.stepper.take(entity, image, control, ends=ends)
+        else:
+            return  # open: with its outcome
+        await self.stepper.erase(entity, image.id, steps)
 
     async def bring(self, entity: Entity, image: Image, control: Control, *, timeout: float) -> Settled:
         """Bring one image to PostgreSQL; on *behind*, lift and bring that.
@@ -317,9 +367,9 @@ class Settler:
         if image is None:
             return await self.bring_tombstone(entity, id_, control, timeout=timeout)
         if image.debt is not None and image.debt.tentative is not None:
-            if not undo_tentative:
-                return Settled.OPEN
-            return await self.undo(entity, image, control)
+            return await self._settle_open(entity, image, control, undo=undo_tentative)
+        if image.steps is not None:
+            await self.roll_forward(entity, image, control, ends=boot_clock() + timeout)
         if image.deleted:
             if image.op is None:
                 return Settled.GONE
@@ -329,12 +379,34 @@ class Settler:
             if adopted is None:
                 return Settled.CONFIRMED
             image = adopted
-        settled = await self.bring(entity, image, control, timeout=timeout)
-        if settled is Settled.CONFIRMED and image.op is not None:
-            await pair.mongo.settle(entity, [(id_, image.rev, image.op)], timeout=timeout)
-            with contextlib.suppress(errors.CrossfadeError):
-                await pair.postgres.release(entity, [id_], timeout=timeout)
-        return settled
+        placed = await self.with_group(entity, image)
+        brought = await self.bring_together(placed, control, timeout=timeout)
+        for (each, one), settled in zip(placed, brought, strict=True):
+            if settled is Settled.CONFIRMED and one.op is not None:
+                await pair.mongo.settle(each, [(one.id, one.rev, one.op)], timeout=timeout)
+                with contextlib.suppress(errors.CrossfadeError):
+                    await pair.postgres.release(each, [one.id], timeout=timeout)
+        return brought[0]
+
+    async def _settle_open(self, entity: Entity, image: Image, control: Control, *, undo: bool) -> Settled:
+        """Settle an open write; ``undo``: it is past its deadline. Of a step, another record decides."""
+        assert image.debt is not None
+        assert image.debt.tentative is not None
+        note = image.debt.tentative.get("anchor")
+        if note is None:
+            return await self.undo(entity, image, control) if undo else Settled.OPEN
+        decider, id_, steps = await self.stepper.outcome(note)
+        if steps is None:
+            # A step that arrived after its operation was undone, or that the undo has not reached yet. Its writer may
+            # still be on its way to decide.
+            return await self.undo(entity, image, control) if undo else Settled.OPEN
+        if steps.state == "confirmed":
+            await self.stepper.close(steps)
+        elif undo:
+            anchor = await self.pair.mongo.read(decider, id_, timeout=self.pair.options.primary_deadline)
+            if anchor is not None and anchor.op == note["op"]:
+                await self.undo(decider, anchor, control)
+        return Settled.OPEN
 
     async def _adopt(self, entity: Entity, image: Image, control: Control) -> Image | None:
         """Lift a document without debt whose content is not the row's; None: they are equal."""
@@ -369,7 +441,8 @@ class Settler:
                 f"{CF}.debt": Debt(control.epoch).to_document(),
             }
             also: dict[str, Any] = {f"{CF}.op": image.op, f"{CF}.debt.tentative": {"$exists": True}}
-            unset: list[str] = []
+            decider = image.steps is not None and image.steps.op == image.op
+            unset: list[str] = [f"{CF}.steps"] if decider else []
             if note["kind"] == "insert":
                 marks[f"{CF}.deleted"] = True
             elif note["kind"] == "delete":
@@ -403,12 +476,16 @@ class Settler:
             except RuleBroken as cause:
                 return await self._park(entity, image, f"the undo breaks a rule: {cause}")
             if undone is not None:
+                others = not decider or await self._undo_steps(image, control)
                 if undone.deleted:
-                    return await self.finish_delete(entity, image.id, undone.rev, op, control)
-                settled = await self.bring(entity, undone, control, timeout=pair.options.secondary_deadline)
-                if settled is Settled.CONFIRMED:
-                    self.erase_soon(entity, undone)
-                return settled
+                    settled = await self.finish_delete(entity, image.id, undone.rev, op, control)
+                else:
+                    settled = await self.bring(
+                        entity, undone, control, timeout=pair.options.secondary_deadline
+                    )
+                    if settled is Settled.CONFIRMED:
+                        self.erase_soon(entity, undone)
+                return settled if others else Settled.SUPERSEDED
             current = await pair.mongo.read(entity, image.id, timeout=timeout)
             if current is None:
                 return Settled.GONE
@@ -416,6 +493,20 @@ class Settler:
                 return Settled.SUPERSEDED  # confirmed or undone by somebody else
             image = current
         return Settled.OPEN
+
+    async def _undo_steps(self, anchor: Image, control: Control) -> bool:
+        """Take back the steps of an operation that has been undone; False: a reconciler has to find some."""
+        everywhere = True
+        timeout = self.pair.options.primary_deadline
+        for step in anchor.steps.left if anchor.steps is not None else ():
+            target = self.pair.entities[step.entity]
+            try:
+                there = await self.pair.mongo.read(target, step.id, timeout=timeout)
+                if there is not None and there.op == anchor.op and there.debt and there.debt.tentative:
+                    everywhere &= await self.undo(target, there, control) is Settled.CONFIRMED
+            except (errors.CrossfadeError, Unmappable):
+                everywhere = False
+        return everywhere
 
     # --- PostgreSQL primary: deliveries to MongoDB -----------------------------------------------------------
 
@@ -570,7 +661,7 @@ class Settler:
 
         with contextlib.suppress(errors.NotFound):
             await self.pair.postgres.write(
-                entity, id_, decide, migration=self.pair.name, epoch=control.epoch,
+                [(entity, id_, decide)], migration=self.pair.name, epoch=control.epoch,
                 timeout=self.pair.options.primary_deadline,
             )  # fmt: skip
 

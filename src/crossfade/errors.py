@@ -37,6 +37,10 @@ class NotFound(CrossfadeError):
     """The primary has no such record (any more); neither store was changed."""
 
 
+class ConditionNotMet(CrossfadeError):
+    """The record does not have the values that the write was to be made upon; neither store was changed."""
+
+
 class StaleRevision(CrossfadeError):
     """The record changed since the revision that the caller named; neither store was changed."""
 

@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from crossfade import errors, observe
-from crossfade.board import Board, Options
+from crossfade.board import Board, Options, Pair
 from crossfade.breaker import Breaker
 from crossfade.control import Control, ControlRecord
-from crossfade.debt import Pair, Settler, unique_key
+from crossfade.debt import Settler, unique_key
 from crossfade.entity import Entity
 from crossfade.phase import Phase
 from crossfade.read import Reader
 from crossfade.reconcile import Reconciler
-from crossfade.record import Record
+from crossfade.record import Record, Step
+from crossfade.steps import Stepper
 from crossfade.stores.mongo import MongoStore
 from crossfade.stores.postgres import PostgresStore
 from crossfade.strategy import FailureStrategy, default_strategy
-from crossfade.write import Writer
+from crossfade.write import Request, Writer, as_stored
 
 Mode = Literal["sync", "async"]
 
@@ -57,7 +59,7 @@ class EntityHandle:
             crossfade.errors.OutcomeUnknown, Undone, UndoPending, NotAllowedInPhase: see `crossfade.errors`.
         """
         return await self._migration.writer.insert(
-            self.entity, document, context=context, strategy=strategy, asynchronous=mode == "async"
+            self.entity, document, Request(context, strategy, mode == "async")
         )
 
     async def get(self, id_: Any) -> Record | None:
@@ -92,27 +94,148 @@ class EntityHandle:
         *,
         unset: Iterable[str] = (),
         if_revision: int | None = None,
+        where: Mapping[str, Any] | None = None,
         context: str = "Update",
         strategy: FailureStrategy | None = None,
         mode: Mode = "sync",
     ) -> Record:
         """Set and remove top-level fields; ``if_revision``: only if the record is still at it.
 
+        ``where``: only if these fields of it equal these values.
+
         Raises:
-            crossfade.errors.NotFound, StaleRevision, DuplicateKey: nothing was written.
+            crossfade.errors.NotFound, StaleRevision, ConditionNotMet, DuplicateKey: nothing was written.
             crossfade.errors.StoreUnavailable: the primary cannot be reached; nothing was written.
             crossfade.errors.OutcomeUnknown, Undone, UndoPending, Busy, NotAllowedInPhase: see `crossfade.errors`.
         """
         return await self._migration.writer.update(
-            self.entity, id_, set_=set or {}, unset=unset, if_revision=if_revision,
-            context=context, strategy=strategy, asynchronous=mode == "async",
+            self.entity, id_, Request(context, strategy, mode == "async", where or {}),
+            set_=set or {}, unset=unset, if_revision=if_revision,
         )  # fmt: skip
 
     async def delete(
         self, id_: Any, *, context: str = "Delete", strategy: FailureStrategy | None = None
     ) -> None:
         """Delete a record for good; see `update` for what it raises."""
-        await self._migration.writer.delete(self.entity, id_, context=context, strategy=strategy)
+        await self._migration.writer.delete(self.entity, id_, Request(context, strategy))
+
+
+class Operation:
+    """Several records, all or nothing. Made by `Migration.operation`, carried out at the end of its block.
+
+    One record *decides*: its write, with its conditions, is made or refused. `also` says what happens to others once
+    it is: changes that need no condition, and are made sooner or later whatever crashes. The other records are looked
+    up when the change is made; one that is not there has nothing to take.
+
+    Attributes:
+        result: the record that decides, as it was written; None before the end of the block, and after a delete.
+    """
+
+    def __init__(self, migration: Migration, context: str, strategy: FailureStrategy | None) -> None:
+        self._migration = migration
+        self._context = context
+        self._strategy = strategy
+        self._decides: Callable[[Request], Coroutine[Any, Any, Record | None]] | None = None
+        self._steps: list[Step] = []
+        self.result: Record | None = None
+
+    def insert(self, entity: str, document: Mapping[str, Any]) -> None:
+        """The record that decides is a new one.
+
+        Raises:
+            crossfade.errors.ConfigurationError: another record decides already, or there is no such entity.
+        """
+        self._decide(lambda request: self._migration.writer.insert(self._entity(entity), document, request))
+
+    def update(
+        self,
+        entity: str,
+        id_: Any,
+        set: Mapping[str, Any] | None = None,  # the word of the operation
+        *,
+        unset: Iterable[str] = (),
+        where: Mapping[str, Any] | None = None,
+        if_revision: int | None = None,
+    ) -> None:
+        """The record that decides is changed, if it has the values of ``where``; see `insert`."""
+
+        def write(request: Request) -> Coroutine[Any, Any, Record]:
+            return self._migration.writer.update(
+                self._entity(entity), id_, replace(request, where=where or {}),
+                set_=set or {}, unset=unset, if_revision=if_revision,
+            )  # fmt: skip
+
+        self._decide(write)
+
+    def delete(self, entity: str, id_: Any) -> None:
+        """The record that decides is deleted; see `insert`."""
+
+        async def write(request: Request) -> None:
+            await self._migration.writer.delete(self._entity(entity), id_, request)
+
+        self._decide(write)
+
+    def also(
+        self,
+        entity: str,
+        id_: Any,
+        set: Mapping[str, Any] | None = None,  # the word of the operation
+        *,
+        unset: Iterable[str] = (),
+        add: Mapping[str, Iterable[Any]] | None = None,
+        remove: Mapping[str, Iterable[Any]] | None = None,
+    ) -> None:
+        """What happens to another record: fields set and removed, values added to arrays and taken out of them.
+
+        Raises:
+            crossfade.errors.ConfigurationError: a field that cannot be written so; one of a unique rule, which may
+                only be written by the record that decides.
+        """
+        step = Step(
+            self._entity(entity).name, id_, as_stored(set or {}), tuple(unset),
+            {field: tuple(values) for field, values in (add or {}).items()},
+            {field: tuple(values) for field, values in (remove or {}).items()},
+        )  # fmt: skip
+        ruled = [rule.field for rule in self._entity(entity).unique]
+        for field in step.fields:
+            if field in ruled:
+                raise errors.ConfigurationError(
+                    f"field {field!r} of {entity} has a unique rule, which may refuse it: let that record decide"
+                )
+        if any((other.entity, other.id) == (step.entity, step.id) for other in self._steps):
+            raise errors.ConfigurationError(f"this record of {entity} has its part in the operation already")
+        self._steps.append(step)
+
+    def _entity(self, name: str) -> Entity:
+        entity = self._migration.entities.get(name)
+        if entity is None:
+            raise errors.ConfigurationError(f"migration {self._migration.name!r} has no entity {name!r}")
+        return entity
+
+    def _decide(self, write: Callable[[Request], Coroutine[Any, Any, Record | None]]) -> None:
+        if self._decides is not None:
+            raise errors.ConfigurationError("one record decides an operation: another one does already")
+        self._decides = write
+
+    async def __aenter__(self) -> Self:
+        """Begin to say what the operation does."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Carry the operation out, unless the block failed.
+
+        Raises:
+            crossfade.errors.NotFound, StaleRevision, ConditionNotMet, DuplicateKey: nothing was written.
+            crossfade.errors.StoreUnavailable: the primary cannot be reached; nothing was written.
+            crossfade.errors.OutcomeUnknown, Undone, UndoPending, Busy, NotAllowedInPhase: see `crossfade.errors`.
+        """
+        if kind is not None:
+            return
+        if self._decides is None:
+            raise errors.ConfigurationError("no record decides this operation: call insert, update or delete")
+        self.result = await self._decides(Request(self._context, self._strategy, steps=tuple(self._steps)))
 
 
 class Migration:
@@ -137,7 +260,7 @@ class Migration:
         self.pair = Pair(name, by_name, mongo, postgres, self.board, options)
         # One breaker for both: what a writer has learnt of PostgreSQL spares the readers the wait, too.
         breaker = Breaker()
-        self.settler = Settler(self.pair)
+        self.settler = Settler(self.pair, Stepper(self.pair))
         self.writer = Writer(self.pair, self.settler, breaker)
         self.reader = Reader(self.pair, Breaker())
         self.reconciler = Reconciler(self.pair, self.settler, self.writer)
@@ -154,6 +277,16 @@ class Migration:
         if entity in handles:
             return handles[entity]  # type: ignore[no-any-return]
         raise AttributeError(f"migration has no entity {entity!r}; it has: {', '.join(handles)}")
+
+    def operation(self, context: str, *, strategy: FailureStrategy | None = None) -> Operation:
+        """Several records as one operation::
+
+        async with accounts.operation("Friend Accept") as op:
+            op.update("friend_requests", request_id, {"status": "accepted"}, where={"status": "pending"})
+            op.also("users", sender, add={"friends": [receiver]})
+            op.also("users", receiver, add={"friends": [sender]})
+        """
+        return Operation(self, context, strategy)
 
     @property
     def control(self) -> Control:

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from crossfade import errors, observe
+from crossfade.board import Pair
 from crossfade.breaker import Breaker
 from crossfade.control import Control
-from crossfade.debt import Pair
 from crossfade.entity import Entity, UniqueRule
 from crossfade.phase import Phase
 from crossfade.record import CF, Image, Record

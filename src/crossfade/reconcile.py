@@ -18,9 +18,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from crossfade import errors, observe
-from crossfade.board import boot_clock, debt_key, end
+from crossfade.board import Pair, boot_clock, debt_key, end
 from crossfade.control import STEADY, Control
-from crossfade.debt import Pair, Settled, Settler
+from crossfade.debt import Settled, Settler
 from crossfade.entity import Entity
 from crossfade.record import Image, new_operation
 from crossfade.stores.errors import Fenced
@@ -217,7 +217,7 @@ class Reconciler:
         if isinstance(debt, Delivery):
             if debt.tentative is not None:
                 if overdue:
-                    await self.writer.undo_in_postgres(entity, debt, control)
+                    await self.writer.undo_in_postgres(debt, control)
                 return Settled.OPEN
             return await self.settler.deliver(debt, control, timeout=timeout)
         if debt.tombstone:

@@ -1,15 +1,16 @@
 """A record at one revision: its image, and the notes kept beside it in the document (pure).
 
-A document carries ``_cf: {rev, op, keys, debt, deleted}``, unknown to and preserved by an application that
-updates with ``$set``. ``debt`` exists only while the secondary has not confirmed the revision: settling is
-``$unset``, so a sparse index on it finds every debt. A document without ``_cf`` is at revision 0.
+A document carries ``_cf: {rev, op, keys, debt, deleted, steps, done}``, unknown to and preserved by an application
+that updates with ``$set``. ``debt`` exists only while the secondary has not confirmed the revision: settling is
+``$unset``, so a sparse index on it finds every debt. A document without ``_cf`` is at revision 0. ``steps`` is what a
+decided operation still owes to other records, ``done`` the operations whose step this record has taken.
 """
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -39,13 +40,16 @@ class Debt:
     Attributes:
         epoch: the control record's epoch under which the write was made.
         tentative: ``ROLLBACK_BOTH`` only, until success may be told: the values before the write
-            (``{"set": {field: value}, "unset": [fields], "kind": "insert" | "update" | "delete"}``).
+            (``{"kind": "insert" | "update" | "delete", "before": {field: value}, "wrote": {...}, "removed": [...]}``;
+            of a step, "anchor": the record that decides).
         parked: why the secondary refuses it (a rule violated there only), else None.
+        group: the other records of an operation of several, as (entity, id text): the secondary gets them together.
     """
 
     epoch: int
     tentative: Mapping[str, Any] | None = None
     parked: str | None = None
+    group: tuple[tuple[str, str], ...] = ()
 
     def to_document(self) -> dict[str, Any]:
         """As kept under ``_cf.debt``."""
@@ -54,6 +58,8 @@ class Debt:
             note["tentative"] = dict(self.tentative)
         if self.parked is not None:
             note["parked"] = self.parked
+        if self.group:
+            note["group"] = [list(member) for member in self.group]
         return note
 
     @classmethod
@@ -61,7 +67,8 @@ class Debt:
         """The reverse of `to_document`; None for none."""
         if note is None:
             return None
-        return cls(int(note.get("epoch", 0)), note.get("tentative"), note.get("parked"))
+        group = tuple((entity, id_) for entity, id_ in note.get("group", ()))
+        return cls(int(note.get("epoch", 0)), note.get("tentative"), note.get("parked"), group)
 
 
 def stamped_keys(notes: Mapping[str, Any]) -> dict[str, str]:
@@ -71,6 +78,103 @@ def stamped_keys(notes: Mapping[str, Any]) -> dict[str, str]:
     """
     found = dict(notes.get("keys") or {})
     return {rule: key[0] if isinstance(key, list) else key for rule, key in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One change that an operation of several records makes to another record than the one that decides.
+
+    It needs no condition, so once the operation is decided it can be taken at any time, by anybody. A record that
+    is not there, or no longer, has nothing to take.
+
+    Attributes:
+        entity: the entity's name.
+        id: the record's ``_id``.
+        set, unset: fields set to a value; fields removed.
+        add: by field, values put at the end of an array that does not hold them already.
+        remove: by field, values taken out of an array.
+    """
+
+    entity: str
+    id: Any
+    set: Mapping[str, Any] = field(default_factory=dict)
+    unset: tuple[str, ...] = ()
+    add: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    remove: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Every field that it may change."""
+        return (*self.set, *self.unset, *self.add, *self.remove)
+
+    def effect(self, document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """What it does to this document: fields with their new values, fields to remove; both may be empty.
+
+        A field that should hold an array and holds something else is taken for an empty one. ``__v``, by which
+        Mongoose notices that an array has changed, is counted up.
+        """
+        after = dict(self.set)
+        for name in {*self.add, *self.remove}:
+            there = document.get(name)
+            values = list(there) if isinstance(there, list) else []
+            values = [value for value in values if value not in self.remove.get(name, ())]
+            values += [value for value in self.add.get(name, ()) if value not in values]
+            if values != there and (values or isinstance(there, list)):
+                after[name] = values
+                version = document.get("__v")
+                if isinstance(version, int) and "__v" not in self.set:
+                    after["__v"] = version + 1
+        return after, [name for name in self.unset if name in document]
+
+    def to_document(self) -> dict[str, Any]:
+        """As kept under ``_cf.steps.left``."""
+        return {
+            "entity": self.entity,
+            "id": self.id,
+            "set": dict(self.set),
+            "unset": list(self.unset),
+            "add": {name: list(values) for name, values in self.add.items()},
+            "remove": {name: list(values) for name, values in self.remove.items()},
+        }
+
+    @classmethod
+    def from_document(cls, note: Mapping[str, Any]) -> Step:
+        """The reverse of `to_document`."""
+        return cls(
+            note["entity"],
+            note["id"],
+            note["set"],
+            tuple(note["unset"]),
+            {name: tuple(values) for name, values in note["add"].items()},
+            {name: tuple(values) for name, values in note["remove"].items()},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What an operation owes to other records, noted in the record that decides it.
+
+    Attributes:
+        op: the operation's id.
+        left: the steps.
+        state: "decided": to be taken, by whoever finds them. ``ROLLBACK_BOTH``: "open" until success may be told, then
+            "confirmed": all were taken, and are to be closed.
+    """
+
+    op: str
+    left: tuple[Step, ...]
+    state: str = "decided"
+
+    def to_document(self) -> dict[str, Any]:
+        """As kept under ``_cf.steps``."""
+        return {"op": self.op, "state": self.state, "left": [step.to_document() for step in self.left]}
+
+    @classmethod
+    def from_document(cls, note: Mapping[str, Any] | None) -> Steps | None:
+        """The reverse of `to_document`; None for none."""
+        if note is None:
+            return None
+        return cls(note["op"], tuple(map(Step.from_document, note["left"])), note["state"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +191,8 @@ class Image:
         debt: the debt noted in the document, if any.
         deleted: the delete has been decided; readers and writers treat the record as gone.
         delivered: PostgreSQL primary only: digest of what the last delivery left here.
+        steps: what an operation that this record decided still owes to others.
+        done: ids of the operations of others whose step this record has taken, while they may be asked for again.
     """
 
     id: Any
@@ -98,6 +204,8 @@ class Image:
     debt: Debt | None = None
     deleted: bool = False
     delivered: bytes | None = None
+    steps: Steps | None = None
+    done: tuple[str, ...] = ()
 
     @classmethod
     def from_raw(cls, raw: bytes) -> Image:
@@ -124,6 +232,8 @@ class Image:
             debt=Debt.from_document(notes.get("debt")),
             deleted=bool(notes.get("deleted", False)),
             delivered=bytes(notes["digest"]) if "digest" in notes else None,
+            steps=Steps.from_document(notes.get("steps")),
+            done=tuple(notes.get("done", ())),
         )
 
 

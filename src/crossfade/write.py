@@ -22,26 +22,57 @@ import asyncio
 import base64
 import contextlib
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import bson
 from bson.int64 import Int64
 
 from crossfade import errors, observe
-from crossfade.board import boot_clock
+from crossfade.board import Pair, boot_clock
 from crossfade.breaker import Breaker
 from crossfade.control import Control
-from crossfade.debt import ATTEMPTS, Pair, Settled, Settler, acceptable_key
+from crossfade.debt import ATTEMPTS, Settled, Settler, acceptable_key
 from crossfade.entity import Entity
-from crossfade.record import CF, Applied, Debt, Image, Record, new_id, new_operation, stamped_keys
+from crossfade.record import (
+    CF,
+    Applied,
+    Debt,
+    Image,
+    Record,
+    Step,
+    Steps,
+    new_id,
+    new_operation,
+    stamped_keys,
+)
+from crossfade.steps import LARGEST_GROUP, Placed, members
 from crossfade.stores.errors import Fenced, RuleBroken, Unanswered
 from crossfade.stores.postgres import Change, Delivery
 from crossfade.strategy import FailureStrategy, check_strategy, default_strategy
-from crossfade.values import CODEC_OPTIONS, Unmappable, decode_document, encode_document
+from crossfade.values import CODEC_OPTIONS, Unmappable, encode_document, id_to_text, text_to_id
 
 _FAILED = (errors.StoreUnavailable, Fenced)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a caller asks of any write.
+
+    Attributes:
+        context: names the operation in log lines.
+        strategy: None for the phase's default.
+        asynchronous: acknowledge once the primary has it.
+        where: an update only: fields that must equal these values, or nothing is written.
+        steps: what the operation does to other records, once this one has decided it.
+    """
+
+    context: str
+    strategy: FailureStrategy | None = None
+    asynchronous: bool = False
+    where: Mapping[str, Any] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +83,7 @@ class _Operation:
         kind: "insert", "update" or "delete".
         control: the control record it was admitted under.
         ends: when the primary must have answered, by `boot_clock`.
+        decider: (entity, id text) of the record.
     """
 
     kind: str
@@ -61,10 +93,17 @@ class _Operation:
     control: Control
     op: str
     ends: float
+    request: Request
+    decider: tuple[str, str]
 
     @property
     def rollback(self) -> bool:
         return self.strategy is FailureStrategy.ROLLBACK_BOTH
+
+    @property
+    def everybody(self) -> list[tuple[str, str]]:
+        """(entity, id text) of every record of an operation of several."""
+        return [self.decider, *((step.entity, id_to_text(step.id)) for step in self.request.steps)]
 
     def left(self) -> float:
         """Seconds until the deadline; never less than a hundredth."""
@@ -82,15 +121,7 @@ class Writer:
 
     # --- what an application calls (through migration.EntityHandle) ------------------------------------------
 
-    async def insert(
-        self,
-        entity: Entity,
-        document: Mapping[str, Any],
-        *,
-        context: str,
-        strategy: FailureStrategy | None,
-        asynchronous: bool,
-    ) -> Record:
+    async def insert(self, entity: Entity, document: Mapping[str, Any], request: Request) -> Record:
         """Insert a document; ``_id`` is made where it has none.
 
         Raises:
@@ -98,38 +129,36 @@ class Writer:
             crossfade.errors.CrossfadeError: as the strategy has it; see errors.py.
         """
         given = "_id" in document
-        whole = _as_stored({"_id": document["_id"] if given else new_id(), **document})
+        whole = as_stored({"_id": document["_id"] if given else new_id(), **document})
 
         async def run(o: _Operation) -> Record:
             if o.control.phase.rules.primary == "mongo":
                 return await self._mongo_insert(entity, whole, o, id_given=given)
             return await self._postgres_write(entity, whole["_id"], o, insert=whole)
 
-        return await self._operate(entity, "insert", context, strategy, asynchronous, run)
+        return await self._operate(entity, "insert", whole["_id"], request, run)
 
     async def update(
         self,
         entity: Entity,
         id_: Any,
+        request: Request,
         *,
         set_: Mapping[str, Any],
         unset: Iterable[str],
         if_revision: int | None,
-        context: str,
-        strategy: FailureStrategy | None,
-        asynchronous: bool,
     ) -> Record:
         """Set and remove top-level fields.
 
         Raises:
-            crossfade.errors.NotFound, StaleRevision, DuplicateKey: nothing was changed.
+            crossfade.errors.NotFound, StaleRevision, ConditionNotMet, DuplicateKey: nothing was changed.
             crossfade.errors.CrossfadeError: as the strategy has it; see errors.py.
         """
         removed = tuple(unset)
         for name in (*set_, *removed):
             if not name or "." in name or name.startswith("$") or name in ("_id", CF):
                 raise errors.ConfigurationError(f"field {name!r} cannot be set by an update of {entity.name}")
-        wrote = _as_stored(set_)
+        wrote = as_stored(set_)
 
         async def run(o: _Operation) -> Record:
             if o.control.phase.rules.primary == "mongo":
@@ -138,11 +167,9 @@ class Writer:
                 entity, id_, o, wrote=wrote, removed=removed, if_revision=if_revision
             )
 
-        return await self._operate(entity, "update", context, strategy, asynchronous, run)
+        return await self._operate(entity, "update", id_, request, run)
 
-    async def delete(
-        self, entity: Entity, id_: Any, *, context: str, strategy: FailureStrategy | None
-    ) -> None:
+    async def delete(self, entity: Entity, id_: Any, request: Request) -> None:
         """Delete a record for good: a tombstone keeps it from coming back.
 
         Raises:
@@ -155,7 +182,7 @@ class Writer:
                 return await self._mongo_delete(entity, id_, o)
             return await self._postgres_write(entity, id_, o)
 
-        await self._operate(entity, "delete", context, strategy, False, run)
+        await self._operate(entity, "delete", id_, request, run)
 
     async def close(self) -> None:
         """Wait at most a second for ``mode="async"`` writes under way; their debts stand."""
@@ -166,17 +193,14 @@ class Writer:
 
     # --- the frame of every write -----------------------------------------------------------------------------
 
-    async def _operate(
-        self,
-        entity: Entity,
-        kind: str,
-        context: str,
-        strategy: FailureStrategy | None,
-        asynchronous: bool,
-        run: Any,
-    ) -> Record:
+    async def _operate(self, entity: Entity, kind: str, id_: Any, request: Request, run: Any) -> Record:
+        if any((step.entity, step.id) == (entity.name, id_) for step in request.steps):
+            raise errors.ConfigurationError(
+                f"the record of {entity.name} that decides an operation cannot have a step in it: set its fields there"
+            )
         began = time.perf_counter()
         options = self.pair.options
+        context, strategy, asynchronous = request.context, request.strategy, request.asynchronous
         chosen = strategy
         outcome = "failed"
         try:
@@ -185,7 +209,7 @@ class Writer:
             check_strategy(chosen, control.phase, asynchronous=asynchronous)
             o = _Operation(
                 kind, context, chosen, asynchronous, control, new_operation(),
-                boot_clock() + options.primary_deadline,
+                boot_clock() + options.primary_deadline, request, (entity.name, id_to_text(id_)),
             )  # fmt: skip
             record: Record = await run(o)
             if not self.pair.board.lease_valid:
@@ -219,14 +243,29 @@ class Writer:
     # --- MongoDB primary --------------------------------------------------------------------------------------
 
     def _marks(
-        self, o: _Operation, rev: int, keys: Mapping[str, str], tentative: Any = None
+        self,
+        entity: Entity,
+        id_: Any,
+        o: _Operation,
+        rev: int,
+        keys: Mapping[str, str],
+        tentative: Any,
+        notes: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """What a write puts under ``_cf``."""
+        """What a write puts under ``_cf``; ``notes`` is what stands there."""
         marks: dict[str, Any] = {"rev": Int64(rev), "op": o.op}
         if keys:
             marks["keys"] = dict(keys)
+        before = Debt.from_document((notes or {}).get("debt"))
+        # What an earlier operation of several still owes together stays owed together.
+        group = () if before is None else before.group
+        if o.request.steps:
+            steps = Steps(o.op, o.request.steps, "open" if o.rollback else "decided")
+            marks["steps"] = steps.to_document()
+            group = (*group, *members(entity, id_, steps, None))
         if o.control.phase.rules.dual:
-            marks["debt"] = Debt(o.control.epoch, tentative if o.rollback else None).to_document()
+            debt = Debt(o.control.epoch, tentative if o.rollback else None, group=group[-LARGEST_GROUP:])
+            marks["debt"] = debt.to_document()
         return marks
 
     async def _mongo_insert(
@@ -241,7 +280,8 @@ class Writer:
                 else None
             )
             rev = 1 if buried is None else buried.rev + 1
-            stored = {**document, CF: self._marks(o, rev, keys, {"kind": "insert"})}
+            marks = self._marks(entity, document["_id"], o, rev, keys, {"kind": "insert"})
+            stored = {**document, CF: marks}
             if await self._insert_until_decided(entity, stored, o, id_given=id_given):
                 self._say(o, "MongoDB write successful")
                 return await self._then_postgres(entity, Image.from_document(dict(stored)), o)
@@ -288,6 +328,8 @@ class Writer:
         tentative = there.debt is not None and there.debt.tentative is not None
         if not there.deleted or tentative or there.op is None:
             return False
+        if there.steps is not None:
+            await self.settler.roll_forward(entity, there, o.control, ends=o.ends)
         await self.settler.bury(entity, there.id, there.rev, there.op, o.control)
         return True
 
@@ -347,10 +389,16 @@ class Writer:
         o: _Operation,
     ) -> Record:
         unique_fields = [rule.field for rule in entity.unique]
-        looked_at = {*unique_fields, *(wrote if o.rollback else ()), *(removed if o.rollback else ())}
+        where = o.request.where
+        looked_at = {*unique_fields, *where, *((*wrote, *removed) if o.rollback else ())}
         self._say(o, "Writing to MongoDB...")
         for _ in range(ATTEMPTS * 4):
             notes, rev = await self._base(entity, id_, looked_at, if_revision, o)
+            missed = [name for name in where if name not in notes or notes[name] != where[name]]
+            if missed:
+                raise errors.ConditionNotMet(
+                    f"[{o.context}] this record of {entity.name} has another value in {', '.join(missed)} by now"
+                )
             cf = notes.get(CF) or {}
             stamped = stamped_keys(cf)
             future = {**{n: notes[n] for n in unique_fields if n in notes}, **wrote}
@@ -359,7 +407,7 @@ class Writer:
             plain = entity.keys(future)
             keys = {r: k for r, k in plain.items() if not acceptable_key(stamped.get(r), k, id_)}
             tentative = None
-            also: dict[str, Any] = {}
+            also: dict[str, Any] = {name: {"$eq": value} for name, value in where.items()}
             if o.rollback:
                 changed = (*wrote, *removed)
                 before = {name: notes[name] for name in changed if name in notes}
@@ -368,8 +416,8 @@ class Writer:
                     "keys": stamped,
                 }  # fmt: skip
                 # The values before must still stand when the write happens, or its undo would bring back others.
-                also = {n: {"$eq": before[n]} if n in before else {"$exists": False} for n in changed}
-            marks = self._marks(o, rev + 1, {}, tentative)
+                also |= {n: {"$eq": before[n]} if n in before else {"$exists": False} for n in changed}
+            marks = self._marks(entity, id_, o, rev + 1, {}, tentative, cf)
             set_ = {
                 **wrote,
                 **{f"{CF}.{name}": value for name, value in marks.items()},
@@ -413,6 +461,11 @@ class Writer:
                 continue
             if notes is None or cf.get("deleted"):
                 raise errors.NotFound(f"[{o.context}] {entity.name} has no record with this id")
+            if "steps" in cf and (o.request.steps or o.kind == "delete"):
+                there = await self.pair.mongo.read(entity, id_, timeout=o.left())
+                if there is not None and there.steps is not None:
+                    await self.settler.roll_forward(entity, there, o.control, ends=o.ends)
+                continue
             rev = int(cf.get("rev", 0))
             if if_revision is not None and rev != if_revision:
                 raise errors.StaleRevision(
@@ -434,6 +487,9 @@ class Writer:
         """One compare-and-set, repeated until it is decided; None: another write was first."""
         unknown = False
         guard = {f"{CF}.debt.tentative": {"$exists": False}, f"{CF}.deleted": {"$ne": True}, **also}
+        if o.request.steps or o.kind == "delete":
+            # What it owes to others by an earlier operation must be done first.
+            guard[f"{CF}.steps"] = {"$exists": False}
         while True:
             try:
                 image = await self.pair.mongo.compare_and_set(
@@ -473,8 +529,8 @@ class Writer:
     async def _mongo_delete(self, entity: Entity, id_: Any, o: _Operation) -> Record:
         self._say(o, "Deleting in MongoDB...")
         for _ in range(ATTEMPTS * 4):
-            _, rev = await self._base(entity, id_, (), None, o)
-            marks = self._marks(o, rev + 1, {}, {"kind": "delete"})
+            notes, rev = await self._base(entity, id_, (), None, o)
+            marks = self._marks(entity, id_, o, rev + 1, {}, {"kind": "delete"}, notes.get(CF))
             set_ = {f"{CF}.{name}": value for name, value in marks.items()} | {f"{CF}.deleted": True}
             # The names that it held are free from this moment on, unless it may yet be undone.
             gone = [] if o.rollback else [f"{CF}.keys"]
@@ -489,6 +545,9 @@ class Writer:
 
     async def _then_postgres(self, entity: Entity, image: Image, o: _Operation) -> Record:
         record = Record(image.id, image.document, image.rev, "mongo")
+        together: list[Placed] = []
+        if o.request.steps and not o.rollback:
+            together = await self._take_steps(entity, image, o)
         if image.deleted and not o.rollback:
             # Decided already: if this fails the document, which readers take for gone, stays a little longer.
             with contextlib.suppress(errors.StoreUnavailable):
@@ -501,21 +560,47 @@ class Writer:
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
             return record
-        failure = await self._try_postgres(entity, image, o)
+        failure: errors.CrossfadeError | None = None
+        if o.request.steps and o.rollback:
+            try:
+                together = await self.settler.stepper.take_open(entity, image, o.control, ends=o.ends)
+            except (errors.StoreUnavailable, errors.Busy) as cause:
+                failure = cause
+        failure = failure or await self._try_postgres(entity, image, o, together)
         if o.rollback:
-            await self._close_tentative(entity, image, o, failure)
+            await self._close_tentative(entity, image, o, failure, together)
         elif failure is not None:
             await self._acknowledge_with_debt(o, failure)
         return record
+
+    async def _take_steps(self, entity: Entity, image: Image, o: _Operation) -> list[Placed]:
+        """Do to the other records what has been decided.
+
+        Raises:
+            crossfade.errors.OutcomeUnknown: not all of it could be done now; it will be.
+        """
+        assert image.steps is not None
+        try:
+            together = await self.settler.stepper.take(entity, image, o.control, ends=o.ends)
+            await self.settler.stepper.erase(entity, image.id, image.steps)
+        except (errors.StoreUnavailable, errors.Busy) as cause:
+            self._say(o, f"MongoDB write decided, its other records are owed their part: {cause}", warn=True)
+            raise errors.OutcomeUnknown(
+                f"[{o.context}] the operation is decided and will be carried out, but not every record shows it yet"
+            ) from cause
+        return together
 
     async def _quietly(self, entity: Entity, image: Image, o: _Operation) -> None:
         with contextlib.suppress(errors.CrossfadeError):
             await self._try_postgres(entity, image, o)
 
     async def _try_postgres(
-        self, entity: Entity, image: Image, o: _Operation
+        self, entity: Entity, image: Image, o: _Operation, together: Sequence[Placed] = ()
     ) -> errors.CrossfadeError | None:
-        """Bring the image to PostgreSQL; None once confirmed, else why not. The debt stands meanwhile."""
+        """Bring the image, and those of its operation, to PostgreSQL; None once confirmed, else why not.
+
+        The debts stand meanwhile.
+        """
         control = self.pair.board.control
         # While a reconciler is lifting the flag, writers settle their own again: else it could never be lifted.
         flagged = control.unreadable is not None and not control.lifting and not o.rollback
@@ -525,7 +610,7 @@ class Writer:
         try:
             # Lifting and making way take several steps: together no longer than four.
             async with asyncio.timeout(self.pair.options.secondary_deadline * 4):
-                settled = await self._bring(entity, image, o)
+                settled = await self._bring(entity, image, o, together)
         except (errors.StoreUnavailable, TimeoutError) as cause:
             self.breaker.failed()
             self._say(o, f"PostgreSQL write failed: {cause}", warn=True)
@@ -561,9 +646,22 @@ class Writer:
             self.settler.erase_soon(entity, image)
         return None
 
-    async def _bring(self, entity: Entity, image: Image, o: _Operation) -> Settled:
+    async def _bring(
+        self, entity: Entity, image: Image, o: _Operation, together: Sequence[Placed]
+    ) -> Settled:
         timeout = self.pair.options.secondary_deadline
-        if not image.deleted:
+        if not together and not image.deleted and image.debt is not None and image.debt.group:
+            together = (await self.settler.with_group(entity, image))[1:]
+        if together:
+            placed = list(together) if image.deleted else [(entity, image), *together]
+            brought = await self.settler.bring_together(placed, o.control, timeout=timeout)
+            for (each, one), settled in zip(placed, brought, strict=True):
+                if settled is Settled.CONFIRMED and not o.rollback and one is not image:
+                    self.settler.erase_soon(each, one)
+            unlike = [settled for settled in brought if settled is not Settled.CONFIRMED]
+            if unlike or not image.deleted:
+                return Settled.PARKED if Settled.PARKED in unlike else (unlike or brought)[0]
+        elif not image.deleted:
             return await self.settler.bring(entity, image, o.control, timeout=timeout)
         if not o.rollback:
             return await self.settler.finish_delete(entity, image.id, image.rev, o.op, o.control)
@@ -590,7 +688,12 @@ class Writer:
         self._say(o, f"MongoDB keeps the write; PostgreSQL is owed it: {failure}", warn=True)
 
     async def _close_tentative(
-        self, entity: Entity, image: Image, o: _Operation, failure: errors.CrossfadeError | None
+        self,
+        entity: Entity,
+        image: Image,
+        o: _Operation,
+        failure: errors.CrossfadeError | None,
+        together: Sequence[Placed],
     ) -> None:
         """ROLLBACK_BOTH: tell success only after tentative has become confirmed; else undo."""
         if failure is None:
@@ -602,6 +705,15 @@ class Writer:
                     "reconciler undoes it unless the confirmation arrived"
                 ) from cause
             if confirmed:
+                if image.steps is not None:
+                    # Decided for all: who does not hear of it now is told by a reconciler.
+                    with contextlib.suppress(errors.StoreUnavailable):
+                        await self.settler.stepper.close(image.steps)
+                        await self.settler.stepper.erase(
+                            entity, image.id, replace(image.steps, state="confirmed")
+                        )
+                        for each, one in together:
+                            self.settler.erase_soon(each, one)
                 if image.deleted:
                     await self._finish_confirmed_delete(entity, image, o)
                 else:
@@ -654,7 +766,11 @@ class Writer:
             try:
                 done = await self.pair.mongo.compare_and_set(
                     entity, image.id, rev=image.rev,
-                    set_={f"{CF}.op": o.op, **{f"{CF}.keys.{rule}": key for rule, key in image.keys.items()}},
+                    set_={
+                        f"{CF}.op": o.op,
+                        **{f"{CF}.keys.{rule}": key for rule, key in image.keys.items()},
+                        **({} if image.steps is None else {f"{CF}.steps.state": "confirmed"}),
+                    },
                     unset=[f"{CF}.debt.tentative"],
                     also={f"{CF}.op": o.op, f"{CF}.debt.tentative": {"$exists": True}},
                     timeout=o.left(),
@@ -721,6 +837,12 @@ class Writer:
                     raise errors.StaleRevision(
                         f"[{o.context}] this record of {entity.name} is at revision {before.rev}, not {if_revision}"
                     )
+                where = o.request.where
+                missed = [n for n in where if n not in before.document or before.document[n] != where[n]]
+                if missed:
+                    raise errors.ConditionNotMet(
+                        f"[{o.context}] this record of {entity.name} has another value in {', '.join(missed)} by now"
+                    )
                 if wrote is None:
                     change = Change(
                         None, None, max(before.rev, tombstone) + 1, o.op, self._tentative("delete", before, o)
@@ -734,26 +856,51 @@ class Writer:
             mine.append(change)
             return change
 
+        writes = [(entity, id_, decide), *(self._step_write(step, o) for step in o.request.steps)]
         self._say(o, "Writing to PostgreSQL...")
-        change = await self._decide_in_postgres(entity, id_, decide, mine, o, keep_in_outbox=dual)
+        change, *others = await self._decide_in_postgres(entity, writes, mine, o, keep_in_outbox=dual)
+        assert change is not None
         self._say(o, "PostgreSQL write successful")
         document = change.image.document if change.image is not None else {"_id": id_}
         record = Record(id_, document, change.rev, "postgres")
         if not dual:
             return record
         owed = Delivery(entity.name, id_, change.rev, o.op, None, change.tentative, None)
+        deliveries = [owed] + [
+            Delivery(step.entity, step.id, other.rev, o.op, None, other.tentative, None)
+            for step, other in zip(o.request.steps, others, strict=True)
+            if other is not None
+        ]
         if o.asynchronous:
             if len(self._background) < self.pair.options.background:
                 task = asyncio.create_task(self._deliver_quietly(owed, o))
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
             return record
-        failure = await self._try_mongo(owed, o)
+        failure = None
+        for each in deliveries:
+            failure = failure or await self._try_mongo(each, o)
         if o.rollback:
-            await self._close_in_postgres(entity, owed, o, failure)
+            await self._close_in_postgres(deliveries, o, failure)
         elif failure is not None:
             self._say(o, f"PostgreSQL keeps the write; MongoDB is owed it: {failure}", warn=True)
         return record
+
+    def _step_write(
+        self, step: Step, o: _Operation
+    ) -> tuple[Entity, Any, Callable[[Image | None, int], Change | None]]:
+        entity = self.pair.entities[step.entity]
+
+        def decide(before: Image | None, tombstone: int) -> Change | None:
+            if before is None:
+                return None  # a record that is gone has nothing to take
+            set_, unset = step.effect(before.document)
+            after = {**before.document, **as_stored(set_)}
+            for name in unset:
+                after.pop(name, None)
+            return self._new_image(entity, after, before.keys, max(before.rev, tombstone) + 1, o, before)
+
+        return entity, step.id, decide
 
     def _new_image(
         self,
@@ -780,32 +927,37 @@ class Writer:
         if not o.rollback:
             return None
         whole = None if before is None else base64.b64encode(encode_document(before.document)).decode()
-        return {"kind": kind, "before": whole, "keys": {} if before is None else before.keys}
+        note: dict[str, Any] = {"kind": kind, "before": whole, "keys": {} if before is None else before.keys}
+        if o.request.steps:
+            # Every one of them, so that whoever finds one open row takes all of them back.
+            note["with"] = [*o.everybody]
+        return note
 
     async def _decide_in_postgres(
         self,
         entity: Entity,
-        id_: Any,
-        decide: Any,
+        writes: Sequence[tuple[Entity, Any, Callable[[Image | None, int], Change | None]]],
         mine: list[Change],
         o: _Operation,
         *,
         keep_in_outbox: bool,
-    ) -> Change:
+    ) -> list[Change | None]:
+        """The changes that PostgreSQL made of ``writes``; the first of them decides, and notes its own in ``mine``."""
+        id_ = writes[0][1]
         unknown = False
         while True:
             try:
                 return await self.pair.postgres.write(
-                    entity, id_, decide, migration=self.pair.name, epoch=o.control.epoch,
+                    writes, migration=self.pair.name, epoch=o.control.epoch,
                     timeout=o.left(), keep_in_outbox=keep_in_outbox, op=o.op,
                 )  # fmt: skip
             except _AlreadyWritten:
-                return mine[-1]
+                return await self._written_already(writes, mine[-1], o)
             except errors.NotFound:
                 if unknown and o.kind == "delete":
                     buried = await self.pair.postgres.tombstone(entity, id_, timeout=o.left())
                     if buried is not None and buried[1] == o.op:
-                        return mine[-1]
+                        return await self._written_already(writes, mine[-1], o)
                 raise
             except errors.Busy:
                 mine.clear()
@@ -839,6 +991,17 @@ class Writer:
                         f"[{o.context}] PostgreSQL cannot be asked: {cause}"
                     ) from cause
                 await asyncio.sleep(0.05)
+
+    async def _written_already(
+        self, writes: Sequence[tuple[Entity, Any, Any]], decided: Change, o: _Operation
+    ) -> list[Change | None]:
+        """What the transaction that was not answered left of the other records: those that still carry its id."""
+        left: list[Change | None] = [decided]
+        for entity, id_, _ in writes[1:]:
+            owed = await self.pair.postgres.outbox_row(entity, id_, timeout=o.left())
+            mine = owed is not None and owed.op == o.op
+            left.append(Change(None, None, owed.rev, o.op, owed.tentative) if mine and owed else None)
+        return left
 
     async def _deliver_quietly(self, owed: Delivery, o: _Operation) -> None:
         with contextlib.suppress(errors.CrossfadeError):
@@ -878,12 +1041,13 @@ class Writer:
         return None
 
     async def _close_in_postgres(
-        self, entity: Entity, owed: Delivery, o: _Operation, failure: errors.CrossfadeError | None
+        self, deliveries: Sequence[Delivery], o: _Operation, failure: errors.CrossfadeError | None
     ) -> None:
         postgres = self.pair.postgres
+        entities = self.pair.entities
         if failure is None:
             try:
-                confirmed = await self._confirm_in_postgres(entity, owed, o)
+                confirmed = await self._confirm_in_postgres(deliveries, o)
             except errors.StoreUnavailable as cause:
                 raise errors.OutcomeUnknown(
                     f"[{o.context}] both stores hold the write, but it could not be confirmed in time: the "
@@ -894,12 +1058,14 @@ class Writer:
                     f"[{o.context}] the write was undone: it was not confirmed before its deadline"
                 )
             with contextlib.suppress(errors.StoreUnavailable):
-                await postgres.settle(entity, owed.id, owed.rev, owed.op, timeout=o.left())
+                for owed in deliveries:
+                    await postgres.settle(entities[owed.entity], owed.id, owed.rev, owed.op, timeout=o.left())
             return
         self._say(o, f"Rolling PostgreSQL back: {failure}", warn=True)
+        owed = deliveries[0]
         try:
-            await self.undo_in_postgres(entity, owed, o.control)
-            now = await self.pair.postgres.outbox_row(entity, owed.id, timeout=o.left())
+            await self.undo_in_postgres(owed, o.control)
+            now = await postgres.outbox_row(entities[owed.entity], owed.id, timeout=o.left())
             if now is not None and now.op == owed.op:
                 raise Fenced("PostgreSQL is at another epoch")
         except (*_FAILED, RuleBroken) as cause:
@@ -913,7 +1079,7 @@ class Writer:
             f"[{o.context}] MongoDB failed; PostgreSQL was rolled back: {failure}"
         ) from failure
 
-    async def _confirm_in_postgres(self, entity: Entity, owed: Delivery, o: _Operation) -> bool:
+    async def _confirm_in_postgres(self, deliveries: Sequence[Delivery], o: _Operation) -> bool:
         """Turn tentative into confirmed, repeated until it is decided; False: undone.
 
         Raises:
@@ -922,9 +1088,12 @@ class Writer:
         """
         postgres = self.pair.postgres
         unknown = False
+        owed = deliveries[0]
+        entity = self.pair.entities[owed.entity]
+        writes = [(self.pair.entities[each.entity], each.id, each.rev) for each in deliveries]
         while True:
             try:
-                if await postgres.confirm(entity, owed.id, owed.rev, owed.op, timeout=o.left()):
+                if await postgres.confirm(writes, owed.op, timeout=o.left()):
                     return True
                 if not unknown:
                     return False
@@ -946,31 +1115,29 @@ class Writer:
                 f"{entity.name} was written again since"
             )
 
-    async def undo_in_postgres(self, entity: Entity, owed: Delivery, control: Control) -> None:
-        """Take an open write back as a new revision; nothing if it is no longer open.
-
-        Nobody else writes a record whose outbox row is tentative, so what stood before is put back whole.
-        """
+    async def undo_in_postgres(self, owed: Delivery, control: Control) -> None:
+        """Take an open write, and its whole operation, back as new revisions; nothing if it is no longer open."""
         assert owed.tentative is not None
-        whole, keys = owed.tentative["before"], owed.tentative["keys"]
+        writes = [(self.pair.entities[owed.entity], owed.id, owed.rev)]
+        for name, text in owed.tentative.get("with", ()):
+            entity, id_ = self.pair.entities[name], text_to_id(text)
+            other = await self.pair.postgres.outbox_row(
+                entity, id_, timeout=self.pair.options.primary_deadline
+            )
+            if (name, id_) == (owed.entity, owed.id) or other is None or other.op != owed.op:
+                continue  # itself, or one that was gone and has taken nothing
+            writes.append((entity, id_, other.rev))
         await self.pair.postgres.undo(
-            entity,
-            owed.id,
-            rev=owed.rev,
-            op=owed.op,
-            before=None if whole is None else decode_document(base64.b64decode(whole)),
-            keys=keys,
-            migration=self.pair.name,
-            epoch=control.epoch,
+            writes, owed.op, migration=self.pair.name, epoch=control.epoch,
             timeout=self.pair.options.primary_deadline,
-        )
+        )  # fmt: skip
 
 
 class _AlreadyWritten(Exception):
     """The record in PostgreSQL carries our operation id: the unanswered write had committed."""
 
 
-def _as_stored(document: Mapping[str, Any]) -> dict[str, Any]:
+def as_stored(document: Mapping[str, Any]) -> dict[str, Any]:
     """The document as a store gives it back (dates in milliseconds, UTC; integers by size).
 
     Raises:

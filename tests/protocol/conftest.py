@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,6 +56,30 @@ FRIENDS = Table(
     Column("position", Integer, primary_key=True),
     Column("friend_id", DocumentId, nullable=False),
 )
+
+
+REQUESTS = Table(
+    "friend_requests",
+    SCHEMA,
+    Column("id", DocumentId, primary_key=True),
+    Column("sender", DocumentId, nullable=False),
+    Column("receiver", DocumentId, nullable=False),
+    Column("status", Text, nullable=False),
+    *record_columns(),
+)
+
+
+def requests_entity() -> Entity:
+    return Entity(
+        "friend_requests",
+        collection="friendrequests",
+        table=REQUESTS,
+        columns=[
+            column("sender", required=True),
+            column("receiver", required=True),
+            column("status", required=True),
+        ],
+    )
 
 
 def users_entity(mapping_version: int = 1) -> Entity:
@@ -269,6 +293,7 @@ async def open_world(mongo_uri, database_url, tables):
             background: bool = False,
             foreign_writers: bool = False,
             entity: Entity | None = None,
+            others: Sequence[Entity] = (),
             **options: Any,
         ) -> World:
             cf = Crossfade(
@@ -281,7 +306,7 @@ async def open_world(mongo_uri, database_url, tables):
                 background=background,
             )
             entity = entity or users_entity()
-            migration = cf.migration("accounts", [entity])
+            migration = cf.migration("accounts", [entity, *others])
             await stack.enter_async_context(cf)
             client = stack.enter_context(pymongo.MongoClient(mongo_uri, tz_aware=True))
             return World(cf, migration, entity, client.get_default_database()["users"], database_url)

@@ -99,7 +99,7 @@ FORGED = {
     "exp NaN": signed(b'{"userId":"%s","exp":NaN}' % USER.encode()),
     "exp list": signed(claims(exp=[NOW + 999])),
     "iat text": signed(claims(iat="now")),
-    "not yet": signed(claims(nbf=NOW + 600)),
+    "not yet": signed(claims(nbf=NOW + 86_400)),
     "no user": signed(claims(userId=...)),
     "user number": signed(claims(userId=5)),
     "user object": signed(claims(userId={"$gt": ""})),

@@ -255,14 +255,18 @@ class MongoStore:
         rev: int,
         set_: Mapping[str, Any],
         unset: Iterable[str] = (),
+        push: Mapping[str, Any] | None = None,
         also: Mapping[str, Any] | None = None,
         timeout: float,
     ) -> Image | None:
         """Change a document that is at revision ``rev``, and return its image after; None: no match.
 
-        ``set_`` and ``unset`` name paths; ``also`` narrows the filter further.
+        ``set_``, ``unset`` and ``push`` (one value to the end of an array) name paths; ``also`` narrows the filter
+        further.
         """
         update: dict[str, Any] = {"$set": dict(set_)}
+        if push:
+            update["$push"] = dict(push)
         gone = dict.fromkeys(unset, "")
         if gone:
             update["$unset"] = gone
@@ -278,7 +282,14 @@ class MongoStore:
         """Remove a document whose delete was decided at this revision by this operation."""
         async with self._asking(timeout):
             done = await self._documents(entity).delete_one(
-                {"_id": id_, f"{CF}.rev": Int64(rev), f"{CF}.op": op, f"{CF}.deleted": True}
+                {
+                    "_id": id_,
+                    f"{CF}.rev": Int64(rev),
+                    f"{CF}.op": op,
+                    f"{CF}.deleted": True,
+                    # What it owes to other records must not go with it.
+                    f"{CF}.steps": {"$exists": False},
+                }
             )
         return done.deleted_count == 1
 
@@ -312,6 +323,30 @@ class MongoStore:
             result = await self._documents(entity).delete_one(_exactly(before))
         return result.deleted_count == 1
 
+    # --- steps of operations of several records -----------------------------------------------------------
+
+    async def close_step(self, entity: Entity, id_: Any, *, op: str, timeout: float) -> None:
+        """Turn a tentative step of this operation into a plain debt."""
+        async with self._asking(timeout):
+            await self._documents(entity).update_one(
+                {"_id": id_, f"{CF}.op": op, f"{CF}.debt.tentative.anchor.op": op},
+                {"$unset": {f"{CF}.debt.tentative": ""}},
+            )
+
+    async def erase_steps(self, entity: Entity, id_: Any, *, op: str, timeout: float) -> None:
+        """Erase what a record owes to others of this operation."""
+        async with self._asking(timeout):
+            await self._documents(entity).update_one(
+                {"_id": id_, f"{CF}.steps.op": op}, {"$unset": {f"{CF}.steps": ""}}
+            )
+
+    async def erase_mark(self, entity: Entity, id_: Any, *, op: str, timeout: float) -> None:
+        """Erase the mark that a record has taken its step of this operation."""
+        async with self._asking(timeout):
+            await self._documents(entity).update_one(
+                {"_id": id_, f"{CF}.done": op}, {"$pull": {f"{CF}.done": op}}
+            )
+
     # --- debts -------------------------------------------------------------------------------------------
 
     async def settle(
@@ -327,6 +362,8 @@ class MongoStore:
                     f"{CF}.rev": Int64(rev),
                     f"{CF}.op": op,
                     f"{CF}.debt.tentative": {"$exists": False},
+                    # What it owes to other records is found by its debt.
+                    f"{CF}.steps": {"$exists": False},
                 },
                 {"$unset": {f"{CF}.debt": ""}},
             )

@@ -12,6 +12,7 @@ later does no harm: applying is idempotent and order does not matter.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 
 import orjson
 import psycopg
-from psycopg import AsyncConnection, sql
+from psycopg import AsyncConnection, AsyncCursor, Rollback, sql
 from psycopg.abc import Buffer
 from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict
@@ -33,7 +34,7 @@ from crossfade.entity import Entity, Rows
 from crossfade.record import Applied, Held, Image, new_operation
 from crossfade.stores.errors import Fenced, RuleBroken, Unanswered
 from crossfade.stores.rows import RowStatements, Statement, held
-from crossfade.values import digest, encode_document, id_to_text, text_to_id
+from crossfade.values import decode_document, digest, encode_document, id_to_text, text_to_id
 
 STORE = "postgres"
 SCHEMA_VERSION = "1"
@@ -485,157 +486,223 @@ class PostgresStore:
 
     async def write(
         self,
-        entity: Entity,
-        id_: Any,
-        decide: Callable[[Image | None, int], Change],
+        writes: Sequence[tuple[Entity, Any, Callable[[Image | None, int], Change | None]]],
         *,
         migration: str,
         epoch: int,
         timeout: float,
         keep_in_outbox: bool = True,
         op: str | None = None,
-    ) -> Change:
-        """Read a record under its lock, let ``decide`` make the change, write it and its outbox row.
+    ) -> list[Change | None]:
+        """Read records under their locks, let each ``decide`` make its change, write them and their outbox rows.
 
-        ``op``: the operation that asks; its own open write does not stand in its way.
-
-        ``decide`` gets the image (None: no row) and the highest revision that a tombstone of this id has (0:
-        none), and raises to change nothing. All in one transaction bound to ``epoch``.
+        ``writes`` are (entity, id, decide). ``decide`` gets the image (None: no row) and the highest revision that a
+        tombstone of this id has (0: none); it returns None to leave this record alone, and raises to change nothing
+        at all. ``op``: the operation that asks; its own open write does not stand in its way. All in one transaction
+        bound to ``epoch``.
 
         Raises:
             Fenced: PostgreSQL is at another epoch.
             RuleBroken: another row holds a value of a unique rule.
+            crossfade.errors.Busy: one of the records, or a value, is an open write's.
         """
-        key = id_to_text(id_)
-        own = self.statements(entity)
 
-        async def work() -> Change:
+        async def work() -> list[Change | None]:
             async with self._connection(timeout) as connection, connection.transaction():
+                there = await self._lock(connection, writes, migration=migration, epoch=epoch, op=op)
+                changes = [
+                    decide(before, buried)
+                    for (_, _, decide), (before, buried) in zip(writes, there, strict=True)
+                ]
+                held_open: list[AsyncCursor[Any]] = []
                 async with connection.pipeline():
-                    await connection.execute(QUERIES["lock_shared"], {"migration": migration})
-                    await connection.execute(QUERIES["lock_record"], {"entity": entity.name, "id": key})
-                    fence = await connection.execute(
-                        QUERIES["epoch_is"], {"migration": migration, "epoch": epoch}
-                    )
-                    row = await connection.execute(
-                        own.select + sql.SQL(" WHERE p.id = %s FOR UPDATE OF p"), [key]
-                    )
-                    buried = await connection.execute(
-                        QUERIES["tombstone"], {"entity": entity.name, "id": key}
-                    )
-                    open_row = await connection.execute(
-                        QUERIES["outbox_row"], {"entity": entity.name, "id": key}
-                    )
-                    [(same_epoch,)] = await fence.fetchall()
-                    found, tombstone = await row.fetchone(), await buried.fetchone()
-                    owed = await open_row.fetchone()
-                if not same_epoch:
-                    raise Fenced(f"PostgreSQL is not at epoch {epoch} of {migration}")
-                if owed is not None and owed[3] is not None and owed[1].hex != op:
-                    raise errors.Busy(f"a write of this record of {entity.name} waits for its outcome")
-                before = None if found is None else own.image(found)
-                change = decide(before, 0 if tombstone is None else int(tombstone[0]))
-                statements: list[Statement]
-                if change.image is None:
-                    bury = {
-                        "entity": entity.name, "id": key, "rev": change.rev, "op": change.op,
-                        "migration": migration, "epoch": epoch,
-                    }  # fmt: skip
-                    statements = [(QUERIES["bury"], bury), *own.drop(key, change.rev)]  # type: ignore[list-item]
-                else:
-                    assert change.rows is not None
-                    statements = (
-                        own.insert(change.image, change.rows)
-                        if before is None
-                        else own.update(change.image, change.rows, rev=before.rev)
-                    )
-                async with connection.pipeline():
-                    for query, parameters in statements:
-                        await connection.execute(query, parameters)
-                    if keep_in_outbox:
-                        await connection.execute(
-                            QUERIES["outbox_put"],
-                            {
-                                "entity": entity.name,
-                                "id": key,
-                                "rev": change.rev,
-                                "op": change.op,
-                                "epoch": epoch,
-                                "base_digest": None if before is None else before.digest,
-                                "tentative": None
-                                if change.tentative is None
-                                else orjson.dumps(change.tentative).decode(),
-                            },
+                    for (entity, id_, _), (before, _), change in zip(writes, there, changes, strict=True):
+                        if change is None:
+                            continue
+                        for query, parameters in self._put(
+                            entity, id_, before, change, migration, epoch, keep_in_outbox=keep_in_outbox
+                        ):
+                            await connection.execute(query, parameters)
+                        keys = orjson.dumps(change.image.keys if change.image else {}).decode()
+                        held_open.append(
+                            await connection.execute(
+                                QUERIES["reserved"],
+                                {"entity": entity.name, "id": id_to_text(id_), "keys": keys, "op": change.op},
+                            )
                         )
-                    reserved = await connection.execute(
-                        QUERIES["reserved"],
-                        {
-                            "entity": entity.name,
-                            "id": key,
-                            "keys": orjson.dumps(change.image.keys if change.image else {}).decode(),
-                        },
-                    )
-                    [(held_open,)] = await reserved.fetchall()
-                if held_open:
-                    # Seen after the unique index let us through: whoever freed the value may yet take it back.
-                    raise errors.Busy(f"a value of this record of {entity.name} is another open write's")
-                return change
+                    for cursor in held_open:
+                        [(taken,)] = await cursor.fetchall()
+                        if taken:
+                            # Seen after the unique index let us through: whoever freed it may yet take it back.
+                            raise errors.Busy("a value of this record is another open write's")
+                return changes
 
         return await self._bounded(work(), timeout)
 
-    async def undo(
+    async def _lock(
+        self,
+        connection: AsyncConnection[Any],
+        writes: Sequence[tuple[Entity, Any, Any]],
+        *,
+        migration: str,
+        epoch: int,
+        op: str | None,
+    ) -> list[tuple[Image | None, int]]:
+        """Lock these records, in one order everywhere; (image, revision of the tombstone) of each as given."""
+        names = [{"entity": entity.name, "id": id_to_text(id_)} for entity, id_, _ in writes]
+        cursors = []
+        async with connection.pipeline():
+            await connection.execute(QUERIES["lock_shared"], {"migration": migration})
+            for name in sorted(names, key=lambda name: (name["entity"], name["id"])):
+                await connection.execute(QUERIES["lock_record"], name)
+            fence = await connection.execute(QUERIES["epoch_is"], {"migration": migration, "epoch": epoch})
+            for (entity, _, _), name in zip(writes, names, strict=True):
+                select = self.statements(entity).select + sql.SQL(" WHERE p.id = %s FOR UPDATE OF p")
+                row = await connection.execute(select, [name["id"]])
+                buried = await connection.execute(QUERIES["tombstone"], name)
+                cursors.append((row, buried, await connection.execute(QUERIES["outbox_row"], name)))
+            [(same_epoch,)] = await fence.fetchall()
+            found = [(await r.fetchone(), await b.fetchone(), await o.fetchone()) for r, b, o in cursors]
+        if not same_epoch:
+            raise Fenced(f"PostgreSQL is not at epoch {epoch} of {migration}")
+        answers: list[tuple[Image | None, int]] = []
+        for (entity, _, _), (stored, tombstone, owed) in zip(writes, found, strict=True):
+            if owed is not None and owed[3] is not None and owed[1].hex != op:
+                raise errors.Busy(f"a write of this record of {entity.name} waits for its outcome")
+            answers.append(
+                (
+                    None if stored is None else self.statements(entity).image(stored),
+                    0 if tombstone is None else int(tombstone[0]),
+                )
+            )
+        return answers
+
+    def _put(
         self,
         entity: Entity,
         id_: Any,
+        before: Image | None,
+        change: Change,
+        migration: str,
+        epoch: int,
         *,
-        rev: int,
+        keep_in_outbox: bool,
+    ) -> list[Statement]:
+        """The statements that make a change, of a record that is locked."""
+        key, own = id_to_text(id_), self.statements(entity)
+        statements: list[Statement]
+        if change.image is None:
+            bury = {
+                "entity": entity.name, "id": key, "rev": change.rev, "op": change.op,
+                "migration": migration, "epoch": epoch,
+            }  # fmt: skip
+            statements = [(QUERIES["bury"], bury), *own.drop(key, change.rev)]  # type: ignore[list-item]
+        else:
+            assert change.rows is not None
+            if before is None:
+                statements = own.insert(change.image, change.rows)
+            else:
+                statements = own.update(change.image, change.rows, rev=before.rev)
+        if keep_in_outbox:
+            tentative = None if change.tentative is None else orjson.dumps(change.tentative).decode()
+            note = {
+                "entity": entity.name, "id": key, "rev": change.rev, "op": change.op, "epoch": epoch,
+                "base_digest": None if before is None else before.digest, "tentative": tentative,
+            }  # fmt: skip
+            statements = [*statements, (QUERIES["outbox_put"], note)]  # type: ignore[list-item]
+        return statements
+
+    async def undo(
+        self,
+        writes: Sequence[tuple[Entity, Any, int]],
         op: str,
-        before: dict[str, Any] | None,
-        keys: dict[str, str],
+        *,
         migration: str,
         epoch: int,
         timeout: float,
     ) -> bool:
-        """Put back what stood before a tentative write, as the next revision; False: it is no longer open."""
-        key = id_to_text(id_)
-        own = self.statements(entity)
+        """Put back what stood before an open operation, as next revisions; False: it is no longer open.
+
+        ``writes`` are (entity, id, revision) of all of its records. Nobody else writes a record whose outbox row is
+        tentative, so each is put back whole.
+        """
         new_op = new_operation()
 
         async def work() -> bool:
             async with self._connection(timeout) as connection, connection.transaction():
                 await connection.execute(QUERIES["lock_shared"], {"migration": migration})
-                taken = await connection.execute(
-                    QUERIES["outbox_undo"],
-                    {"entity": entity.name, "id": key, "rev": rev, "op": op, "new_op": new_op,
-                     "epoch": epoch, "migration": migration},
-                )  # fmt: skip
-                if taken.rowcount == 0:
-                    return False
-                statements: list[Statement]
-                if before is None:
-                    bury = {"entity": entity.name, "id": key, "rev": rev + 1, "op": new_op,
-                            "migration": migration, "epoch": epoch}  # fmt: skip
-                    statements = [(QUERIES["bury"], bury), *own.drop(key, rev + 1)]  # type: ignore[list-item]
-                else:
-                    image = Image(id_, before, rev + 1, new_op, keys, digest(before))
-                    rows = entity.to_rows(before, keys)
-                    cursor = await connection.execute(
-                        own.select + sql.SQL(" WHERE p.id = %s FOR UPDATE OF p"), [key]
+                for entity, id_, rev in sorted(writes, key=_by_name):
+                    name = {"entity": entity.name, "id": id_to_text(id_)}
+                    opened = await (await connection.execute(QUERIES["outbox_row"], name)).fetchone()
+                    taken = await connection.execute(
+                        QUERIES["outbox_undo"],
+                        {
+                            **name,
+                            "rev": rev,
+                            "op": op,
+                            "new_op": new_op,
+                            "epoch": epoch,
+                            "migration": migration,
+                        },
                     )
-                    there = await cursor.fetchone() is not None
-                    statements = own.update(image, rows, rev=rev) if there else own.insert(image, rows)
-                for query, parameters in statements:
-                    await connection.execute(query, parameters)
+                    if taken.rowcount == 0 or opened is None:
+                        raise Rollback
+                    await self._put_back(
+                        connection, entity, id_, rev + 1, new_op, orjson.loads(opened[3]),
+                        migration=migration, epoch=epoch,
+                    )  # fmt: skip
                 return True
+            return False
 
         return await self._bounded(work(), timeout)
 
-    async def confirm(self, entity: Entity, id_: Any, rev: int, op: str, *, timeout: float) -> bool:
-        """Turn a tentative outbox row into a confirmed one; False: it was undone, or is gone."""
-        done = await self._count(
-            "outbox_confirm", timeout, entity=entity.name, id=id_to_text(id_), rev=rev, op=op
-        )
-        return done == 1
+    async def _put_back(
+        self,
+        connection: AsyncConnection[Any],
+        entity: Entity,
+        id_: Any,
+        rev: int,
+        op: str,
+        tentative: Mapping[str, Any],
+        *,
+        migration: str,
+        epoch: int,
+    ) -> None:
+        key, own = id_to_text(id_), self.statements(entity)
+        statements: list[Statement]
+        if tentative["before"] is None:
+            bury = {"entity": entity.name, "id": key, "rev": rev, "op": op,
+                    "migration": migration, "epoch": epoch}  # fmt: skip
+            statements = [(QUERIES["bury"], bury), *own.drop(key, rev)]  # type: ignore[list-item]
+        else:
+            before = decode_document(base64.b64decode(tentative["before"]))
+            image = Image(id_, before, rev, op, tentative["keys"], digest(before))
+            rows = entity.to_rows(before, image.keys)
+            cursor = await connection.execute(own.select + sql.SQL(" WHERE p.id = %s FOR UPDATE OF p"), [key])
+            there = await cursor.fetchone() is not None
+            statements = own.update(image, rows, rev=rev - 1) if there else own.insert(image, rows)
+        for query, parameters in statements:
+            await connection.execute(query, parameters)
+
+    async def confirm(self, writes: Sequence[tuple[Entity, Any, int]], op: str, *, timeout: float) -> bool:
+        """Turn an operation's tentative outbox rows into confirmed ones; False: it was undone, or they are gone.
+
+        ``writes`` are (entity, id, revision) of all of its records.
+        """
+
+        async def work() -> bool:
+            async with self._connection(timeout) as connection, connection.transaction():
+                for entity, id_, rev in sorted(writes, key=_by_name):
+                    done = await connection.execute(
+                        QUERIES["outbox_confirm"],
+                        {"entity": entity.name, "id": id_to_text(id_), "rev": rev, "op": op},
+                    )
+                    if done.rowcount == 0:
+                        raise Rollback
+                return True
+            return False
+
+        return await self._bounded(work(), timeout)
 
     async def outbox(self, entities: Iterable[str], *, limit: int, timeout: float) -> list[Delivery]:
         """Up to ``limit`` owed deliveries, the oldest first."""
@@ -859,6 +926,10 @@ def _verdict(image: Image, now: Held, same_epoch: bool) -> Applied:
     if now.rev == image.rev and now.digest == image.digest and (now.tombstone or -1) < image.rev:
         return Applied.APPLIED if now.op == image.op else Applied.SAME
     return Applied.BEHIND
+
+
+def _by_name(write: tuple[Entity, Any, int]) -> tuple[str, str]:
+    return write[0].name, id_to_text(write[1])
 
 
 def _first_line(cause: BaseException) -> str:

@@ -73,7 +73,7 @@ SELECT rev, op, base_digest, tentative, parked FROM crossfade.outbox WHERE entit
 -- Whether an open write of another record would need one of these normalised keys back, were it undone.
 SELECT EXISTS (
     SELECT FROM crossfade.outbox AS o, jsonb_each_text(o.tentative->'keys') AS k (rule, key)
-    WHERE o.entity = %(entity)s AND o.id <> %(id)s AND o.tentative IS NOT NULL
+    WHERE o.entity = %(entity)s AND o.id <> %(id)s AND o.op <> %(op)s::uuid AND o.tentative IS NOT NULL
       AND %(keys)s::jsonb @> jsonb_build_object(k.rule, k.key)
 )
 

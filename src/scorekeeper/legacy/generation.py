@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
-import stamina
 from bson import InvalidDocument
 from pymongo.collection import Collection
 from pymongo.database import Database
@@ -180,10 +179,7 @@ class _Writer:
             if index.document.get("unique", False) is not unique:
                 continue
             try:
-                # The embedded server refuses an index now and then while others are built beside it.
-                for attempt in stamina.retry_context(on=OperationFailure, attempts=3, wait_initial=0.5):
-                    with attempt:
-                        self._collection.create_indexes([index])
+                self._collection.create_indexes([index])
             except OperationFailure as error:
                 refusal = Refusal(self._collection.name, index.document["name"], (), _cause(error))
                 self._summary.refused.append(refusal)

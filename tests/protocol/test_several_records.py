@@ -1,0 +1,326 @@
+"""Operations of several records: a friend request is accepted, and two users become friends, or nothing happens."""
+
+import asyncio
+
+import pytest
+from bson import ObjectId
+
+from crossfade import Busy, ConditionNotMet, ConfigurationError, FailureStrategy, OutcomeUnknown, Undone
+from crossfade.board import boot_clock
+from crossfade.record import CF
+from crossfade.values import id_to_text
+
+from .conftest import BOTH_PRIMARIES, MONGO_PHASES, PATIENCE, requests_entity
+
+ROLLBACK = FailureStrategy.ROLLBACK_BOTH
+
+
+@pytest.fixture
+def open_friends(open_world):
+    """A worker that knows users and friend requests."""
+
+    async def open_(phase="dual_write", **how):
+        return await open_world(phase, others=[requests_entity()], **how)
+
+    return open_
+
+
+async def asked(w):
+    """Ann has asked Bob: (request, Ann, Bob)."""
+    ann = (await w.users.insert({"username": "Ann", "friends": []})).id
+    bob = (await w.users.insert({"username": "Bob", "friends": [ObjectId()], "__v": 3})).id
+    made = await w.m["friend_requests"].insert({"sender": ann, "receiver": bob, "status": "pending"})
+    return made.id, ann, bob
+
+
+async def accept(w, request, ann, bob, strategy=None):
+    async with w.m.operation("Friend Accept", strategy=strategy) as op:
+        op.update("friend_requests", request, {"status": "accepted"}, where={"status": "pending"})
+        op.also("users", ann, {"n": 1}, add={"friends": [bob]})
+        op.also("users", bob, add={"friends": [ann]})
+    return op.result
+
+
+async def found(w, request, ann, bob):
+    """(status, Ann and Bob are friends, as each of them has it), by the worker's own reads."""
+    status = (await w.m["friend_requests"].get(request)).document["status"]
+    of_ann = (await w.users.get(ann)).document["friends"]
+    of_bob = (await w.users.get(bob)).document["friends"]
+    return status, bob in of_ann, ann in of_bob
+
+
+async def assert_all_equal(w):
+    await w.assert_equal()
+    assert w.documents.count_documents({f"{CF}.steps": {"$exists": True}}) == 0
+    other = w.documents.database["friendrequests"]
+    assert other.count_documents({f"{CF}.steps": {"$exists": True}}) == 0
+    stored = {id_to_text(d["_id"]): d["status"] for d in other.find()}
+    assert dict(w.sql("SELECT id, status FROM friend_requests")) == stored
+
+
+STRATEGIES = [
+    *((phase, strategy) for phase in BOTH_PRIMARIES for strategy in (None, ROLLBACK)),
+    ("mongo_only", None),
+]
+
+
+@pytest.mark.parametrize(("phase", "strategy"), STRATEGIES)
+async def test_accepting_a_request_makes_two_friends(open_friends, phase, strategy):
+    w = await open_friends(phase)
+    ids = await asked(w)
+    done = await accept(w, *ids, strategy)
+    assert done.document["status"] == "accepted"
+    assert await found(w, *ids) == ("accepted", True, True)
+    ann, bob = await w.users.get(ids[1]), await w.users.get(ids[2])
+    assert ann["n"] == 1
+    assert bob["__v"] == 4, "Mongoose is told that an array has changed"
+    await w.settle()
+    if phase != "mongo_only":
+        await assert_all_equal(w)
+    for document in w.documents.find():
+        assert "done" not in document[CF] or document[CF]["done"] == []
+
+
+@pytest.mark.parametrize(("phase", "strategy"), STRATEGIES)
+async def test_a_request_that_is_no_longer_pending_changes_nobody(open_friends, phase, strategy):
+    w = await open_friends(phase)
+    ids = await asked(w)
+    await w.m["friend_requests"].update(ids[0], {"status": "rejected"})
+    with pytest.raises(ConditionNotMet, match="status"):
+        await accept(w, *ids, strategy)
+    assert await found(w, *ids) == ("rejected", False, False)
+
+
+@pytest.mark.parametrize("phase", BOTH_PRIMARIES)
+async def test_of_two_who_accept_at_once_one_does(open_friends, phase):
+    w = await open_friends(phase)
+    ids = await asked(w)
+    told = await asyncio.gather(*(accept(w, *ids) for _ in range(4)), return_exceptions=True)
+    assert sum(not isinstance(answer, BaseException) for answer in told) == 1, told
+    assert {type(answer) for answer in told if isinstance(answer, BaseException)} == {ConditionNotMet}
+    await w.settle()
+    assert await found(w, *ids) == ("accepted", True, True)
+    assert (await w.users.get(ids[2]))["__v"] == 4
+    await assert_all_equal(w)
+
+
+@pytest.mark.parametrize("phase", BOTH_PRIMARIES)
+@pytest.mark.parametrize("strategy", [None, ROLLBACK])
+async def test_a_friend_who_is_gone_has_nothing_to_take(open_friends, phase, strategy):
+    w = await open_friends(phase)
+    request, ann, bob = await asked(w)
+    await w.users.delete(ann)
+    await accept(w, request, ann, bob, strategy)
+    assert await w.users.get(ann) is None
+    assert ann in (await w.users.get(bob))["friends"]
+    await w.settle()
+    await assert_all_equal(w)
+
+
+@pytest.mark.parametrize("phase", MONGO_PHASES)
+@pytest.mark.parametrize("taken", [0, 1, 2])
+async def test_who_finds_a_decided_operation_carries_it_out(open_friends, phase, taken):
+    """The writer dies after so many of the steps."""
+    w = await open_friends(phase)
+    ids = await asked(w)
+    await w.settle()
+    die_after(w, taken)
+    with pytest.raises(Died):
+        await accept(w, *ids)
+    other = await open_friends(phase)
+    await other.reconcile()
+    assert await found(other, *ids) == ("accepted", True, True)
+    assert (await other.users.get(ids[2]))["__v"] == 4, "the step was taken once"
+    await assert_all_equal(other)
+
+
+@pytest.mark.parametrize("phase", MONGO_PHASES)
+@pytest.mark.parametrize("taken", [0, 1, 2])
+async def test_an_open_operation_whose_writer_died_is_taken_back_everywhere(open_friends, phase, taken):
+    w = await open_friends(phase)
+    ids = await asked(w)
+    await w.settle()
+    die_after(w, taken)
+    with pytest.raises(Died):
+        await accept(w, *ids, ROLLBACK)
+    other = await open_friends(phase)
+    await other.reconcile()
+    assert await found(other, *ids) == ("pending", False, False)
+    assert "n" not in (await other.users.get(ids[1])).document
+    await assert_all_equal(other)
+
+
+async def test_who_comes_late_does_not_take_a_step_again(open_friends):
+    """A reconciler read the steps, slept, and wakes after the friends have parted."""
+    w = await open_friends()
+    ids = await asked(w)
+    request, ann, bob = ids
+    die_after(w, 0)
+    with pytest.raises(Died):
+        await accept(w, *ids)
+    late = await open_friends()
+    anchor = await late.m.pair.mongo.read(requests_entity(), request, timeout=PATIENCE)
+    assert anchor.steps is not None
+    other = await open_friends()
+    await other.reconcile()
+    await other.users.update(ann, {"friends": []})
+    await other.users.update(bob, {"friends": []})
+    await late.m.settler.roll_forward(
+        late.m.entities["friend_requests"], anchor, late.m.control, ends=boot_clock() + PATIENCE
+    )
+    assert (await other.users.get(ann))["friends"] == []
+    assert (await other.users.get(bob))["friends"] == []
+    await other.settle()
+    await assert_all_equal(other)
+
+
+@pytest.mark.parametrize("phase", BOTH_PRIMARIES)
+async def test_both_stores_or_neither(open_friends, postgres_proxy, mongo_proxy, phase):
+    broken = {"postgres_primary": {"mongo": mongo_proxy}}.get(phase, {"postgres": postgres_proxy})
+    w = await open_friends(phase, **broken)
+    ids = await asked(w)
+    await w.settle()
+    [proxy] = broken.values()
+    proxy.refuse()
+    with pytest.raises(Undone):
+        await accept(w, *ids, ROLLBACK)
+    proxy.pass_through()
+    await w.postgres_answers()
+    await w.reconcile()
+    assert await found(w, *ids) == ("pending", False, False)
+    await assert_all_equal(w)
+
+
+@pytest.mark.parametrize("phase", BOTH_PRIMARIES)
+async def test_a_dead_secondary_is_owed_all_of_it(open_friends, postgres_proxy, mongo_proxy, phase):
+    broken = {"postgres_primary": {"mongo": mongo_proxy}}.get(phase, {"postgres": postgres_proxy})
+    w = await open_friends(phase, **broken)
+    ids = await asked(w)
+    await w.settle()
+    [proxy] = broken.values()
+    proxy.refuse()
+    await accept(w, *ids)
+    assert await found(w, *ids) == ("accepted", True, True)
+    assert len(await w.owed()) == 3
+    proxy.pass_through()
+    await w.postgres_answers()
+    await w.reconcile()
+    assert await found(w, *ids) == ("accepted", True, True)
+    await assert_all_equal(w)
+
+
+async def test_postgres_never_shows_half_of_an_operation(open_friends, postgres_proxy):
+    """Owed by three documents, brought by a reconciler that may begin with any of them."""
+    w = await open_friends(postgres=postgres_proxy)
+    ids = await asked(w)
+    await w.settle()
+    postgres_proxy.refuse()
+    await accept(w, *ids)
+    await w.users.update(ids[1], {"n": 7})  # one of them moves on meanwhile
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    looks = []
+    applied = w.m.pair.postgres.apply
+
+    async def watched(*args, **how):
+        answer = await applied(*args, **how)
+        [(look,)] = w.sql(
+            "SELECT (SELECT count(*) FROM friend_requests WHERE status = 'accepted')"
+            " + (SELECT count(*) FROM user_friends WHERE friend_id IN (%s, %s))",
+            *(id_to_text(id_) for id_ in ids[1:]),
+        )
+        looks.append(look)
+        return answer
+
+    w.m.pair.postgres.apply = watched
+    await w.reconcile()
+    assert set(looks) == {3}
+    await assert_all_equal(w)
+
+
+async def test_an_open_step_holds_other_writers_of_its_record(open_friends):
+    w = await open_friends(primary_deadline=0.5, tentative=30.0)
+    ids = await asked(w)
+    die_after(w, 2)
+    with pytest.raises(Died):
+        await accept(w, *ids, ROLLBACK)
+    other = await open_friends(primary_deadline=0.5)
+    with pytest.raises(Busy):
+        await other.users.update(ids[1], {"n": 5})
+
+
+async def test_a_record_that_owes_steps_is_not_deleted_before_they_are_taken(open_friends):
+    w = await open_friends()
+    ids = await asked(w)
+    die_after(w, 1)
+    with pytest.raises(Died):
+        await accept(w, *ids)
+    other = await open_friends()
+    await other.m["friend_requests"].delete(ids[0])
+    await other.m.board.refresh()
+    assert ids[2] in (await other.users.get(ids[1]))["friends"]
+    assert ids[1] in (await other.users.get(ids[2]))["friends"]
+    await other.reconcile()
+    await assert_all_equal(other)
+
+
+async def test_a_store_that_dies_in_between_leaves_the_outcome_to_the_reconciler(open_friends, mongo_proxy):
+    w = await open_friends(mongo=mongo_proxy, primary_deadline=1.0)
+    ids = await asked(w)
+    await w.settle()
+    take = w.m.settler.stepper._take
+
+    async def cut(*args):
+        mongo_proxy.refuse()
+        return await take(*args)
+
+    w.m.settler.stepper._take = cut
+    with pytest.raises(OutcomeUnknown, match="carried out"):
+        await accept(w, *ids)
+    mongo_proxy.pass_through()
+    other = await open_friends()
+    await other.reconcile()
+    assert await found(other, *ids) == ("accepted", True, True)
+    await assert_all_equal(other)
+
+
+async def test_what_cannot_be_a_step_is_refused_before_anything_is_written(open_friends):
+    w = await open_friends()
+    _, ann, bob = await asked(w)
+    op = w.m.operation("Rename")
+    with pytest.raises(ConfigurationError, match="unique rule"):
+        op.also("users", ann, {"username": "Anna"})
+    with pytest.raises(ConfigurationError, match="no entity"):
+        op.also("people", ann, {"n": 1})
+    op.also("users", bob, {"n": 1})
+    with pytest.raises(ConfigurationError, match="already"):
+        op.also("users", bob, {"n": 2})
+    with pytest.raises(ConfigurationError, match="no record decides"):
+        await op.__aexit__(None, None, None)
+    op.update("users", bob, {"n": 3})
+    with pytest.raises(ConfigurationError, match="cannot have a step"):
+        await op.__aexit__(None, None, None)
+    assert "n" not in (await w.users.get(bob)).document
+
+
+class Died(BaseException):
+    """The process ended here."""
+
+
+def die_after(w, taken):
+    """Let the worker die once it has taken so many steps; after both: before PostgreSQL hears of any."""
+    left = [taken]
+
+    def dying(work):
+        async def once(*args, **how):
+            if left[0] == 0:
+                raise Died
+            left[0] -= 1
+            return await work(*args, **how)
+
+        return once
+
+    stepper = w.m.settler.stepper
+    stepper._take = dying(stepper._take)
+    stepper._take_open = dying(stepper._take_open)
+    stepper.erase = w.m.settler.bring_together = dying(None)
