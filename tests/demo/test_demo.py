@@ -33,7 +33,7 @@ def play(*words, environment, **more):
 
 
 def test_users_move_under_traffic_through_two_outages_and_nothing_is_lost(environment):
-    process = play("--users", "300", "--seconds", "2", "--json", environment=environment)
+    process = play("--users", "150", "--seconds", "1", "--json", environment=environment)
     out, err = process.communicate(timeout=170)
     result = json.loads(out)
     assert process.returncode == 0, (err, result.get("problems"), result.get("failures"))

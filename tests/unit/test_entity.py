@@ -328,7 +328,7 @@ def carried_or_refused(entity: Entity, document: Mapping[str, Any]) -> Rows | No
     return None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(bs.user_documents())
 def test_a_user_comes_back_as_it_was(document: dict[str, Any]) -> None:
     rows = carried_or_refused(users, document)

@@ -297,7 +297,7 @@ def test_a_text_that_is_no_id_is_refused(text: str) -> None:
 # -- any value as JSON --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(bs.bson_values())
 @example({"$keys": ["a"], "a": 1})
 @example({"$doc": []})

@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
-from crossfade import observe
-from crossfade.cli import bulk, demo, phases, servers, settling
-from crossfade.cli.context import Exit, fail
 
-app = typer.Typer(
-    name="crossfade",
-    help="Move a running application from MongoDB to PostgreSQL, and back.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+def build() -> typer.Typer:
+    """All commands."""
+    from crossfade import observe
+    from crossfade.cli import bulk, demo, phases, servers, settling
+    from crossfade.cli.context import Exit, fail
 
+    app = typer.Typer(
+        name="crossfade",
+        help="Move a running application from MongoDB to PostgreSQL, and back.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+    )
 
-@app.callback()
-def _start(
-    log_level: Annotated[
-        str, typer.Option(envvar="CROSSFADE_LOG_LEVEL", help="debug, info, warning or error.")
-    ] = "warning",
-) -> None:
-    if log_level.lower() not in ("debug", "info", "warning", "error"):
-        fail(f"--log-level {log_level!r}: write debug, info, warning or error", Exit.WRONG_USE)
-    observe.configure_logging(log_level)
+    @app.callback()
+    def _start(
+        log_level: Annotated[
+            str, typer.Option(envvar="CROSSFADE_LOG_LEVEL", help="debug, info, warning or error.")
+        ] = "warning",
+    ) -> None:
+        if log_level.lower() not in ("debug", "info", "warning", "error"):
+            fail(f"--log-level {log_level!r}: write debug, info, warning or error", Exit.WRONG_USE)
+        observe.configure_logging(log_level)
 
-
-phases.add_to(app)
-settling.add_to(app)
-bulk.add_to(app)
-demo.add_to(app)
-app.add_typer(servers.app, name="servers")
+    phases.add_to(app)
+    settling.add_to(app)
+    bulk.add_to(app)
+    demo.add_to(app)
+    app.add_typer(servers.app, name="servers")
+    return app
 
 
 def main() -> None:
     """The entry point."""
-    app()
+    if sys.argv[1:2] == ["servers"]:
+        # Called again and again by scripts, and in need of nothing that the others load in half a second.
+        from crossfade.cli import servers
+
+        servers.app(args=sys.argv[2:], prog_name="crossfade servers")
+    else:
+        build()()
