@@ -8,8 +8,8 @@ SHELL := /bin/sh
 
 # A test run as a whole ends after this, with pytest's summary, whatever hangs.
 TEST_LIMIT ?= 35m
-# More workers than this wait for the same three servers rather than for a core.
-TEST_WORKERS ?= 4
+# One more than there are processors, because a test often waits; more than four wait for the same three servers.
+TEST_WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4)
 BENCHES := $(filter-out __init__,$(basename $(notdir $(wildcard bench/*.py))))
 
 # Settings of the caller's that would move the virtual environment or what is in it.
@@ -48,7 +48,7 @@ demo: $(SYNCED) ## migrate 20,000 users under traffic, on servers of its own (AR
 
 test: servers-ready ## all tests, on servers of their own (ARGS="-k name" picks)
 	@status=0; timeout --foreground -s INT -k 60 $(TEST_LIMIT) \
-		$(BIN)/python -m pytest -n auto --maxprocesses=$(TEST_WORKERS) $(ARGS) || status=$$?; \
+		$(BIN)/python -m pytest -n $(TEST_WORKERS) $(ARGS) || status=$$?; \
 	echo $$status > .venv/.tested; exit $$status
 
 check: $(SYNCED) ## format, lint, types, layers
