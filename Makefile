@@ -4,7 +4,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test check format bench serve crossfade backfill-users backfill-users-dry setup servers-ready clean help
+.PHONY: demo test check format bench model serve crossfade backfill-users backfill-users-dry setup servers-ready clean help
 
 # A test run as a whole ends after this, with pytest's summary, whatever hangs.
 TEST_LIMIT ?= 35m
@@ -66,6 +66,9 @@ bench: servers-ready ## benchmarks, all or NAME=backfill (ARGS= are its argument
 	@$(if $(NAME),$(if $(filter $(NAME),$(BENCHES)),,echo "no benchmark $(NAME); there are: $(BENCHES)" >&2; exit 2;)) \
 	status=0; for name in $(or $(NAME),$(BENCHES)); do $(BIN)/python -m bench.$$name $(ARGS) || status=1; done; \
 	exit $$status
+
+model: $(SYNCED) ## the formal model, and that broken variants are found (ARGS="--deep", ARGS=undo_by_key)
+	@$(BIN)/python -m model.check $(ARGS)
 
 serve: $(SYNCED) ## the reference service on port 5000, on one's own servers (.env) or embedded ones
 	@$(LOCATED) alembic upgrade head
