@@ -4,7 +4,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test check format bench model serve crossfade backfill-users backfill-users-dry setup servers-ready clean help
+.PHONY: demo test test-faults check format bench model serve crossfade backfill-users backfill-users-dry setup servers-ready clean help
 
 # A test run as a whole ends after this, with pytest's summary, whatever hangs.
 TEST_LIMIT ?= 35m
@@ -50,6 +50,10 @@ test: servers-ready ## all tests, on servers of their own (ARGS="-k name" picks)
 	@status=0; timeout --foreground -s INT -k 60 $(TEST_LIMIT) \
 		$(BIN)/python -m pytest -n $(TEST_WORKERS) $(ARGS) || status=$$?; \
 	echo $$status > .venv/.tested; exit $$status
+
+test-faults: servers-ready ## every failure at every await on a store (make test has a sample; FAULTS_SEED=1 repeats)
+	@timeout --foreground -s INT -k 60 $(TEST_LIMIT) \
+		$(BIN)/python -m pytest -n auto --maxprocesses=$(TEST_WORKERS) -m faults $(ARGS) tests/faults
 
 check: $(SYNCED) ## format, lint, types, layers
 	$(BIN)/ruff format --check .
