@@ -67,16 +67,12 @@ class Reader:
             return await self._mongo_by_key(entity, rule, value, phase, timeout)
 
         async def postgres(timeout: float) -> Image | None:
-            columns = {column.field: column.to for column in entity.columns}
             if "\0" in value:
-                return (
-                    None  # PostgreSQL's text cannot hold it, so no row does; MongoDB is asked where it may be
-                )
-            found = await self.pair.postgres.read_where(entity, columns[rule.field], value, timeout=timeout)
-            if found is not None and found.document.get(rule.field) == value:
-                return found
-            return await self.pair.postgres.read_where(
-                entity, rule.to, rule.normalise(value), timeout=timeout
+                # PostgreSQL's text cannot hold it, so no row does; MongoDB is asked where it may be.
+                return None
+            columns = {column.field: column.to for column in entity.columns}
+            return await self.pair.postgres.look_up(
+                entity, columns[rule.field], value, rule.to, rule.normalise(value), timeout=timeout
             )
 
         found, source, stale = await self._first(
@@ -87,18 +83,17 @@ class Reader:
     async def _mongo_by_key(
         self, entity: Entity, rule: UniqueRule, value: str, phase: Phase, timeout: float
     ) -> Image | None:
-        queries: list[dict[str, Any]] = [
+        spellings: list[dict[str, Any]] = [
             {rule.field: value},
             {f"{CF}.keys.{rule.rule}": rule.normalise(value)},
         ]
-        if phase is Phase.MONGO_ONLY:
+        found = await self.pair.mongo.look_up(entity, spellings, timeout=timeout)
+        if not found and phase is Phase.MONGO_ONLY:
             # Before `crossfade init` has stamped them, old documents have no normalised key.
-            queries.append({rule.field: {"$regex": f"^\\s*{re.escape(value.strip())}\\s*$", "$options": "i"}})
-        for query in queries:
-            found = await self.pair.mongo.find(entity, query, limit=1, timeout=timeout)
-            if found:
-                return found[0]
-        return None
+            likeness = {"$regex": f"^\\s*{re.escape(value.strip())}\\s*$", "$options": "i"}
+            found = await self.pair.mongo.find(entity, {rule.field: likeness}, limit=1, timeout=timeout)
+        exact = [image for image in found if image.document.get(rule.field) == value]
+        return next(iter(exact or found), None)
 
     async def find(self, entity: Entity, where: Mapping[str, Any], *, limit: int) -> list[Record]:
         """Up to ``limit`` records whose fields equal these values, by id."""

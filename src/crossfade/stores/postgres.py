@@ -453,6 +453,17 @@ class PostgresStore:
         rows = await self._rows(query, [value], timeout)
         return own.image(rows[0]) if rows else None
 
+    async def look_up(
+        self, entity: Entity, column: str, value: str, key_column: str, key: str, *, timeout: float
+    ) -> Image | None:
+        """The record whose column holds this value, else the one that holds its normalised key; in one round trip."""
+        own = self.statements(entity)
+        query = own.select + sql.SQL(
+            " WHERE p.{column} = %s OR p.{key_column} = %s ORDER BY p.{column} = %s DESC, p.id LIMIT 1"
+        ).format(column=sql.Identifier(column), key_column=sql.Identifier(key_column))
+        rows = await self._rows(query, [value, key, value], timeout)
+        return own.image(rows[0]) if rows else None
+
     def can_find(self, entity: Entity, where: Mapping[str, Any]) -> bool:
         """Whether these equalities can be asked of PostgreSQL's columns exactly."""
         return self.statements(entity).where(where) is not None
