@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Mapping, Sequence
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -84,10 +85,9 @@ class Stage:
     @classmethod
     @contextlib.asynccontextmanager
     async def open(cls, phase: str, mongo_uri: str, database_url: str) -> AsyncIterator[Stage]:
-        create_tables(database_url)
         with pymongo.MongoClient[dict[str, Any]](mongo_uri, tz_aware=True) as client:
             stage = cls(phase, mongo_uri, database_url, client.get_default_database(), None)  # type: ignore[arg-type]
-            async with stage.worker() as stage.healthy:
+            async with stage.worker(board_age=2.0) as stage.healthy:
                 yield stage
 
     def _crossfade(self, **options: Any) -> tuple[Crossfade, Any]:
@@ -106,15 +106,27 @@ class Stage:
 
     # --- one case ---
 
-    async def play(self, case: Case) -> Outcome:
-        """Tell the story by a worker of its own that fails as the case says, and is gone afterwards."""
-        telling = await STORIES[case.story](self.healthy.m, f"u{next(_numbers)}", case.strategy)
+    async def play(
+        self,
+        case: Case,
+        *,
+        kill: Callable[[], None] = lambda: None,
+        begins: Callable[[Telling], None] = lambda _: None,
+    ) -> Outcome:
+        """Tell the story by a worker of its own that fails as the case says, and is gone afterwards.
+
+        ``kill`` ends the process where the case says so; ``begins`` hears of the records before the story is told.
+        """
+        telling = await STORIES[case.story](self.healthy.m, f"u{os.getpid()}-{next(_numbers)}", case.strategy)
         await self.healthy.settle()
+        begins(telling)
         hurried = case.lasting or any(failure.waits for failure in case.failures.values())
         deadlines = {"primary_deadline": 0.3, "secondary_deadline": 0.1} if hurried else {}
-        cf, migration = self._crossfade(board_age=0.1, **deadlines)
-        points = FailurePoints(cf)
+        cf, migration = self._crossfade(board_age=2.0, **deadlines)
+        points = FailurePoints(cf, kill)
         await cf.__aenter__()
+        # A board's age bounds its looks, too: it was opened with patience, and need not wait long for the others.
+        migration.board.options = replace(cf.options, board_age=0.1)
         told = "killed"
 
         async def operation() -> None:
@@ -153,7 +165,7 @@ class Stage:
 
     async def violations(self, outcomes: Sequence[Outcome]) -> list[str]:
         """Restart, reconcile, and name every promise that does not hold."""
-        async with self.worker(tentative=0.1, board_age=0.2) as restarted:
+        async with self.worker(tentative=0.1, board_age=2.0) as restarted:
             found: list[str] = []
             try:
                 await restarted.reconcile()
@@ -214,6 +226,10 @@ class Stage:
                     there[state["username"]] = (id_, state)
         return held
 
+    async def end_of(self, outcome: Outcome) -> str:
+        """Which end the story has come to: "before", "after" or "neither"."""
+        return _end_of(outcome.telling, await self._held())[0]
+
     async def _judge(self, w: World, outcome: Outcome, held: Mapping[str, Any]) -> list[str]:
         telling = outcome.telling
         now = [held[entity].get(key, (None, None))[1] for entity, key in telling.records]
@@ -237,6 +253,14 @@ class Stage:
         return found
 
 
+def _end_of(telling: Telling, held: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    now = [held[entity].get(key, (None, None))[1] for entity, key in telling.records]
+    for end, states in (("before", telling.before), ("after", telling.after)):
+        if now == list(states):
+            return end, now
+    return "neither", now
+
+
 async def _drop(cf: Crossfade, migration: Any) -> None:
     """End a worker as the end of its process would: nothing is finished, every connection breaks."""
     tasks = [migration.settler._task, *migration.writer._background]
@@ -254,4 +278,5 @@ async def _drop(cf: Crossfade, migration: Any) -> None:
 async def open_stage(mongo_uri, database_url):
     """``await open_stage("dual_write")``."""
     async with contextlib.AsyncExitStack() as stack:
+        create_tables(database_url)
         yield lambda phase: stack.enter_async_context(Stage.open(phase, mongo_uri, database_url))

@@ -5,7 +5,8 @@ import asyncio
 import pytest
 from bson import ObjectId
 
-from crossfade import FailureStrategy, NotFound, OutcomeUnknown, StoreUnavailable
+from crossfade import FailureStrategy, NotFound, OutcomeUnknown, StoreUnavailable, Undone, UndoPending
+from crossfade.testing.failure_points import Failure, FailurePoints
 
 from .conftest import PATIENCE, World
 
@@ -202,3 +203,19 @@ async def test_a_delete_of_nothing_is_not_found_whatever_was_lost(open_world, mo
     with pytest.raises((NotFound, StoreUnavailable)):
         await w.users.delete(ObjectId())
     await w.assert_equal()
+
+
+async def test_an_image_that_commits_late_does_not_outlive_its_undo(open_world):
+    """PostgreSQL sits on the COMMIT until the write has been undone, and its client is gone before it looks again."""
+    w = await open_world("dual_write", secondary_deadline=0.2)
+    points = FailurePoints(w.cf)
+    await points.run(lambda: w.users.insert({"username": "Ann"}, strategy=FailureStrategy.ROLLBACK_BOTH))
+    [commit] = [point.number for point in points.points if point.call == "COMMIT"]
+    points.plan({commit: Failure.REQUEST_LATE})
+    with pytest.raises((Undone, UndoPending)):
+        await points.run(lambda: w.users.insert({"username": "Bob"}, strategy=FailureStrategy.ROLLBACK_BOTH))
+    await points.deliver_late()
+    other = await open_world("dual_write")
+    await other.reconcile()
+    await other.assert_equal()
+    assert other.sql("SELECT username FROM users") == [("Ann",)]

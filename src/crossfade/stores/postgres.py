@@ -325,8 +325,10 @@ class PostgresStore:
                 after += self.statements(entity).look_again(rows.parent[0])
             async with self._connection(timeout) as connection:
                 answers = await self._transaction(
-                    connection, migration, statements, looks, after, defer=len(images) > 1
-                )
+                    connection, migration, statements, looks, after,
+                    records=[_name(entity, rows.parent[0]) for entity, _, rows in images],
+                    defer=len(images) > 1,
+                )  # fmt: skip
             return [
                 (_verdict(image, *held(answer)), held(answer)[0])
                 for (_, image, _), answer in zip(images, answers, strict=True)
@@ -350,8 +352,9 @@ class PostgresStore:
             look = own.held_of(key, migration=migration, epoch=epoch)
             async with self._connection(timeout) as connection:
                 [answer] = await self._transaction(
-                    connection, migration, statements, [look], own.look_again(key)
-                )
+                    connection, migration, statements, [look], own.look_again(key),
+                    records=[_name(entity, key)],
+                )  # fmt: skip
             now, same_epoch = held(answer)
             if not same_epoch:
                 raise Fenced(f"PostgreSQL is not at epoch {epoch} of {migration}")
@@ -368,14 +371,22 @@ class PostgresStore:
         looks: Sequence[Statement],
         after: Sequence[Statement],
         *,
+        records: Sequence[dict[str, str]] = (),
         defer: bool = False,
     ) -> list[tuple[Any, ...]]:
-        """One transaction in one round trip; the rows of ``looks``. ``after`` runs behind its commit."""
+        """One transaction in one round trip; the rows of ``looks``. ``after`` runs behind its commit.
+
+        ``records`` are locked, so that a delete waits for an image that is still under way: whose writer has given up
+        may commit it, and be cancelled before it has looked again.
+        """
         async with connection.pipeline():
             await connection.execute(b"BEGIN")
             await connection.execute(QUERIES["lock_shared"], {"migration": migration})
             if defer:
                 await connection.execute(b"SET CONSTRAINTS ALL DEFERRED")
+            # In one order everywhere.
+            for name in sorted(records, key=lambda name: (name["entity"], name["id"])):
+                await connection.execute(QUERIES["lock_record"], name)
             for query, parameters in statements:
                 await connection.execute(query, parameters)
             cursors = [await connection.execute(query, parameters) for query, parameters in looks]
@@ -937,6 +948,10 @@ def _verdict(image: Image, now: Held, same_epoch: bool) -> Applied:
     if now.rev == image.rev and now.digest == image.digest and (now.tombstone or -1) < image.rev:
         return Applied.APPLIED if now.op == image.op else Applied.SAME
     return Applied.BEHIND
+
+
+def _name(entity: Entity, key: str) -> dict[str, str]:
+    return {"entity": entity.name, "id": key}
 
 
 def _by_name(write: tuple[Entity, Any, int]) -> tuple[str, str]:

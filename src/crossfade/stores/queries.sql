@@ -9,7 +9,8 @@ SELECT pg_advisory_xact_lock_shared(hashtextextended('crossfade:' || %(migration
 SELECT pg_advisory_xact_lock(hashtextextended('crossfade:' || %(migration)s, 0))
 
 -- name: lock_record
--- PostgreSQL primary: an id without a row has nothing else to lock, and the numbering must not skip a tombstone.
+-- An id without a row has nothing else to lock: the numbering must not skip a tombstone, and a delete must not miss a
+-- row that is not committed yet.
 SELECT pg_advisory_xact_lock(hashtextextended(%(entity)s || ':' || %(id)s, 1))
 
 -- name: epoch_is
