@@ -12,12 +12,15 @@ import sys
 import tempfile
 from typing import Annotated, NoReturn
 
+import structlog
 import typer
 import uvicorn
 
 from crossfade import CrossfadeError, StoreUnavailable, observe
 from scorekeeper.app import check_start, create_app
 from scorekeeper.settings import SettingsError, load_settings
+
+log = structlog.get_logger("scorekeeper")
 
 
 def _stop(message: str, status: int) -> NoReturn:
@@ -55,10 +58,13 @@ def serve(
     }
     if workers == 1:
         server = uvicorn.Server(uvicorn.Config(create_app(settings), uds=uds, **common))  # type: ignore[arg-type]
-        server.run(sockets=None if uds else [_listen(settings.host, settings.port)])
+        listener = None if uds else _listen(settings.host, settings.port)
+        _say_where(uds, settings.host, listener.getsockname()[1] if listener else 0)
+        server.run(sockets=[listener] if listener else None)
         return
     if not uds:
         _listen(settings.host, settings.port).close()
+    _say_where(uds, settings.host, settings.port)
     with tempfile.TemporaryDirectory(prefix="scorekeeper-metrics-") as folder:
         # Set before the workers import prometheus_client: each writes its counts there, any of them adds up.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
@@ -85,6 +91,11 @@ def _listen(host: str, port: int) -> socket.socket:
             2,
         )
     return listener
+
+
+def _say_where(uds: str | None, host: str, port: int) -> None:
+    where = f"unix:{uds}" if uds else f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    log.info("scorekeeper starts", address=where)
 
 
 if __name__ == "__main__":

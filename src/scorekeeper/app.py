@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -148,8 +149,8 @@ async def check_start(settings: Settings) -> None:
         # The server answered and refused: that is a wrong setting. One that is down may come back.
         if "FATAL" in str(cause) and "starting up" not in str(cause):
             raise
-    up, _ = (await cf.health(timeout=5.0))["mongo"]
-    if not up and (await accounts.record.look(timeout=5.0)).control is None:
+    health, look = await asyncio.gather(cf.health(timeout=3.0), accounts.record.look(timeout=3.0))
+    if not health["mongo"][0] and look.control is None:
         # Nothing says that MongoDB is no longer the one that decides: most likely the address is wrong.
         raise StoreUnavailable(
             "mongo", "cannot reach MongoDB. Is it running? MONGO_URI sets the address, user and password."

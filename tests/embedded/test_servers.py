@@ -1,5 +1,6 @@
 """Control over real servers: stop, kill, pause, start again; and that none is ever left behind."""
 
+import itertools
 import json
 import os
 import signal
@@ -16,8 +17,9 @@ import pytest
 import redis
 import redis.exceptions
 
+import crossfade.embedded.servers
 from crossfade.embedded import EmbeddedError, EmbeddedServers, supervisor
-from crossfade.embedded.ports import is_free
+from crossfade.embedded.ports import free_port, is_free
 from crossfade.embedded.servers import running_set
 
 
@@ -208,6 +210,15 @@ def test_a_port_in_use_is_named(own_servers):
     taken = own_servers.redis.port
     with pytest.raises(EmbeddedError, match=f"cannot start redis: port {taken} .* in use"):
         EmbeddedServers(environ={}, mongo=False, postgres=False, ports={"redis": taken}).start()
+
+
+def test_another_port_is_chosen_when_somebody_was_faster(own_servers, monkeypatch):
+    choices = itertools.chain([own_servers.postgres.port], iter(free_port, None))
+    monkeypatch.setattr(crossfade.embedded.servers, "free_port", lambda: next(choices))
+    with EmbeddedServers(environ={}, mongo=False, redis=False) as second:
+        assert second.postgres.port != own_servers.postgres.port
+        with psycopg.connect(second.database_url) as connection:
+            assert connection.execute("SELECT 1").fetchone() == (1,)
 
 
 def test_a_port_taken_while_the_server_was_down_is_named(own_servers):

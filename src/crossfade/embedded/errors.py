@@ -1,4 +1,4 @@
-"""The one error of the embedded servers."""
+"""The error of the embedded servers, and the kind of it that they mend themselves."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ class EmbeddedError(CrossfadeError):
 
     The message is one line: the thing, the cause, and the next step.
     """
+
+
+class PortInUse(EmbeddedError):
+    """Another program listens on the port that a server was to have."""
 
 
 #: The ways around the MongoDB-compatible server, for messages.

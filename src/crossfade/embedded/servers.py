@@ -35,7 +35,7 @@ from rich.console import Console
 
 from crossfade.embedded import supervisor
 from crossfade.embedded.commands import last_line
-from crossfade.embedded.errors import EmbeddedError
+from crossfade.embedded.errors import EmbeddedError, PortInUse
 from crossfade.embedded.places import Account, make_reachable, postgres_account
 from crossfade.embedded.ports import free_port, is_free
 from crossfade.embedded.programs import DATABASE, ROLE, Cluster, Programs, start_environ
@@ -45,6 +45,8 @@ from crossfade.embedded.wire import answers_mongo, answers_redis
 START_TIMEOUT = 60.0
 #: Seconds a server may take to stop by itself; after that it is killed.
 STOP_TIMEOUT = 20.0
+#: How many ports are tried when somebody else was faster with the one that was chosen.
+PORT_ATTEMPTS = 5
 STATE = "state.json"
 TEMPORARY_PREFIX = "crossfade-servers-"
 #: Which variable of the environment names the user's own server.
@@ -140,10 +142,7 @@ class Server:
             if unit.name in control.running():
                 continue
             if not is_free(unit.port):
-                raise EmbeddedError(
-                    f"cannot start {self.name}: port {unit.port} on 127.0.0.1 is in use by another program. "
-                    f"Stop that program, or set {VARIABLES[self.name]} to a server of your own."
-                )
+                raise _port_in_use(self.name, unit)
             _clear_postgres_leftovers(unit)
             log_position = Path(unit.log).stat().st_size if Path(unit.log).exists() else 0
             control.ask(
@@ -392,10 +391,19 @@ class EmbeddedServers:
         ports = {unit["name"]: unit["port"] for server in old.get("servers", []) for unit in server["units"]}
 
         def bring_up(name: str) -> Server:
-            state = _Preparation(directory, programs, ports, self._ports, self._durable).prepare(name)
-            server = Server(state, self._control)
-            server.start()
-            return server
+            preparation = _Preparation(directory, programs, ports, self._ports, self._durable)
+            for attempt in range(1, PORT_ATTEMPTS + 1):
+                server = Server(preparation.prepare(name), self._control)
+                try:
+                    server.start()
+                except PortInUse:
+                    # A free port is nobody's until it is listened on: another set may have chosen the same one.
+                    if name in self._ports or attempt == PORT_ATTEMPTS:
+                        raise
+                    server.stop()
+                else:
+                    return server
+            raise AssertionError("the last attempt returns or raises")
 
         with concurrent.futures.ThreadPoolExecutor(max_workers=len(ours)) as pool:
             futures = {name: pool.submit(bring_up, name) for name in ours}
@@ -779,17 +787,30 @@ def _remove_stale_temporaries() -> None:
 
 def _wait_until_ready(server: str, unit: Unit, control: Control, log_position: int) -> None:
     deadline = time.monotonic() + START_TIMEOUT
-    while not _is_ready(unit):
+    while True:
+        # Asked in this order: what answers on the port of a process that has ended is somebody else's.
+        ready = _is_ready(unit)
         if unit.name not in control.running():
+            if not is_free(unit.port):
+                raise _port_in_use(server, unit)
             raise EmbeddedError(
                 f"{server} did not start: {_last_words(unit, log_position)} (log: {unit.log})"
             )
+        if ready:
+            return
         if time.monotonic() > deadline:
             raise EmbeddedError(
                 f"{server} did not answer on 127.0.0.1:{unit.port} within {START_TIMEOUT:.0f} s: "
                 f"{_last_words(unit, log_position)} (log: {unit.log})"
             )
         time.sleep(0.02)
+
+
+def _port_in_use(server: str, unit: Unit) -> PortInUse:
+    return PortInUse(
+        f"cannot start {server}: port {unit.port} on 127.0.0.1 is in use by another program. "
+        f"Stop that program, or set {VARIABLES[server]} to a server of your own."
+    )
 
 
 def _last_words(unit: Unit, position: int) -> str:
