@@ -90,9 +90,11 @@ class Stage:
             async with stage.worker(board_age=2.0) as stage.healthy:
                 yield stage
 
-    def _crossfade(self, **options: Any) -> tuple[Crossfade, Any]:
+    def _crossfade(self, mongo: Any = None, postgres: Any = None, **options: Any) -> tuple[Crossfade, Any]:
         cf = Crossfade(
-            mongo_uri=self.mongo_uri, database_url=self.database_url, initial_phase=self.phase,
+            mongo_uri=mongo.uri if mongo else self.mongo_uri,
+            database_url=postgres.uri if postgres else self.database_url,
+            initial_phase=self.phase,
             # Nobody looks by himself here: one lease is enough for all.
             options=replace(FAST, **({"lease": 600.0} | options)), background=False,
         )  # fmt: skip
@@ -112,21 +114,23 @@ class Stage:
         *,
         kill: Callable[[], None] = lambda: None,
         begins: Callable[[Telling], None] = lambda _: None,
+        **proxies: Any,
     ) -> Outcome:
         """Tell the story by a worker of its own that fails as the case says, and is gone afterwards.
 
-        ``kill`` ends the process where the case says so; ``begins`` hears of the records before the story is told.
+        ``kill`` ends the process where the case says so; ``begins`` hears of the records before the story is told;
+        ``mongo``, ``postgres``: a proxy to go through.
         """
         telling = await STORIES[case.story](self.healthy.m, f"u{os.getpid()}-{next(_numbers)}", case.strategy)
         await self.healthy.settle()
-        begins(telling)
         hurried = case.lasting or any(failure.waits for failure in case.failures.values())
         deadlines = {"primary_deadline": 0.3, "secondary_deadline": 0.1} if hurried else {}
-        cf, migration = self._crossfade(board_age=2.0, **deadlines)
+        cf, migration = self._crossfade(board_age=2.0, **deadlines, **proxies)
         points = FailurePoints(cf, kill)
         await cf.__aenter__()
         # A board's age bounds its looks, too: it was opened with patience, and need not wait long for the others.
         migration.board.options = replace(cf.options, board_age=0.1)
+        begins(telling)
         told = "killed"
 
         async def operation() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import itertools
 import os
 import pickle
 import random
@@ -77,3 +78,42 @@ async def test_one_killed_process_leaves_what_a_killed_worker_leaves(open_stage,
         stage, FailureStrategy.ROLLBACK_BOTH, [chosen.choice(list(STORIES))], chosen, 1
     )
     record_property("failure_points", 2 * number)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("story", sorted(STORIES))
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=["default", "rollback_both"])
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_primary"])
+async def test_requests_cut_on_their_way(
+    open_stage, record_property, mongo_proxy, postgres_proxy, phase, strategy, story
+):
+    """Real bytes: each request of the operation to either store is cut before it arrives, or its answer is."""
+    stage = await open_stage(phase)
+    outcomes = []
+    proxies = {"mongo": mongo_proxy, "postgres": postgres_proxy}
+    if phase == "postgres_primary":
+        # Its writes ask for answers in the middle of a pipeline (Flush), where the proxy sees no end of a request.
+        del proxies["postgres"]
+    for proxy in proxies.values():
+        for fault in (proxy.cut_before_request, proxy.cut_after_request):
+            for number in range(100):
+                struck = proxy.counts.faults
+                outcomes.append(
+                    await stage.play(
+                        Case(story, strategy), **proxies,
+                        begins=lambda _, fault=fault, number=number: fault(when=nth(number)),
+                    )
+                )  # fmt: skip
+                if proxy.counts.faults == struck:
+                    break  # that many requests it does not have
+            proxy.pass_through()
+    assert await stage.violations(outcomes) == []
+    assert len(outcomes) >= 6 * len(proxies)
+    record_property("failure_points", len(outcomes))
+
+
+def nth(number):
+    """True for the request of this number, from 0, and for no other."""
+    left = itertools.count(-number)
+    return lambda _: next(left) == 0
