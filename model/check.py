@@ -51,13 +51,14 @@ CONVERGENCE = "convergence"
 CASES = (
     Case("updates", "record.pml", ("UPDATES", "THERE", "ROLLBACK", "SLOW=2", "CRASH")),
     Case("deletes", "record.pml", (*_DELETES, "ROLLBACK", "CRASH")),
-    Case("snapshots", "record.pml", (*_DELETES, "SNAPSHOTS")),
+    Case("backfill", "record.pml", ("UPDATES", "DELETES", "THERE", "BACKFILL", "CRASH")),
+    Case("backfill_and_inserts", "record.pml", (*_DELETES, "BACKFILL"), deep=True),
     Case("foreign_writer", "record.pml", (*_FOREIGN, "ROLLBACK")),
     Case("foreign_writer_and_slow_secondary", "record.pml", (*_FOREIGN, "SLOW=1", "CRASH")),
     Case(
         "all_writes_and_slow_secondary", "record.pml", (*_DELETES, "ROLLBACK", "SLOW=1", "CRASH"), deep=True
     ),
-    Case("snapshots_and_slow_secondary", "record.pml", (*_DELETES, "SNAPSHOTS", "SLOW=1"), deep=True),
+    Case("backfill_and_slow_secondary", "record.pml", (*_DELETES, "BACKFILL", "SLOW=1"), deep=True),
     Case("foreign_writer_and_deletes", "record.pml", (*_DELETES, "FOREIGN", "RESETS"), deep=True),
     Case("behind_confirms", "record.pml", (*_FOREIGN, "BEHIND_CONFIRMS"), DEBT),
     Case("settle_without_operation", "record.pml", (*_FOREIGN, "SETTLE_WITHOUT_OPERATION"), DEBT),
@@ -65,7 +66,7 @@ CASES = (
     Case("delete_not_decided", "record.pml", (*_DELETES, "DELETE_NOT_DECIDED"), KEPT),
     Case("debt_after_data", "record.pml", ("UPDATES", "THERE", "DEBT_AFTER_DATA"), DEBT),
     Case("undo_by_key", "record.pml", ("UPDATES", "THERE", "ROLLBACK", "UNDO_BY_KEY"), KEPT),
-    Case("no_look_after_commit", "record.pml", (*_DELETES, "SNAPSHOTS", "NO_LOOK_AFTER_COMMIT"), DEBT),
+    Case("no_look_after_commit", "record.pml", (*_DELETES, "BACKFILL", "NO_LOOK_AFTER_COMMIT"), DEBT),
 )
 
 #: What an assertion is about, by a word of it. The first that is found counts.
@@ -78,7 +79,7 @@ _PROPERTIES = (
     ("rounds", CONVERGENCE),
     ("invalid end state", CONVERGENCE),
 )
-_PROCESSES = ("at first", "worker 1", "worker 2", "reconciler", "foreign writer", "network")
+_PROCESSES = ("at first", "worker 1", "worker 2", "reconciler", "foreign writer", "network", "backfill")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@
  * which function of the code each rule stands for, what is left out, and how to read a counterexample.
  *
  * A scope is a set of -D: UPDATES INSERTS DELETES ROLLBACK (the writes), THERE ABSENT (the record at first),
- * CRASH, SLOW=n, SNAPSHOTS, FOREIGN, RESETS (what goes wrong). A broken variant is one -D more. */
+ * CRASH, SLOW=n, BACKFILL, FOREIGN, RESETS (what goes wrong). A broken variant is one -D more. */
 
 /* Revisions are one higher than in the code: 0 is "none", which is then older than any. */
 #define NONE 0
@@ -31,7 +31,7 @@ mtype = { confirmed, superseded, unanswered };                    /* debt.Settle
 mtype = { success, undone, refused };                             /* what the caller was told */
 mtype = { /* steps */
     idle, look_for_tombstone, try_insert, read_base, compare_and_set, put_debt, remove_row, confirm,
-    apply, apply_commits, apply_looks_again, read_again, lift, brought,
+    apply, read_again, lift, brought, backfill, backfill_commits, backfill_looks_again,
     bury, remove, read_tombstone, bury_row, bury_row_commits, bury_row_looks_again,
     look_again, lift_above_tombstone, bury_above_row, settle_tombstone,
     undo, settled, settle, erase, adopt_document, adopt_delete, ended
@@ -60,6 +60,7 @@ typedef Row {
 };
 Row row;
 byte buried;
+bit locked; /* by a delete that has not committed: single images and deletes lock the record */
 
 /* --- The network: what was not answered in time, and may arrive at any later moment, or never ------------------ */
 
@@ -81,6 +82,7 @@ bit touched;      /* a foreign writer changed the document since a revision was 
 bit reset;        /* a foreign writer replaced or removed it: its revisions began anew */
 bit gone[3];      /* has ended, or died */
 bit others_ended;
+bit backfilled;
 bit crashed;
 byte rounds;      /* of the reconciler, since writes have stopped */
 #define ROUNDS 8
@@ -89,10 +91,10 @@ byte rounds;      /* of the reconciler, since writes have stopped */
 #define in_debt ((doc.there && doc.debt) || tomb.debt)
 #define same_content (row.rev == doc.rev && row.value == doc.value && buried < row.rev)
 #define equal (row.there == alive && (!alive || same_content))
-#define quiet (gone[1] && gone[2] && others_ended)
-/* Differences that foreign writers make are noted nowhere: sweeps find them. A transaction that has committed a
- * row under a tombstone is about to look again. */
-#define excused (touched || uncommitted || (reset && (!alive || doc.op == NONE || doc.rev < newest)))
+#define quiet (gone[1] && gone[2] && others_ended && backfilled)
+/* Differences that foreign writers make are noted nowhere, sweeps find them; nor is what has yet to be copied. A
+ * transaction that has committed a row under a tombstone is about to look again. */
+#define excused (touched || uncommitted || (!backfilled && doc.op == NONE) || (reset && (!alive || doc.op == NONE || doc.rev < newest)))
 
 /* DEBT IS ATOMIC WITH DATA: there is no instant at which a crash would leave a difference that is not noted. */
 inline check_debt() {
@@ -188,7 +190,7 @@ inline drop_row(revision) {
     fi
 }
 
-/* Whoever may have inserted or missed a row looks again after its own commit. */
+/* Backfill locks no record, and may insert while a delete finds no row: both look again after their own commit. */
 inline look_after_commit() {
     if
     :: looks_after_commit -> drop_row(buried)
@@ -405,7 +407,7 @@ proctype Process(byte me) {
             fi
         :: step == compare_and_set && kind == delete && !decides_deletes ->
             rev = base + 1; op = me; mine = rev; base = 0; step = bury
-        :: step == remove_row -> /* of a tentative delete the row goes, and the document stays */
+        :: step == remove_row && !locked -> /* of a tentative delete the row goes, and the document stays */
             drop_row(rev);
             buried = max(buried, rev);
             outcome = (row.rev == NONE && buried <= rev -> confirmed : superseded);
@@ -427,19 +429,10 @@ proctype Process(byte me) {
 
         /* --- images to PostgreSQL: Settler.bring, PostgresStore.apply ------------------------------------------- */
         :: step == apply && may_be_late -> leave_in_network(update, rev); outcome = unanswered; step = brought
-#ifndef SNAPSHOTS
-        :: step == apply ->
+        :: step == apply && !locked ->
             put_row(rev, value, buried >= rev);
             note_held();
             judge()
-#else
-        :: step == apply -> snapshot = (buried >= rev); step = apply_commits /* tombstones as the transaction saw them */
-        :: step == apply_commits ->
-            put_row(rev, value, snapshot);
-            note_held();
-            snapshot = 0; uncommitted++; step = apply_looks_again
-        :: step == apply_looks_again -> look_after_commit(); judge()
-#endif
         :: step == read_again -> /* behind is not a confirmation */
             if
             :: !alive -> outcome = superseded; step = brought
@@ -477,14 +470,15 @@ proctype Process(byte me) {
             :: else -> step = bury_row
             fi
         :: step == bury_row && may_be_late -> leave_in_network(delete, tomb_rev); outcome = unanswered; step = settled
-#ifndef SNAPSHOTS
+#ifndef BACKFILL
         :: step == bury_row ->
             drop_row(tomb_rev);
             buried = max(buried, tomb_rev);
             note_held();
             step = AFTER_ITS_ROW
 #else
-        :: step == bury_row -> snapshot = row.there; step = bury_row_commits /* rows as the transaction saw them */
+        :: step == bury_row && !locked -> /* it locks the record, and sees the rows that are committed */
+            locked = 1; snapshot = row.there; step = bury_row_commits
         :: step == bury_row_commits ->
             if
             :: snapshot -> drop_row(tomb_rev)
@@ -492,7 +486,7 @@ proctype Process(byte me) {
             fi;
             buried = max(buried, tomb_rev);
             note_held();
-            snapshot = 0; uncommitted++; step = bury_row_looks_again
+            locked = 0; snapshot = 0; uncommitted++; step = bury_row_looks_again
         :: step == bury_row_looks_again -> look_after_commit(); step = AFTER_ITS_ROW
 #endif
         :: step == look_again -> /* the second look: is there a document? */
@@ -588,7 +582,7 @@ proctype Process(byte me) {
 
 #ifdef CRASH
         /* kill -9, once, of anyone, before any request. PostgreSQL carries out what it was sent. */
-        :: !crashed && step != ended && step != idle && step != apply_looks_again && step != bury_row_looks_again ->
+        :: !crashed && step != ended && step != idle && step != bury_row_commits && step != bury_row_looks_again ->
             crashed = 1;
             end_process()
 #endif
@@ -609,7 +603,7 @@ proctype Process(byte me) {
         fi;
         if
         :: step != read_again && step != lift && step != look_again && step != lift_above_tombstone &&
-            step != bury_above_row && step != apply_looks_again && step != bury_row_looks_again -> forget_held()
+            step != bury_above_row && step != bury_row_looks_again -> forget_held()
         :: else
         fi;
         say(me, was, step);
@@ -659,14 +653,11 @@ proctype Foreign() {
 #ifdef SLOW
 /* A slow secondary: what nobody waits for any more it carries out at any later moment, or never. */
 proctype Network() {
-    mtype step = idle;
-    bit snapshot;
 end:
     do
-    :: atomic { late.kind != nothing && step == idle -> forget_late() }
-#ifndef SNAPSHOTS
+    :: atomic { late.kind != nothing -> forget_late() }
     :: atomic {
-        late.kind != nothing ->
+        late.kind != nothing && !locked ->
         if
         :: late.kind == update -> put_row(late.rev, late.value, buried >= late.rev)
         :: late.kind == delete -> drop_row(late.rev); buried = max(buried, late.rev)
@@ -675,33 +666,30 @@ end:
         say(5, apply, ended);
         check_debt()
        }
-#else
-    :: atomic {
-        late.kind != nothing && step == idle ->
-        snapshot = (late.kind == update -> buried >= late.rev : row.there);
-        step = apply_commits;
-        say(5, apply, step)
-       }
-    :: atomic {
-        step == apply_commits ->
-        if
-        :: late.kind == update -> put_row(late.rev, late.value, snapshot)
-        :: late.kind == delete && snapshot -> drop_row(late.rev); buried = max(buried, late.rev)
-        :: late.kind == delete && !snapshot -> buried = max(buried, late.rev)
-        fi;
-        snapshot = 0; uncommitted++; step = apply_looks_again;
-        say(5, apply_commits, step)
-       }
-    :: atomic {
-        step == apply_looks_again ->
-        look_after_commit();
-        step = idle;
-        forget_late();
-        say(5, apply_looks_again, ended);
-        check_debt()
-       }
-#endif
     od
+}
+#endif
+
+#ifdef BACKFILL
+/* A chunk of one record: read, copied under the tombstones that are committed by then, looked at again. */
+proctype Backfill() {
+    byte rev, value;
+    bit covered;
+    atomic {
+        if
+        :: alive -> rev = doc.rev; value = doc.value
+        :: else
+        fi;
+        say(6, backfill, backfill_commits)
+    };
+    if
+    :: rev ->
+        atomic { covered = (buried >= rev); say(6, backfill_commits, backfill_commits) };
+        atomic { put_row(rev, value, covered); uncommitted++; say(6, backfill_commits, backfill_looks_again) };
+        atomic { look_after_commit(); say(6, backfill_looks_again, ended) }
+    :: else
+    fi;
+    atomic { rev = 0; value = 0; covered = 0; backfilled = 1; check_debt() }
 }
 #endif
 
@@ -714,6 +702,11 @@ init {
             doc.there = 1; doc.rev = FIRST; doc.op = LONG_AGO; doc.value = OLD;
             row.there = 1; row.rev = FIRST; row.value = OLD;
             latest = OLD; newest = FIRST
+#ifdef BACKFILL
+        :: /* never written through Crossfade, and not copied yet */
+            doc.there = 1; doc.rev = LEGACY; doc.value = OLD;
+            latest = OLD; newest = LEGACY
+#endif
         :: /* never written through Crossfade, and backfilled */
             doc.there = 1; doc.rev = LEGACY; doc.value = OLD;
             row.there = 1; row.rev = LEGACY; row.value = OLD;
@@ -730,6 +723,11 @@ init {
         run Process(RECONCILER);
 #ifdef SLOW
         run Network();
+#endif
+#ifdef BACKFILL
+        run Backfill();
+#else
+        backfilled = 1;
 #endif
 #ifdef FOREIGN
         run Foreign()

@@ -31,7 +31,7 @@ def said_of(case: str) -> str:
     [
         "updates",
         "deletes",
-        "snapshots",
+        "backfill",
         "foreign_writer",
         "foreign_writer_and_slow_secondary",
     ],
