@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         list_child,
         normalised,
         record_columns,
+        reference,
         single_child,
     )
     from crossfade.errors import (
@@ -67,6 +68,7 @@ __all__ = [
     "list_child",
     "normalised",
     "record_columns",
+    "reference",
     "single_child",
 ]
 
@@ -81,6 +83,7 @@ _HOMES = {
         "list_child",
         "normalised",
         "record_columns",
+        "reference",
         "single_child",
     ),
     "crossfade.errors": (

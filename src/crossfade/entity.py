@@ -40,6 +40,7 @@ from crossfade.errors import ConfigurationError
 from crossfade.fields import (
     META_COLUMNS,
     MISSING,
+    REFERENCE_TO,
     Child,
     FieldColumn,
     UniqueRule,
@@ -49,6 +50,7 @@ from crossfade.fields import (
     list_child,
     normalised,
     record_columns,
+    reference,
     single_child,
 )
 from crossfade.values import (
@@ -64,6 +66,7 @@ from crossfade.values import (
 
 __all__ = [
     "META_COLUMNS",
+    "REFERENCE_TO",
     "Child",
     "DocumentId",
     "Entity",
@@ -75,6 +78,7 @@ __all__ = [
     "list_child",
     "normalised",
     "record_columns",
+    "reference",
     "single_child",
 ]
 
@@ -283,6 +287,17 @@ class Entity:
                 )
             holders[to] = field
         self._check_unfilled(table, {*holders, "id", *reserved})
+        for each in (table, *(child.table for child in self.children)):
+            self._check_references(each)
+
+    def _check_references(self, table: Table) -> None:
+        for c in table.columns:
+            followed = c.info.get(REFERENCE_TO)
+            if followed is not None and followed not in table.columns:
+                raise self._refuse(
+                    f"{table.name}.{c.name} refers to what {followed} names, which does not exist",
+                    "name a column of the same table in of=",
+                )
 
     def _check_unfilled(self, table: Table, filled: Iterable[str]) -> None:
         for c in table.columns:

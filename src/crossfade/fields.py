@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Column, Integer, LargeBinary, Table, Uuid
+from sqlalchemy import BigInteger, Column, ForeignKey, Integer, LargeBinary, Table, Uuid
 from sqlalchemy.dialects.postgresql import JSONB
 
+from crossfade.columns import DocumentId
 from crossfade.errors import ConfigurationError
 from crossfade.values import Unmappable
 
@@ -24,6 +25,9 @@ MISSING: Final[Any] = type("Missing", (), {"__repr__": lambda _self: "<missing>"
 
 MAX_KEY_LENGTH: Final = 500
 """Characters of a normalised key: at most 2,000 bytes, below PostgreSQL's 2,704 for an index entry."""
+
+REFERENCE_TO: Final = "crossfade.reference"
+"""Where a column made by `reference` notes which column it follows."""
 
 ToColumns = Callable[[Any], "Mapping[str, Any] | None"]
 FromColumns = Callable[[Mapping[str, Any]], Any]
@@ -44,6 +48,20 @@ def record_columns() -> list[Column[Any]]:
         Column("cf_mapping", Integer, nullable=False),
         Column("cf_shape", JSONB),
     ]
+
+
+def reference(name: str, target: str, *, of: str) -> Column[Any]:
+    """A foreign key beside a column of ids, which need not name anything: NULL while what it names is not there.
+
+    Crossfade sets it when both rows are there, in whatever order they came; the server clears it when the target
+    goes. It is no part of the document: ``of`` is. Give it an index, and another one to ``of`` WHERE it is NULL.
+
+    Args:
+        name: the column's name.
+        target: ``table.id`` of the entity that is referred to.
+        of: the column of this table that holds the id as the document has it.
+    """
+    return Column(name, DocumentId, ForeignKey(target, ondelete="SET NULL"), info={REFERENCE_TO: of})
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,5 +247,5 @@ def _child(
     elif columns is not None:
         names = tuple(columns)
     else:
-        names = tuple(c.name for c in table.columns if c.name not in head)
+        names = tuple(c.name for c in table.columns if c.name not in head and REFERENCE_TO not in c.info)
     return Child(field, table, (*head, *names), len(head) == 2, split)

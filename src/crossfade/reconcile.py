@@ -84,13 +84,15 @@ class Reconciler:
             try:
                 await self._background_round()
                 control = self.pair.board.control
-                if control.phase.rules.primary == "mongo" and control.phase.rules.dual:
-                    if options.full_sweep and boot_clock() >= next_full:
-                        await self.full_sweep()
-                        next_full = boot_clock() + options.full_sweep
-                    if options.sweep and boot_clock() >= next_sweep:
+                adopts = control.phase.rules.primary == "mongo" and control.phase.rules.dual
+                if adopts and options.full_sweep and boot_clock() >= next_full:
+                    await self.full_sweep()
+                    next_full = boot_clock() + options.full_sweep
+                if control.phase.rules.dual and options.sweep and boot_clock() >= next_sweep:
+                    if adopts:
                         await self.sweep()
-                        next_sweep = boot_clock() + options.sweep
+                    await self.link()
+                    next_sweep = boot_clock() + options.sweep
             except (errors.CrossfadeError, Unmappable) as cause:
                 observe.log().debug(f"Reconciling waits: {cause}", context="Reconcile")
             except Exception as cause:
@@ -223,6 +225,11 @@ class Reconciler:
         if debt.tombstone:
             return await self.settler.bring_tombstone(entity, debt.id, control, timeout=timeout)
         return await self.settler.settle_one(entity, debt.id, control, undo_tentative=overdue)
+
+    async def link(self) -> int:
+        """Set the links between records that were missed, by a crash behind a commit; how many."""
+        pair = self.pair
+        return await pair.postgres.link_all(pair.entities.values(), timeout=pair.options.bulk_deadline)
 
     # --- sweeping for foreign writes ------------------------------------------------------------------------
 

@@ -16,6 +16,8 @@ from scorekeeper.auth.current import Authenticator
 from scorekeeper.auth.passwords import Passwords
 from scorekeeper.auth.tokens import Tokens
 from scorekeeper.cache import UserCache
+from scorekeeper.friends import routes as friend_routes
+from scorekeeper.friends.service import FriendService
 from scorekeeper.http import BodyLimit, Cors, ErrorBoundary, RequestContext, Turns
 from scorekeeper.identities.service import IdentityService
 from scorekeeper.migration import accounts as account_entities
@@ -57,6 +59,7 @@ def create_app(
             app.state.cache = cache
             app.state.passwords = passwords
             app.state.authenticator = Authenticator(accounts["users"], tokens, cache)
+            app.state.friends = FriendService(accounts)
             app.state.users = UserService(accounts["users"], identities, passwords, tokens, cache)
             log.info("scorekeeper serves", phase=accounts.phase.value)
             try:
@@ -74,6 +77,7 @@ def create_app(
     errors.install(app)
 
     app.include_router(user_routes.router)
+    app.include_router(friend_routes.router)
     app.include_router(operations.router)
     app.add_middleware(ErrorBoundary)
     app.add_middleware(Turns)

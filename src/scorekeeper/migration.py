@@ -1,8 +1,10 @@
-"""What scorekeeper asks Crossfade to move: the accounts, that is users and the identities that name them."""
+"""What scorekeeper asks Crossfade to move: the accounts, that is users, and the friend
+requests and identities that name them."""
 
 from __future__ import annotations
 
 from crossfade.entity import Entity
+from scorekeeper.friends.entity import friend_requests
 from scorekeeper.identities.entity import identities
 from scorekeeper.users.entity import users
 
@@ -12,4 +14,4 @@ name = "accounts"
 
 def accounts() -> list[Entity]:
     """The entities of the migration ``accounts``; they reference each other and so move together."""
-    return [users, identities]
+    return [users, friend_requests, identities]

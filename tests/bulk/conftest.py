@@ -8,6 +8,7 @@ import pytest
 from bson import ObjectId
 from sqlalchemy import create_engine
 
+import scorekeeper.friends.tables
 import scorekeeper.identities.tables  # noqa: F401 - registers its tables
 from crossfade.bulk.backfill import Backfill
 from crossfade.bulk.verify import Verify

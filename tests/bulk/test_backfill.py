@@ -8,7 +8,7 @@ from pathlib import Path
 
 import bson
 import pytest
-from bson import Binary, Decimal128, Int64, Timestamp
+from bson import Binary, Decimal128, Int64, ObjectId, Timestamp
 
 from crossfade import errors
 from crossfade.stores.errors import Fenced
@@ -363,3 +363,16 @@ async def test_every_kind_of_dirt_is_moved_set_aside_or_named(stores):
     assert verified.counts.findings["missing"] == verified.counts.mismatches == counts.parked
     assert verified.counts.findings["quarantined"] == counts.quarantined
     assert verified.counts.equal == counts.inserted
+
+
+async def test_friends_are_linked_whichever_is_copied_first(stores, user):
+    people = [user(number) for number in range(60)]
+    ids = [person["_id"] for person in people]
+    for at, person in enumerate(people):
+        person["friends"] = [ids[-at - 1], ids[at * 7 % 60], ObjectId()]
+    stores.collection.insert_many(people)
+    await stores.backfill(batch_size=8)
+    rows = stores.rows("SELECT friend_id, friend_ref FROM user_friends")
+    there = set(stores.ids())
+    assert len(rows) == 180
+    assert all(ref == (friend if friend in there else None) for friend, ref in rows)

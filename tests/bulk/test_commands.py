@@ -69,7 +69,7 @@ def test_a_legacy_database_is_rehearsed_moved_and_verified(legacy, command, user
     rehearsed = command("backfill", "--dry-run", "--json", "--report", "dry.json")
     assert rehearsed.returncode in (0, 1), rehearsed.stderr
     dry = json.loads((command.folder / "dry.json").read_text())
-    assert [one["entity"] for one in dry["entities"]] == ["users", "identities"]
+    assert [one["entity"] for one in dry["entities"]] == ["users", "friend_requests", "identities"]
     assert dry["entities"][0]["read"] == 1500
     assert dry["entities"][0]["collisions"] > 0
     assert legacy.ids() == []
@@ -147,7 +147,7 @@ def test_a_store_that_cannot_be_reached_is_status_3(stores, command, words):
 def test_an_unknown_entity_is_wrong_use(stores, command):
     done = command("backfill", "--dry-run", "--entity", "nobody")
     assert done.returncode == 2
-    assert "users, identities" in done.stderr
+    assert "users, friend_requests, identities" in done.stderr
 
 
 def test_control_c_finishes_the_chunk_and_says_how_to_go_on(stores, command, user):

@@ -30,7 +30,17 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
-from crossfade import Crossfade, DocumentId, Entity, Options, column, list_child, normalised, record_columns
+from crossfade import (
+    Crossfade,
+    DocumentId,
+    Entity,
+    Options,
+    column,
+    list_child,
+    normalised,
+    record_columns,
+    reference,
+)
 from crossfade.control import Control
 from crossfade.record import CF, Image
 from crossfade.values import CODEC_OPTIONS, encode_document, id_to_text, text_to_id
@@ -55,6 +65,7 @@ FRIENDS = Table(
     Column("user_id", DocumentId, ForeignKey("users.id"), primary_key=True),
     Column("position", Integer, primary_key=True),
     Column("friend_id", DocumentId, nullable=False),
+    reference("friend_ref", "users.id", of="friend_id"),
 )
 
 
@@ -65,6 +76,8 @@ REQUESTS = Table(
     Column("sender", DocumentId, nullable=False),
     Column("receiver", DocumentId, nullable=False),
     Column("status", Text, nullable=False),
+    reference("sender_ref", "users.id", of="sender"),
+    reference("receiver_ref", "users.id", of="receiver"),
     *record_columns(),
 )
 
@@ -259,6 +272,11 @@ class World:
             assert there is None or there[0] > rev, "a record stands at or under its tombstone"
             buried = self.tombstone_in_mongo(text_to_id(text))
             assert buried is None or "debt" not in buried
+        await self.m.reconciler.link()
+        missed = self.sql(
+            "SELECT friend_id FROM user_friends JOIN users ON users.id = friend_id WHERE friend_ref IS NULL"
+        )
+        assert missed == [], "a link whose target is there was not set"
 
 
 OpenWorld = Callable[..., Awaitable[World]]

@@ -106,11 +106,20 @@ async def gather_status(migration: Migration) -> dict[str, Any]:
     try:
         quarantined, conflicts = await migration.pair.postgres.counts(migration.entities, timeout=timeout)
         found |= {"quarantined": quarantined, "conflicts": conflicts}
+        found["waiting_references"] = await migration.pair.postgres.waiting_references(
+            migration.entities.values(), timeout=timeout
+        )
         found["runs"] = await migration.pair.postgres.last_runs(
             migration.name, migration.entities, timeout=timeout
         )
     except errors.CrossfadeError as cause:
-        found |= {"quarantined": None, "conflicts": None, "runs": [], "evidence_missing": str(cause)}
+        found |= {
+            "quarantined": None,
+            "conflicts": None,
+            "waiting_references": {},
+            "runs": [],
+            "evidence_missing": str(cause),
+        }
     if next_phase is not None:
         try:
             statements = await guard(migration, next_phase)
@@ -143,6 +152,8 @@ def _show_status(found: dict[str, Any]) -> None:
             "secondary", "[yellow]marked unreadable since a write failed; reads go to the primary[/]"
         )
     table.add_row("quarantine", f"{found['quarantined']} records; {found['conflicts']} conflicts noted")
+    for column, number in found["waiting_references"].items():
+        table.add_row("references", f"{number} in {column} name a record that is not in PostgreSQL")
     table.add_row(
         "old application", "still writes (declared)" if found["foreign_writers"] else "none declared"
     )

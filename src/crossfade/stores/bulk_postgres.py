@@ -38,6 +38,8 @@ from crossfade import errors
 from crossfade.entity import META_COLUMNS, Entity
 from crossfade.stores.copy_format import HEADER, TRAILER, ColumnType, compile_row, compile_rows
 from crossfade.stores.errors import Fenced
+from crossfade.stores.references import identifier, link_around
+from crossfade.stores.rows import assignments
 
 STORE = "postgres"
 #: Times a claim is tried, 0.1 s apart: the server takes a moment to notice that a killed process is gone.
@@ -147,10 +149,6 @@ class _RawJson(Loader):
         return bytes(data)[1:]
 
 
-def _name(table: Table) -> sql.Identifier:
-    return sql.Identifier(table.schema, table.name) if table.schema else sql.Identifier(table.name)
-
-
 def _list(columns: Iterable[str]) -> sql.Composed:
     return sql.SQL(", ").join(map(sql.Identifier, columns))
 
@@ -199,12 +197,10 @@ class EntityTables:
 
     def _compose(self) -> None:
         entity, columns = self.entity, _list(self.columns)
-        table = self.table = _name(entity.table)
+        table = self.table = identifier(entity.table)
         stage = sql.Identifier(f"crossfade_stage_{entity.name}")
-        owners = [(_name(child.table), sql.Identifier(child.columns[0])) for child in entity.children]
-        assigned = sql.SQL(", ").join(
-            sql.SQL("{0} = EXCLUDED.{0}").format(sql.Identifier(c)) for c in self.columns if c != "id"
-        )
+        owners = [(identifier(child.table), sql.Identifier(child.columns[0])) for child in entity.children]
+        assigned = assignments(entity.table, [c for c in self.columns if c != "id"], "t")
         # AS SELECT, not LIKE: constraints must bind where the row is to stay, not here.
         self.create_stage = sql.SQL(
             "CREATE TEMPORARY TABLE IF NOT EXISTS {} ON COMMIT DELETE ROWS AS SELECT {} FROM {} WITH NO DATA"
@@ -230,7 +226,7 @@ class EntityTables:
             "AND t.cf_rev = s.cf_rev AND t.cf_digest = s.cf_digest)"
         ).format(stage=stage, table=table)
         self.copy_children = [
-            sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(_name(c.table), _list(c.columns))
+            sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(identifier(c.table), _list(c.columns))
             for c in entity.children
         ]
         self.drop_children = [
@@ -245,6 +241,7 @@ class EntityTables:
             "SELECT t.id FROM crossfade.tombstones AS d JOIN {} AS t ON t.id = d.id "
             "WHERE d.entity = %s AND d.id >= %s AND d.id <= %s AND t.cf_rev <= d.rev FOR UPDATE OF t"
         ).format(table)
+        self.links = link_around(entity)
         self.drop_parents = sql.SQL("DELETE FROM {} WHERE id = ANY(%s)").format(table)
         self.select_range = sql.SQL(
             "SELECT {} FROM {} WHERE id > %s AND id <= %s ORDER BY id LIMIT %s"
@@ -253,7 +250,7 @@ class EntityTables:
         self.select_children = [
             sql.SQL("SELECT {} FROM {} WHERE {} = ANY(%s) ORDER BY {}").format(
                 _list(c.columns),
-                _name(c.table),
+                identifier(c.table),
                 sql.Identifier(c.columns[0]),
                 _list(c.columns[: 2 if c.is_list else 1]),
             )
@@ -634,7 +631,7 @@ class BulkPostgres:
         )
 
     async def look_again(self, tables: EntityTables, first: str, last: str) -> int:
-        """Remove the rows from ``first`` to ``last`` (id texts) that a tombstone covers; how many.
+        """Remove the rows from ``first`` to ``last`` (id texts) that a tombstone covers; how many. Link the others.
 
         To be called after the commit that may have put them there.
         """
@@ -642,7 +639,10 @@ class BulkPostgres:
             for attempt in range(ATTEMPTS):
                 try:
                     async with self._connection.transaction():
-                        return await self._drop_covered(tables, first, last)
+                        dropped = await self._drop_covered(tables, first, last)
+                    for link in tables.links:
+                        await self._connection.execute(link, [first, last])
+                    return dropped
                 except _PASSING:
                     if attempt == ATTEMPTS - 1:
                         raise

@@ -15,6 +15,7 @@ import asyncio
 import base64
 import contextlib
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -33,6 +34,7 @@ from crossfade import errors
 from crossfade.entity import Entity, Rows
 from crossfade.record import Applied, Held, Image, new_operation
 from crossfade.stores.errors import Fenced, RuleBroken, Unanswered
+from crossfade.stores.references import references_of
 from crossfade.stores.rows import RowStatements, Statement, held
 from crossfade.values import decode_document, digest, encode_document, id_to_text, text_to_id
 
@@ -318,11 +320,12 @@ class PostgresStore:
                 self.statements(entity).held_of(rows.parent[0], migration=migration, epoch=epoch)
                 for entity, _, rows in images
             ]
-            after: list[Statement] = []
-            for entity, _, rows in images:
-                # Whoever may have inserted looks again after its own commit. Any image may have: of a revision
-                # whose predecessors never arrived, or of a row that a delete removed while this one waited.
-                after += self.statements(entity).look_again(rows.parent[0])
+            # Whoever may have inserted looks again after its own commit. Any image may have: of a revision whose
+            # predecessors never arrived, or of a row that a delete removed while this one waited. Links are set when
+            # that is done: they wait for nobody, and nobody is to wait for them.
+            records = [(self.statements(entity), rows.parent[0]) for entity, _, rows in images]
+            after: list[Statement] = [s for own, id_ in records for s in own.look_again(id_)]
+            after += [s for own, id_ in records for s in own.link(id_)]
             async with self._connection(timeout) as connection:
                 answers = await self._transaction(
                     connection, migration, statements, looks, after,
@@ -348,7 +351,7 @@ class PostgresStore:
                 "entity": entity.name, "id": key, "rev": rev, "op": op, "migration": migration, "epoch": epoch,
             }  # fmt: skip
             bury: Statement = (QUERIES["bury"], parameters)  # type: ignore[assignment]
-            statements = [bury, *own.look_again(key)]
+            statements = [bury, *own.drop_covered(key)]
             look = own.held_of(key, migration=migration, epoch=epoch)
             async with self._connection(timeout) as connection:
                 [answer] = await self._transaction(
@@ -559,7 +562,55 @@ class PostgresStore:
                             raise errors.Busy("a value of this record is another open write's")
                 return changes
 
+        ends = time.monotonic() + timeout
+        changes = await self._bounded(work(), timeout)
+        await self._link([(entity, id_) for entity, id_, _ in writes], ends)
+        return changes
+
+    async def _link(self, records: Iterable[tuple[Entity, Any]], ends: float) -> None:
+        """Set the links of records that are committed, and those to them, until ``ends`` (`time.monotonic`).
+
+        Whatever becomes of it, the write stands; the sweep sets what is missed here.
+        """
+        statements = [
+            statement
+            for entity, id_ in records
+            for statement in self.statements(entity).link(id_to_text(id_))
+        ]
+        left = ends - time.monotonic()
+        if not statements or left <= 0:
+            return
+
+        async def work() -> None:
+            async with self._connection(left) as connection, connection.pipeline():
+                for query, parameters in statements:
+                    await connection.execute(query, parameters)
+
+        with contextlib.suppress(errors.CrossfadeError):
+            await self._bounded(work(), left)
+
+    async def link_all(self, entities: Iterable[Entity], *, timeout: float) -> int:
+        """Set every link whose target is there and that was missed; how many."""
+
+        async def work() -> int:
+            async with self._connection(timeout) as connection:
+                linked = 0
+                for entity in entities:
+                    for found in references_of(entity):
+                        linked += (await connection.execute(found.link())).rowcount
+                return linked
+
         return await self._bounded(work(), timeout)
+
+    async def waiting_references(self, entities: Iterable[Entity], *, timeout: float) -> dict[str, int]:
+        """How many rows name a record that is not in PostgreSQL, by ``table.column``; those without any left out."""
+        waiting = {}
+        for entity in entities:
+            for found in references_of(entity):
+                [(number,)] = await self._rows(found.waiting(), [], timeout)
+                if number:
+                    waiting[f"{found.table.name}.{found.column}"] = int(number)
+        return waiting
 
     async def _lock(
         self,
@@ -676,7 +727,11 @@ class PostgresStore:
                 return True
             return False
 
-        return await self._bounded(work(), timeout)
+        ends = time.monotonic() + timeout
+        undone = await self._bounded(work(), timeout)
+        if undone:
+            await self._link([(entity, id_) for entity, id_, _ in writes], ends)
+        return undone
 
     async def _put_back(
         self,

@@ -20,6 +20,7 @@ from sqlalchemy.engine import Dialect
 from crossfade.entity import DocumentId, Entity, Rows
 from crossfade.errors import ConfigurationError
 from crossfade.record import Held, Image
+from crossfade.stores.references import followers, identifier, link_around, lock_around
 from crossfade.values import digest, id_to_text
 
 _new_dialect: Callable[[], Dialect] = postgresql.dialect
@@ -39,12 +40,23 @@ def _is_json(column: Column[Any]) -> bool:
     return column.type.compile(dialect=_DIALECT) in ("JSONB", "JSON")
 
 
-def _table(table: Table) -> sql.Identifier:
-    return sql.Identifier(table.schema, table.name) if table.schema else sql.Identifier(table.name)
-
-
 def _names(columns: Iterable[str]) -> sql.Composed:
     return sql.SQL(", ").join(map(sql.Identifier, columns))
+
+
+def assignments(table: Table, columns: Iterable[str], alias: str) -> sql.Composed:
+    """The SET of an upsert; a link whose id changes is none until it is looked for."""
+    links = followers(table)
+    parts = []
+    for name in columns:
+        parts.append(sql.SQL("{0} = EXCLUDED.{0}").format(sql.Identifier(name)))
+        if name in links:
+            parts.append(
+                sql.SQL("{link} = CASE WHEN {alias}.{of} = EXCLUDED.{of} THEN {alias}.{link} END").format(
+                    link=sql.Identifier(links[name]), of=sql.Identifier(name), alias=sql.Identifier(alias)
+                )
+            )
+    return sql.SQL(", ").join(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +77,14 @@ class RowStatements:
     def __init__(self, entity: Entity) -> None:
         self.entity = entity
         table = entity.table
-        self.table = _table(table)
+        self.table = identifier(table)
         self.columns = (*entity.parent_columns, *_META)
         self._json = tuple(_is_json(table.c[name]) for name in self.columns)
         self._children = tuple(self._child(child) for child in entity.children)
 
         values = sql.SQL(", ").join(sql.SQL("%s::") + _type(table.c[name]) for name in self.columns)
         updated = [name for name in self.columns if name != "id"]
-        assigned = sql.SQL(", ").join(
-            sql.SQL("{0} = EXCLUDED.{0}").format(sql.Identifier(name)) for name in updated
-        )
+        assigned = assignments(table, updated, "t")
         self._apply = sql.SQL(
             "INSERT INTO {table} AS t ({columns}) SELECT {values} "
             "WHERE EXISTS (SELECT FROM crossfade.control WHERE migration = %s AND epoch = %s) "
@@ -86,11 +96,22 @@ class RowStatements:
         self._insert = sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
             self.table, _names(self.columns), values
         )
-        self._update = sql.SQL("UPDATE {} SET ({}) = ROW({}) WHERE id = %s AND cf_rev = %s").format(
+        # A link whose id changes is none until it is looked for.
+        self._followed = tuple(self.columns.index(of) for of in followers(table))
+        links = [
+            sql.SQL(", {link} = CASE WHEN {of} = %s THEN {link} END").format(
+                link=sql.Identifier(link), of=sql.Identifier(of)
+            )
+            for of, link in followers(table).items()
+        ]
+        self._update = sql.SQL("UPDATE {} SET ({}) = ROW({}){} WHERE id = %s AND cf_rev = %s").format(
             self.table,
             _names(updated),
             sql.SQL(", ").join(sql.SQL("%s::") + _type(table.c[name]) for name in updated),
+            sql.Composed(links),
         )
+        self._links = link_around(entity)
+        self._around = lock_around(entity)
         self.held = sql.SQL(
             "SELECT r.cf_rev, r.cf_op, r.cf_digest, r.cf_mapping, "
             "(SELECT rev FROM crossfade.tombstones WHERE entity = %s AND id = %s), "
@@ -106,7 +127,7 @@ class RowStatements:
         arrays = [
             sql.SQL("ARRAY(SELECT c.{} FROM {} AS c WHERE c.{} = p.id ORDER BY {})").format(
                 sql.Identifier(name),
-                _table(child.table),
+                identifier(child.table),
                 sql.Identifier(child.columns[0]),
                 _names(statements.key),
             )
@@ -127,7 +148,7 @@ class RowStatements:
                 f"entity {self.entity.name!r}: the primary key of {table.name} must begin with {columns[0]}"
             )
         owner = sql.Identifier(columns[0])
-        name = _table(table)
+        name = identifier(table)
         rest = [column for column in columns if column not in key]
         arrays = sql.SQL(", ").join(sql.SQL("%s::") + _type(table.c[c]) + sql.SQL("[]") for c in columns)
         #: The parent row as this image left it: only then are its child rows ours to write.
@@ -135,7 +156,7 @@ class RowStatements:
             "p.id = %s AND p.cf_rev = %s AND p.cf_op IS NOT DISTINCT FROM %s::uuid AND p.cf_digest = %s"
         )
         put = sql.SQL(
-            "INSERT INTO {name} ({columns}) SELECT u.* FROM unnest({arrays}) AS u, {parent} AS p WHERE {ours} "
+            "INSERT INTO {name} AS t ({columns}) SELECT u.* FROM unnest({arrays}) AS u, {parent} AS p WHERE {ours} "
             "ON CONFLICT ({key}) DO {action}"
         ).format(
             name=name,
@@ -144,10 +165,7 @@ class RowStatements:
             parent=self.table,
             ours=ours,
             key=_names(key),
-            action=sql.SQL("UPDATE SET ")
-            + sql.SQL(", ").join(sql.SQL("{0} = EXCLUDED.{0}").format(sql.Identifier(c)) for c in rest)
-            if rest
-            else sql.SQL("NOTHING"),
+            action=sql.SQL("UPDATE SET ") + assignments(table, rest, "t") if rest else sql.SQL("NOTHING"),
         )
         key_arrays = sql.SQL(", ").join(sql.SQL("%s::") + _type(table.c[c]) + sql.SQL("[]") for c in key)
         drop_others = sql.SQL(
@@ -214,21 +232,36 @@ class RowStatements:
 
     def update(self, image: Image, rows: Rows, *, rev: int) -> list[Statement]:
         """Replace the record that stands at ``rev``; PostgreSQL primary only."""
-        id_, *values = self._parent_values(image, rows)
-        return [(self._update, [*values, id_, rev]), *self._child_statements(image, rows)]
+        parent = self._parent_values(image, rows)
+        id_, *values = parent
+        followed = [parent[at] for at in self._followed]
+        return [(self._update, [*values, *followed, id_, rev]), *self._child_statements(image, rows)]
 
     def drop(self, id_: str, rev: int) -> list[Statement]:
         """Remove the rows of a record at or under a revision."""
-        return [*((c.drop_all, [id_, rev]) for c in self._children), (self._drop, [id_, rev])]
+        drops = [*((c.drop_all, [id_, rev]) for c in self._children), (self._drop, [id_, rev])]
+        return [*self._lock_around(id_), *drops]
 
     def drop_exactly(self, id_: str, rev: int) -> list[Statement]:
         """Remove the rows of a record at exactly this revision."""
-        return [*((c.drop_now, [id_, rev]) for c in self._children), (self._drop_now, [id_, rev])]
+        drops = [*((c.drop_now, [id_, rev]) for c in self._children), (self._drop_now, [id_, rev])]
+        return [*self._lock_around(id_), *drops]
+
+    def drop_covered(self, id_: str) -> list[Statement]:
+        """Remove rows that a tombstone covers."""
+        return [*self._lock_around(id_), *self.look_again(id_)]
+
+    def _lock_around(self, id_: str) -> list[Statement]:
+        return [(query, [id_, id_]) for query in self._around]
 
     def look_again(self, id_: str) -> list[Statement]:
-        """Remove rows that a tombstone covers: run after one's own commit."""
+        """The same, after one's own commit, when there is hardly ever anything to remove."""
         name = self.entity.name
         return [*((c.drop_covered, [id_, name]) for c in self._children), (self._drop_covered, [id_, name])]
+
+    def link(self, id_: str) -> list[Statement]:
+        """Set the links of a record, and those to it: run after one's own commit."""
+        return [(query, [id_, id_]) for query in self._links]
 
     def held_of(self, id_: str, *, migration: str, epoch: int) -> Statement:
         """What PostgreSQL holds of a record, and whether it is at this epoch."""

@@ -144,7 +144,9 @@ def database_url(servers: SharedServers, database_template: str | None) -> Itera
     # template0 is never connected to, so cloning it never waits for anybody.
     template = sql.Identifier(database_template or "template0")
     with psycopg.connect(servers.database_url, autocommit=True) as connection:
-        connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(name, template))
+        # Copied by files it takes a quarter of the time; before PostgreSQL 15 there was no other way.
+        how = " STRATEGY FILE_COPY" if connection.info.server_version >= 150_000 else ""
+        connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}" + how).format(name, template))
     yield _with_database(servers.database_url, fresh)
     with psycopg.connect(servers.database_url, autocommit=True) as connection:
         connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(name))

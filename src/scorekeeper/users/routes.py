@@ -28,7 +28,8 @@ def _service(request: Request) -> UserService:
 Users = Annotated[UserService, Depends(_service)]
 
 
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What a route answers besides success, for its OpenAPI description."""
     return {status: {"model": ProblemOut} for status in (*statuses, 413, 503)}
 
 
@@ -37,7 +38,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     status_code=201,
     response_model=RegisteredOut,
     response_model_exclude_unset=True,
-    responses=_errors(400),
+    responses=errors_of(400),
 )
 async def register(credentials: Credentials, users: Users) -> Any:
     """Open an account."""
@@ -45,16 +46,16 @@ async def register(credentials: Credentials, users: Users) -> Any:
 
 
 @router.post(
-    "/login", response_model=LoggedInOut, response_model_exclude_unset=True, responses=_errors(400, 401)
+    "/login", response_model=LoggedInOut, response_model_exclude_unset=True, responses=errors_of(400, 401)
 )
 async def log_in(credentials: Credentials, users: Users) -> Any:
     """Get a token."""
     return await users.log_in(credentials.username, credentials.password)
 
 
-@router.get("/me", response_model=OwnUserAnswer, response_model_exclude_unset=True, responses=_errors(401))
+@router.get("/me", response_model=OwnUserAnswer, response_model_exclude_unset=True, responses=errors_of(401))
 @router.get(
-    "/profile", response_model=OwnUserAnswer, response_model_exclude_unset=True, responses=_errors(401)
+    "/profile", response_model=OwnUserAnswer, response_model_exclude_unset=True, responses=errors_of(401)
 )
 async def me(current: SignedIn, users: Users) -> Any:
     """Who is signed in."""
@@ -65,7 +66,7 @@ async def me(current: SignedIn, users: Users) -> Any:
     "/lookup/{username:path}",
     response_model=LookupOut,
     response_model_exclude_unset=True,
-    responses=_errors(404),
+    responses=errors_of(404),
 )
 async def look_up(username: str, users: Users) -> Any:
     """Whether a name has an account, in any letter case."""

@@ -13,10 +13,11 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from crossfade.entity import DocumentId, record_columns
+from crossfade.entity import DocumentId, record_columns, reference
 from scorekeeper.schema import metadata
 
 ROLES = ("user", "admin", "guest")
@@ -42,14 +43,16 @@ users = Table(
     Index("ix_users_role", "role"),
 )
 
-#: ``friend_id`` names no table: a friend may be gone, or not have arrived yet.
+#: ``friend_id`` is what the document says; ``friend_ref`` is the same where that user is there.
 user_friends = Table(
     "user_friends",
     metadata,
     Column("user_id", DocumentId, ForeignKey("users.id"), primary_key=True),
     Column("position", Integer, primary_key=True),
     Column("friend_id", DocumentId, nullable=False),
-    Index("ix_user_friends_friend_id", "friend_id"),
+    reference("friend_ref", "users.id", of="friend_id"),
+    Index("ix_user_friends_friend_ref", "friend_ref", postgresql_where=text("friend_ref IS NOT NULL")),
+    Index("ix_user_friends_friend_waits", "friend_id", postgresql_where=text("friend_ref IS NULL")),
 )
 
 #: Apart from ``users``, so that reading a name never reads megabytes.

@@ -1,0 +1,127 @@
+"""Foreign keys between records that may arrive, and go, in any order.
+
+A record names others by their ids: a friend list, a sender. The id is content, in a column of its own, whatever
+has become of the record that it names. Beside it, declared by `crossfade.entity.reference`, is a *link*: the same
+id under a foreign key, or NULL while no such row is there. So a record never waits for another one and never fails
+for lack of it, what is missing is one query away, and the server itself keeps every link true: it refuses one to a
+row that is not there, and clears it when that row goes (ON DELETE SET NULL).
+
+Links are set behind the commit of the rows that they may belong to: those that the record names, and those that
+name it. Of two transactions that cannot see each other, whoever looks later after its own commit sees the other's
+row. Rows that somebody else has locked are skipped, so that linking waits for nobody and closes no circle of
+waiting: whoever holds one either links it behind its own commit or takes it away. What a crash leaves is linked
+when the debt is settled, and by the sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg import sql
+from sqlalchemy import Table
+
+from crossfade.entity import REFERENCE_TO, Entity
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A link: ``column`` of ``table`` follows ``of`` to ``target.id``."""
+
+    table: Table
+    column: str
+    of: str
+    target: Table
+
+    def link(self, by: str | None = None) -> sql.Composed:
+        """Set the links whose target is there; ``by``: only of rows where this column is from %s to %s."""
+        key = [column.name for column in self.table.primary_key.columns]
+        bounds = sql.SQL("c.{0} >= %s AND c.{0} <= %s AND ").format(sql.Identifier(by)) if by else sql.SQL("")
+        # The target is locked against going until the foreign key is checked.
+        return sql.SQL(
+            "WITH ready AS (SELECT {keys} FROM {table} AS c JOIN {target} AS x ON x.id = c.{of} "
+            "WHERE {bounds}c.{link} IS NULL "
+            "FOR NO KEY UPDATE OF c SKIP LOCKED FOR KEY SHARE OF x SKIP LOCKED) "
+            "UPDATE {table} AS t SET {link} = t.{of} FROM ready WHERE {same} AND t.{link} IS NULL"
+        ).format(
+            keys=sql.SQL(", ").join(sql.SQL("c.") + sql.Identifier(name) for name in key),
+            table=identifier(self.table),
+            target=identifier(self.target),
+            of=sql.Identifier(self.of),
+            link=sql.Identifier(self.column),
+            bounds=bounds,
+            same=sql.SQL(" AND ").join(
+                sql.SQL("t.{0} = ready.{0}").format(sql.Identifier(name)) for name in key
+            ),
+        )
+
+    def waiting(self) -> sql.Composed:
+        """How many rows name a record that is not there."""
+        return sql.SQL("SELECT count(*) FROM {} WHERE {} IS NULL AND {} IS NOT NULL").format(
+            identifier(self.table), sql.Identifier(self.column), sql.Identifier(self.of)
+        )
+
+
+def identifier(table: Table) -> sql.Identifier:
+    """A table's name, quoted."""
+    return sql.Identifier(table.schema, table.name) if table.schema else sql.Identifier(table.name)
+
+
+def references_of(entity: Entity) -> list[Reference]:
+    """The links in an entity's own tables."""
+    return [found for table in _tables(entity) for found in _links_in(table)]
+
+
+def followers(table: Table) -> dict[str, str]:
+    """The links of a table, each with the column that it follows."""
+    return {found.of: found.column for found in _links_in(table)}
+
+
+def link_around(entity: Entity) -> list[sql.Composed]:
+    """Statements that set the links that a range of the entity's ids may have made possible, of either end."""
+    owners = _owners(entity)
+    own = [found.link(owners[found.table.name]) for found in references_of(entity)]
+    return own + [found.link(found.of) for found in _links_to(entity)]
+
+
+def lock_around(entity: Entity) -> list[sql.Composed]:
+    """Statements that lock what the delete of one record touches in tables of links, given its id twice.
+
+    Two records that name each other, deleted at once, would otherwise each remove their own rows and then wait to
+    clear the links in the other's.
+    """
+    owners = _owners(entity)
+    return [
+        sql.SQL("SELECT FROM {} AS c WHERE c.{} = %s OR c.{} = %s ORDER BY {} FOR UPDATE").format(
+            identifier(found.table),
+            sql.Identifier(found.column),
+            sql.Identifier(owners.get(found.table.name, found.column)),
+            sql.SQL(", ").join(sql.Identifier(column.name) for column in found.table.primary_key.columns),
+        )
+        for found in _links_to(entity)
+    ]
+
+
+def _owners(entity: Entity) -> dict[str, str]:
+    """The column that holds the record's id, by table."""
+    return {entity.table.name: "id"} | {child.table.name: child.columns[0] for child in entity.children}
+
+
+def _links_to(entity: Entity) -> list[Reference]:
+    tables = entity.table.metadata.sorted_tables
+    return [found for table in tables for found in _links_in(table) if found.target is entity.table]
+
+
+def _tables(entity: Entity) -> Iterable[Table]:
+    return entity.table, *(child.table for child in entity.children)
+
+
+def _links_in(table: Table) -> list[Reference]:
+    found = []
+    for column in table.columns:
+        of: Any = column.info.get(REFERENCE_TO)
+        if of is not None:
+            [key] = column.foreign_keys
+            found.append(Reference(table, column.name, of, key.column.table))
+    return found

@@ -1,0 +1,74 @@
+"""`/api/users/{userId}/friend…`: from HTTP to the service and back. One's own friends only."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+
+from scorekeeper.auth.current import CurrentUser, SignedIn
+from scorekeeper.errors import forbidden
+from scorekeeper.friends.schemas import AcceptedOut, AskedOut, Asking, DoneOut
+from scorekeeper.friends.service import FriendService
+from scorekeeper.users.routes import errors_of
+
+router = APIRouter(prefix="/api/users/{userId}", tags=["friends"])
+
+
+def _service(request: Request) -> FriendService:
+    service: FriendService = request.app.state.friends
+    return service
+
+
+def _oneself(userId: str, current: SignedIn) -> CurrentUser:
+    if userId != current.id:
+        raise forbidden("You can only manage your own friends")
+    return current
+
+
+Friends = Annotated[FriendService, Depends(_service)]
+Oneself = Annotated[CurrentUser, Depends(_oneself)]
+
+
+@router.post(
+    "/friend-requests",
+    status_code=201,
+    response_model=AskedOut,
+    responses=errors_of(400, 401, 403, 404),
+)
+async def ask(body: Asking, current: Oneself, friends: Friends) -> Any:
+    """Ask somebody to be a friend."""
+    return await friends.ask(current, body.receiverId)
+
+
+@router.post(
+    "/friend-requests/{requestId}/accept",
+    response_model=AcceptedOut,
+    response_model_exclude_unset=True,
+    responses=errors_of(400, 401, 403, 404),
+)
+async def accept(requestId: str, current: Oneself, friends: Friends) -> Any:
+    """Become friends of each other."""
+    return await friends.accept(current, requestId)
+
+
+@router.post(
+    "/friend-requests/{requestId}/reject", response_model=DoneOut, responses=errors_of(400, 401, 403, 404)
+)
+async def reject(requestId: str, current: Oneself, friends: Friends) -> Any:
+    """Turn a request down."""
+    return await friends.reject(current, requestId)
+
+
+@router.delete(
+    "/friend-requests/{requestId}", response_model=DoneOut, responses=errors_of(400, 401, 403, 404)
+)
+async def cancel(requestId: str, current: Oneself, friends: Friends) -> Any:
+    """Take one's own request back."""
+    return await friends.cancel(current, requestId)
+
+
+@router.delete("/friends/{friendId}", response_model=DoneOut, responses=errors_of(400, 401, 403))
+async def part(friendId: str, current: Oneself, friends: Friends) -> Any:
+    """End a friendship, on both sides."""
+    return await friends.part(current, friendId)
