@@ -187,6 +187,32 @@ class Settler:
             return  # open: with its outcome
         await self.stepper.erase(entity, image.id, steps)
 
+    async def finish_decided(self, control: Control) -> int:
+        """Carry out in MongoDB what writers that died in phase 0 had decided; how many operations and deletes.
+
+        Nobody is in debt there and no reconciler comes by, so the collections are read for them. In the other phases
+        there is nothing to do: a debt stands beside each.
+
+        Raises:
+            crossfade.errors.StoreUnavailable, Busy: what is left stands.
+        """
+        pair, finished = self.pair, 0
+        if control.phase.rules.dual or control.phase.rules.primary != "mongo":
+            return finished
+        timeout = pair.options.primary_deadline
+        for entity in pair.entities.values():
+            async for id_ in pair.mongo.unfinished(entity, timeout=pair.options.bulk_deadline):
+                try:
+                    image = await pair.mongo.read(entity, id_, timeout=timeout)
+                except Unmappable:
+                    continue  # a foreign writer has broken it since: it goes to quarantine
+                if image is not None and image.steps is not None:
+                    await self.roll_forward(entity, image, control, ends=boot_clock() + timeout)
+                if image is not None and image.deleted and image.op is not None:
+                    await self.bury(entity, id_, image.rev, image.op, control)
+                finished += 1
+        return finished
+
     async def bring(self, entity: Entity, image: Image, control: Control, *, timeout: float) -> Settled:
         """Bring one image to PostgreSQL; on *behind*, lift and bring that.
 

@@ -342,6 +342,8 @@ class Migration:
     async def prepare(self) -> dict[str, list[tuple[str, Any]]]:
         """What `crossfade init` does: Crossfade's tables, indexes, and normalised keys on old documents.
 
+        In phase 0 it also carries out what writers that died there had decided.
+
         Idempotent and resumable. Returns the documents whose key another, older one has, by rule: (entity,
         id); they are kept, with a key of their own.
 
@@ -358,6 +360,9 @@ class Migration:
                 "head: run the application's migrations (alembic upgrade head)"
             )
         await self.pair.mongo.prepare(self.entities.values(), timeout=300.0)
+        control = (await self.record.look(timeout=timeout)).control
+        if control is not None:
+            await self.settler.finish_decided(control)
         colliding: dict[str, list[tuple[str, Any]]] = {}
         for entity in self.entities.values():
             for rule in entity.unique:

@@ -132,6 +132,7 @@ class Reconciler:
             crossfade.errors.StoreUnavailable: the primary cannot be reached.
         """
         total = Round()
+        total.settled = await self.settler.finish_decided(self.pair.board.control)
         began = boot_clock()
         mine: set[tuple[Any, ...]] | None = None
         while True:

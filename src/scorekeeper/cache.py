@@ -67,6 +67,14 @@ redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
 return 1
 """
 
+# KEYS entry, lease; ARGV word, milliseconds, the entry as it was seen. Who saw none must not get the lease that was
+# let go after a fill meanwhile.
+_LEASE: Final = """
+local entry = redis.call('GET', KEYS[1])
+if entry and entry ~= ARGV[3] then return 0 end
+return redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2]) and 1 or 0
+"""
+
 _FAILURES = (RedisError, OSError, TimeoutError)
 
 Load = Callable[[], Awaitable["Loaded"]]
@@ -98,6 +106,7 @@ class UserCache:
         """
         self._redis = redis
         self._fill = redis.register_script(_FILL)
+        self._lend = redis.register_script(_LEASE)
         self._prefix = prefix
         self._ttl = ttl
         self._silent_until = 0.0
@@ -144,7 +153,7 @@ class UserCache:
                     break
                 if user_id in self._loading:
                     continue
-                word = await self._take_lease(user_id)
+                word = await self._take_lease(user_id, entry)
             except _FAILURES as error:
                 self._failed(error)
                 break
@@ -215,11 +224,11 @@ class UserCache:
             pass
         return True
 
-    async def _take_lease(self, user_id: str) -> str | None:
+    async def _take_lease(self, user_id: str, seen: bytes | None) -> str | None:
+        """The word to fill with, if the entry is still what was seen and nobody else is filling."""
         word = secrets.token_hex(8)
-        taken = await self._command(
-            self._redis.set(self._lease(user_id), word, nx=True, px=int(LEASE * 1000))
-        )
+        keys = [self._entry(user_id), self._lease(user_id)]
+        taken = await self._command(self._lend(keys=keys, args=[word, int(LEASE * 1000), seen or b""]))
         return word if taken else None
 
     async def _load_and_fill(self, user_id: str, word: str, load: Load) -> dict[str, Any] | None:
@@ -255,14 +264,14 @@ class UserCache:
             return None
         # Only *when* to refresh hangs on the wall clock; how long an entry lives is Redis's own count.
         if left < self._ttl * REFRESH_AT and user_id not in self._loading:
-            task = asyncio.create_task(self._refresh(user_id, load))
+            task = asyncio.create_task(self._refresh(user_id, entry, load))
             self._refreshes.add(task)
             task.add_done_callback(self._refreshes.discard)
         return value if isinstance(value, dict) else None
 
-    async def _refresh(self, user_id: str, load: Load) -> None:
+    async def _refresh(self, user_id: str, seen: bytes, load: Load) -> None:
         try:
-            word = await self._take_lease(user_id)
+            word = await self._take_lease(user_id, seen)
             if word is not None:
                 await self._load_and_fill(user_id, word, load)
                 CACHE.labels("refreshed").inc()

@@ -5,12 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psycopg
 import pytest
 
 from crossfade.embedded import supervisor
+from crossfade.embedded.places import scratch_root
 from crossfade.embedded.servers import running_set
 
 # Each starts interpreters and servers several times over, which is slow where others compute too.
@@ -65,7 +65,7 @@ def seen(folder, lines):
 
 def set_on(uri):
     """The folder and processes of the set whose MongoDB is at `uri`."""
-    for state in Path(os.environ.get("TMPDIR", "/tmp")).glob("crossfade-servers-*/state.json"):
+    for state in scratch_root().glob("crossfade-servers-*/state.json"):
         try:
             text = state.read_text()
         except OSError:

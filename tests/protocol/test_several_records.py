@@ -134,6 +134,22 @@ async def test_who_finds_a_decided_operation_carries_it_out(open_friends, phase,
     await assert_all_equal(other)
 
 
+@pytest.mark.parametrize("taken", [0, 1, 2])
+@pytest.mark.parametrize("how", ["reconcile", "prepare"])
+async def test_what_was_decided_in_phase_0_is_carried_out_before_phase_1(open_friends, how, taken):
+    w = await open_friends("mongo_only")
+    ids = await asked(w)
+    die_after(w, taken)
+    with pytest.raises(Died):
+        await accept(w, *ids)
+    other = await open_friends("mongo_only")
+    await (other.m.prepare() if how == "prepare" else other.m.reconciler.reconcile())
+    assert await found(other, *ids) == ("accepted", True, True)
+    assert (await other.users.get(ids[2]))["__v"] == 4, "the step was taken once"
+    for document in other.documents.find():
+        assert "done" not in document[CF] or document[CF]["done"] == []
+
+
 @pytest.mark.parametrize("phase", MONGO_PHASES)
 @pytest.mark.parametrize("taken", [0, 1, 2])
 async def test_an_open_operation_whose_writer_died_is_taken_back_everywhere(open_friends, phase, taken):
@@ -239,7 +255,7 @@ async def test_postgres_never_shows_half_of_an_operation(open_friends, postgres_
 
 
 async def test_an_open_step_holds_other_writers_of_its_record(open_friends):
-    w = await open_friends(primary_deadline=0.5, tentative=30.0)
+    w = await open_friends(tentative=30.0)
     ids = await asked(w)
     die_after(w, 2)
     with pytest.raises(Died):

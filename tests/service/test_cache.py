@@ -11,6 +11,7 @@ from bson import ObjectId
 
 from crossfade import NotFound
 from crossfade.testing.proxy import FaultProxy
+from scorekeeper import cache as cache_module
 from scorekeeper.cache import LEASE, Loaded, UserCache
 
 from .conftest import Serve, assert_problem
@@ -44,7 +45,10 @@ async def test_the_second_look_up_comes_from_redis_on_another_worker_too(redis_u
     await other.close()
 
 
-async def test_of_many_who_miss_at_once_one_asks(redis_url: str) -> None:
+async def test_of_many_who_miss_at_once_one_asks(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Who waits too long asks for himself, and on a busy machine anybody may.
+    monkeypatch.setattr(cache_module, "PATIENCE", 30.0)
+    monkeypatch.setattr(cache_module, "COMMAND_DEADLINE", 10.0)
     one, other, stores = cache_on(redis_url), cache_on(redis_url), Stores()
     # The first command of a worker also connects; that is not what is measured.
     assert await one.answers()

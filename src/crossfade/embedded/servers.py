@@ -36,7 +36,7 @@ from rich.console import Console
 from crossfade.embedded import supervisor
 from crossfade.embedded.commands import last_line
 from crossfade.embedded.errors import EmbeddedError, PortInUse
-from crossfade.embedded.places import Account, make_reachable, postgres_account
+from crossfade.embedded.places import Account, make_reachable, postgres_account, scratch_root
 from crossfade.embedded.ports import free_port, is_free
 from crossfade.embedded.programs import DATABASE, ROLE, Cluster, Programs, start_environ
 from crossfade.embedded.wire import answers_mongo, answers_redis
@@ -489,7 +489,8 @@ class EmbeddedServers:
         account = postgres_account()
         if self._given is None:
             _remove_stale_temporaries()
-            self.directory = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX))
+            place = None if self._durable else scratch_root()
+            self.directory = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=place))
             if account.switches:
                 self.directory.chmod(0o711)
             return make_reachable(self.directory, account, variable="TMPDIR")
@@ -767,7 +768,11 @@ def _control_path(directory: Path) -> str:
 
 def _remove_stale_temporaries() -> None:
     """End and remove temporary sets whose supervisor was killed."""
-    for folder in Path(tempfile.gettempdir()).glob(TEMPORARY_PREFIX + "*"):
+    for folder in {
+        each
+        for root in (tempfile.gettempdir(), scratch_root())
+        for each in Path(root).glob(TEMPORARY_PREFIX + "*")
+    }:
         try:
             status = folder.stat()
         except OSError:

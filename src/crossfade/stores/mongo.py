@@ -549,6 +549,18 @@ class MongoStore:
                 missing += [f"{entity.collection}.{path}" for path in wanted if (path,) not in there]
         return missing
 
+    async def unfinished(self, entity: Entity, *, timeout: float) -> AsyncIterator[Any]:
+        """The ids of documents whose steps or decided delete are still to be carried out; reads the collection."""
+        filter_ = {"$or": [{f"{CF}.steps": {"$exists": True}}, {f"{CF}.deleted": True}]}
+        cursor = self._raw_documents(entity).find(filter_, {"_id": 1})
+        while True:
+            async with self._asking(timeout):
+                found = await cursor.to_list(100)
+            if not found:
+                return
+            for raw in found:
+                yield decode_document(bytes(raw.raw))["_id"]
+
     async def unstamped(
         self, entity: Entity, field: str, rule: str, *, batch: int, timeout: float
     ) -> AsyncIterator[list[dict[str, Any]]]:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +52,9 @@ class SharedServers:
 def pytest_configure(config: pytest.Config) -> None:
     """The main process names the run's folder; workers are told (`pytest_configure_node`)."""
     if not hasattr(config, "workerinput"):
-        config.stash[_RUN] = Path(tempfile.gettempdir()) / f"crossfade-servers-run-{secrets.token_hex(8)}"
+        from crossfade.embedded.places import scratch_root
+
+        config.stash[_RUN] = scratch_root() / f"crossfade-servers-run-{secrets.token_hex(8)}"
 
 
 @pytest.hookimpl(optionalhook=True)
