@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +196,8 @@ def test_an_application_that_cannot_be_loaded_is_explained(crossfade: Command) -
     done = crossfade("status", CROSSFADE_APP="nowhere:notes")
     assert done.returncode == 2
     assert "write module:function" in said(done)
+
+
+def test_the_version_is_what_is_installed(crossfade: Command) -> None:
+    done = crossfade("--version")
+    assert done.stdout == f"crossfade {version('crossfade')}\n"

@@ -8,6 +8,14 @@ from typing import Annotated
 import typer
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"crossfade {version('crossfade')}")
+        raise typer.Exit
+
+
 def build() -> typer.Typer:
     """All commands."""
     from crossfade import observe
@@ -26,6 +34,9 @@ def build() -> typer.Typer:
         log_level: Annotated[
             str, typer.Option(envvar="CROSSFADE_LOG_LEVEL", help="debug, info, warning or error.")
         ] = "warning",
+        _version: Annotated[
+            bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
+        ] = False,
     ) -> None:
         if log_level.lower() not in ("debug", "info", "warning", "error"):
             fail(f"--log-level {log_level!r}: write debug, info, warning or error", Exit.WRONG_USE)
