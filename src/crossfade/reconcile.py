@@ -85,13 +85,13 @@ class Reconciler:
                 await self._background_round()
                 control = self.pair.board.control
                 adopts = control.phase.rules.primary == "mongo" and control.phase.rules.dual
-                if adopts and options.full_sweep and boot_clock() >= next_full:
-                    await self.full_sweep()
-                    next_full = boot_clock() + options.full_sweep
-                if control.phase.rules.dual and options.sweep and boot_clock() >= next_sweep:
+                if control.phase.rules.dual and options.full_sweep and boot_clock() >= next_full:
                     if adopts:
-                        await self.sweep()
+                        await self.full_sweep()
                     await self.link()
+                    next_full = boot_clock() + options.full_sweep
+                if adopts and options.sweep and boot_clock() >= next_sweep:
+                    await self.sweep()
                     next_sweep = boot_clock() + options.sweep
             except (errors.CrossfadeError, Unmappable) as cause:
                 observe.log().debug(f"Reconciling waits: {cause}", context="Reconcile")

@@ -138,7 +138,7 @@ async def test_a_friend_whose_row_is_locked_keeps_nobody_waiting(open_world, dat
 
 
 async def test_what_a_crash_left_unlinked_the_sweep_links(open_world):
-    w = await open_world(background=True, sweep=0.2)
+    w = await open_world(background=True, full_sweep=0.2)
     ann = (await w.users.insert({"username": "Ann"})).id
     bob = (await w.users.insert({"username": "Bob", "friends": [ann]})).id
     w.sql("UPDATE user_friends SET friend_ref = NULL")

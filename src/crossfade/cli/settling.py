@@ -47,6 +47,8 @@ def reconcile(
                     adopted = await migration.reconciler.full_sweep()
                     progress.update(task, description="settling")
                 done = await migration.reconciler.reconcile()
+                if migration.phase.rules.dual:
+                    await migration.reconciler.link()
             if as_json:
                 print(as_json_text({
                     "settled": done.settled, "parked": done.parked, "open": done.open, "failed": done.failed,

@@ -38,7 +38,7 @@ from crossfade import errors
 from crossfade.entity import META_COLUMNS, Entity
 from crossfade.stores.copy_format import HEADER, TRAILER, ColumnType, compile_row, compile_rows
 from crossfade.stores.errors import Fenced
-from crossfade.stores.references import identifier, link_around
+from crossfade.stores.references import identifier, link_range
 from crossfade.stores.rows import assignments
 
 STORE = "postgres"
@@ -241,7 +241,7 @@ class EntityTables:
             "SELECT t.id FROM crossfade.tombstones AS d JOIN {} AS t ON t.id = d.id "
             "WHERE d.entity = %s AND d.id >= %s AND d.id <= %s AND t.cf_rev <= d.rev FOR UPDATE OF t"
         ).format(table)
-        self.links = link_around(entity)
+        self.links = link_range(entity)
         self.drop_parents = sql.SQL("DELETE FROM {} WHERE id = ANY(%s)").format(table)
         self.select_range = sql.SQL(
             "SELECT {} FROM {} WHERE id > %s AND id <= %s ORDER BY id LIMIT %s"
@@ -630,6 +630,18 @@ class BulkPostgres:
             [(name, d.text, d.reason, d.field, d.rev, d.digest, d.raw) for d in documents],
         )
 
+    async def _link(self, tables: EntityTables, first: str, last: str) -> None:
+        if not tables.links:
+            return
+        async with self._connection.transaction():
+            # A table that is being filled has no statistics yet, and guesses of it would read whole tables per chunk.
+            await self._connection.execute(
+                "SELECT set_config(name, 'off', true) FROM unnest(ARRAY["
+                "'enable_hashjoin', 'enable_mergejoin', 'enable_seqscan']) AS name"
+            )
+            for link in tables.links:
+                await self._connection.execute(link, [first, last])
+
     async def look_again(self, tables: EntityTables, first: str, last: str) -> int:
         """Remove the rows from ``first`` to ``last`` (id texts) that a tombstone covers; how many. Link the others.
 
@@ -640,8 +652,7 @@ class BulkPostgres:
                 try:
                     async with self._connection.transaction():
                         dropped = await self._drop_covered(tables, first, last)
-                    for link in tables.links:
-                        await self._connection.execute(link, [first, last])
+                    await self._link(tables, first, last)
                     return dropped
                 except _PASSING:
                     if attempt == ATTEMPTS - 1:

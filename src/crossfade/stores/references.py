@@ -24,6 +24,8 @@ from sqlalchemy import Table
 
 from crossfade.entity import REFERENCE_TO, Entity
 
+_EVERYWHERE = sql.SQL("true")
+
 
 @dataclass(frozen=True, slots=True)
 class Reference:
@@ -34,14 +36,13 @@ class Reference:
     of: str
     target: Table
 
-    def link(self, by: str | None = None) -> sql.Composed:
-        """Set the links whose target is there; ``by``: only of rows where this column is from %s to %s."""
+    def link(self, where: sql.Composable = _EVERYWHERE) -> sql.Composed:
+        """Set the links of these rows (``c``) whose target is there."""
         key = [column.name for column in self.table.primary_key.columns]
-        bounds = sql.SQL("c.{0} >= %s AND c.{0} <= %s AND ").format(sql.Identifier(by)) if by else sql.SQL("")
         # The target is locked against going until the foreign key is checked.
         return sql.SQL(
             "WITH ready AS (SELECT {keys} FROM {table} AS c JOIN {target} AS x ON x.id = c.{of} "
-            "WHERE {bounds}c.{link} IS NULL "
+            "WHERE {where} AND c.{link} IS NULL "
             "FOR NO KEY UPDATE OF c SKIP LOCKED FOR KEY SHARE OF x SKIP LOCKED) "
             "UPDATE {table} AS t SET {link} = t.{of} FROM ready WHERE {same} AND t.{link} IS NULL"
         ).format(
@@ -50,7 +51,7 @@ class Reference:
             target=identifier(self.target),
             of=sql.Identifier(self.of),
             link=sql.Identifier(self.column),
-            bounds=bounds,
+            where=where,
             same=sql.SQL(" AND ").join(
                 sql.SQL("t.{0} = ready.{0}").format(sql.Identifier(name)) for name in key
             ),
@@ -78,11 +79,22 @@ def followers(table: Table) -> dict[str, str]:
     return {found.of: found.column for found in _links_in(table)}
 
 
-def link_around(entity: Entity) -> list[sql.Composed]:
-    """Statements that set the links that a range of the entity's ids may have made possible, of either end."""
+def link_one(entity: Entity) -> list[sql.Composed]:
+    """Statements that set the links that one record may have made possible, of either end, given its id."""
+    return _link_around(entity, sql.SQL("c.{} = %s"))
+
+
+def link_range(entity: Entity) -> list[sql.Composed]:
+    """The same for the records from an id to another."""
+    return _link_around(entity, sql.SQL("c.{0} >= %s AND c.{0} <= %s"))
+
+
+def _link_around(entity: Entity, where: sql.SQL) -> list[sql.Composed]:
     owners = _owners(entity)
-    own = [found.link(owners[found.table.name]) for found in references_of(entity)]
-    return own + [found.link(found.of) for found in _links_to(entity)]
+    own = [
+        found.link(where.format(sql.Identifier(owners[found.table.name]))) for found in references_of(entity)
+    ]
+    return own + [found.link(where.format(sql.Identifier(found.of))) for found in _links_to(entity)]
 
 
 def lock_around(entity: Entity) -> list[sql.Composed]:

@@ -20,7 +20,7 @@ from sqlalchemy.engine import Dialect
 from crossfade.entity import DocumentId, Entity, Rows
 from crossfade.errors import ConfigurationError
 from crossfade.record import Held, Image
-from crossfade.stores.references import followers, identifier, link_around, lock_around
+from crossfade.stores.references import followers, identifier, link_one, lock_around
 from crossfade.values import digest, id_to_text
 
 _new_dialect: Callable[[], Dialect] = postgresql.dialect
@@ -110,7 +110,7 @@ class RowStatements:
             sql.SQL(", ").join(sql.SQL("%s::") + _type(table.c[name]) for name in updated),
             sql.Composed(links),
         )
-        self._links = link_around(entity)
+        self._links = link_one(entity)
         self._around = lock_around(entity)
         self.held = sql.SQL(
             "SELECT r.cf_rev, r.cf_op, r.cf_digest, r.cf_mapping, "
@@ -261,7 +261,7 @@ class RowStatements:
 
     def link(self, id_: str) -> list[Statement]:
         """Set the links of a record, and those to it: run after one's own commit."""
-        return [(query, [id_, id_]) for query in self._links]
+        return [(query, [id_]) for query in self._links]
 
     def held_of(self, id_: str, *, migration: str, epoch: int) -> Statement:
         """What PostgreSQL holds of a record, and whether it is at this epoch."""
