@@ -88,8 +88,11 @@ def test_workers_share_one_set_and_tests_share_no_database(tmp_path):
         psycopg.connect(rows[0][2])
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-@pytest.mark.parametrize("options", [(), ("-n2",)], ids=["alone", "xdist"])
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [((), signal.SIGINT), (("-n2",), signal.SIGKILL)],
+    ids=["alone, interrupted", "xdist, killed"],
+)
 def test_no_server_outlives_the_run(tmp_path, gone, number, options):
     run = run_pytest(tmp_path, 30, *options)
     folder, pids = set_on(seen(tmp_path, 1)[0][0])
