@@ -212,7 +212,7 @@ class Writer:
                 boot_clock() + options.primary_deadline, request, (entity.name, id_to_text(id_)),
             )  # fmt: skip
             record: Record = await run(o)
-            if not self.pair.board.lease_valid:
+            if not (self.pair.board.lease_valid or await self._same_epoch(control)):
                 raise errors.OutcomeUnknown(
                     f"[{context}] the write was made, but this worker's lease ran out meanwhile: it may not "
                     "tell whether the store it wrote to is still the primary"
@@ -235,6 +235,12 @@ class Writer:
             await board.refresh()
             control = await board.steady()
         return control
+
+    async def _same_epoch(self, control: Control) -> bool:
+        """Whether nothing has changed since this control record: no epoch is used again, so none came in between."""
+        with contextlib.suppress(errors.CrossfadeError):
+            return (await self.pair.board.refresh()).control.epoch == control.epoch
+        return False
 
     def _say(self, o: _Operation, text: str, *, warn: bool = False) -> None:
         logger = observe.log()

@@ -185,16 +185,38 @@ async def test_a_repeated_write_never_lands_on_a_rivals(open_world, postgres_pro
     await w.assert_equal()
 
 
-async def test_a_lease_that_ran_out_under_a_write_leaves_its_outcome_unknown(open_world, mongo_proxy):
-    w = await open_world("dual_write", mongo=mongo_proxy, lease=0.5)
-    id_ = await prepared(w, update)
+async def lose_lease(w, meanwhile=None):
+    """The worker's next update is answered when its lease has run out, and ``meanwhile`` has happened."""
+    original = w.mongo.compare_and_set
+
+    async def late(*args, **how):
+        done = await original(*args, **how)
+        if meanwhile is not None:
+            await meanwhile()
+        while w.m.board.lease_valid:  # noqa: ASYNC110 - time has to pass
+            await asyncio.sleep(0.02)
+        return done
+
     await w.m.board.refresh()
-    mongo_proxy.delay(0.2)
+    w.mongo.compare_and_set = late
+
+
+async def test_a_lease_that_ran_out_under_a_write_is_no_matter_while_the_epoch_is_the_same(open_world):
+    w = await open_world("dual_write", lease=0.5)
+    id_ = await prepared(w, update)
+    await lose_lease(w)
+    assert (await update(w, id_)).rev == 2
+    await check(w, id_, update)
+
+
+async def test_a_write_under_which_the_phase_changed_has_an_unknown_outcome(open_world):
+    w, other = await open_world("dual_write", lease=0.5), await open_world("dual_write")
+    id_ = await prepared(w, update)
+    await lose_lease(w, meanwhile=lambda: other.set_phase("shadow_read"))
     with pytest.raises(OutcomeUnknown, match="lease"):
         await update(w, id_)
-    mongo_proxy.pass_through()
     # It was made, and only the telling was late: both stores have it.
-    await check(w, id_, update)
+    await check(other, id_, update)
 
 
 async def test_a_delete_of_nothing_is_not_found_whatever_was_lost(open_world, mongo_proxy):

@@ -586,7 +586,9 @@ class _Preparation:
             shutil.rmtree(aside, ignore_errors=True)
             _copy_tree(cluster.template, aside, cluster.account)
             aside.rename(data)
-        speed = [] if self._durable else ["-c", "fsync=off", "-c", "full_page_writes=off"]
+        # Shared memory among the data: what a killed server leaves in /dev/shm nobody removes but its next start.
+        brief = ["fsync=off", "full_page_writes=off", "dynamic_shared_memory_type=mmap"]
+        speed = [] if self._durable else [word for setting in brief for word in ("-c", setting)]
         return Unit(
             name=name,
             argv=[str(cluster.postgres), "-D", str(data), "-c", f"port={port}", *speed],
