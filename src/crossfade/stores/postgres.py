@@ -563,9 +563,14 @@ class PostgresStore:
                 return changes
 
         ends = time.monotonic() + timeout
-        changes = await self._bounded(work(), timeout)
-        await self._link([(entity, id_) for entity, id_, _ in writes], ends)
-        return changes
+        try:
+            return await self._bounded(work(), timeout)
+        except (errors.StoreUnavailable, asyncio.CancelledError):
+            ends = 0.0  # the sweep links
+            raise
+        finally:
+            # After a refusal, too: what it had locked, others have left for it to link.
+            await self._link([(entity, id_) for entity, id_, _ in writes], ends)
 
     async def _link(self, records: Iterable[tuple[Entity, Any]], ends: float) -> None:
         """Set the links of records that are committed, and those to them, until ``ends`` (`time.monotonic`).
@@ -630,7 +635,8 @@ class PostgresStore:
                 await connection.execute(QUERIES["lock_record"], name)
             fence = await connection.execute(QUERIES["epoch_is"], {"migration": migration, "epoch": epoch})
             for (entity, _, _), name in zip(writes, names, strict=True):
-                select = self.statements(entity).select + sql.SQL(" WHERE p.id = %s FOR UPDATE OF p")
+                # NO KEY: a writer that changes its mind must not keep others from linking to the record meanwhile.
+                select = self.statements(entity).select + sql.SQL(" WHERE p.id = %s FOR NO KEY UPDATE OF p")
                 row = await connection.execute(select, [name["id"]])
                 buried = await connection.execute(QUERIES["tombstone"], name)
                 cursors.append((row, buried, await connection.execute(QUERIES["outbox_row"], name)))
@@ -729,8 +735,7 @@ class PostgresStore:
 
         ends = time.monotonic() + timeout
         undone = await self._bounded(work(), timeout)
-        if undone:
-            await self._link([(entity, id_) for entity, id_, _ in writes], ends)
+        await self._link([(entity, id_) for entity, id_, _ in writes], ends)
         return undone
 
     async def _put_back(
@@ -755,7 +760,9 @@ class PostgresStore:
             before = decode_document(base64.b64decode(tentative["before"]))
             image = Image(id_, before, rev, op, tentative["keys"], digest(before))
             rows = entity.to_rows(before, image.keys)
-            cursor = await connection.execute(own.select + sql.SQL(" WHERE p.id = %s FOR UPDATE OF p"), [key])
+            cursor = await connection.execute(
+                own.select + sql.SQL(" WHERE p.id = %s FOR NO KEY UPDATE OF p"), [key]
+            )
             there = await cursor.fetchone() is not None
             statements = own.update(image, rows, rev=rev - 1) if there else own.insert(image, rows)
         for query, parameters in statements:

@@ -9,8 +9,8 @@ row that is not there, and clears it when that row goes (ON DELETE SET NULL).
 Links are set behind the commit of the rows that they may belong to: those that the record names, and those that
 name it. Of two transactions that cannot see each other, whoever looks later after its own commit sees the other's
 row. Rows that somebody else has locked are skipped, so that linking waits for nobody and closes no circle of
-waiting: whoever holds one either links it behind its own commit or takes it away. What a crash leaves is linked
-when the debt is settled, and by the sweep.
+waiting: whoever holds one either links it behind its own end, a refusal included, or takes it away. What a crash
+leaves is linked when the debt is settled, and by the sweep.
 """
 
 from __future__ import annotations
