@@ -185,9 +185,10 @@ class Play:
             step.detail = collection
             step.progress(done, total)
 
-        # Games stay where they are, and of the identities a part will do: the users are what is shown.
+        # Games stay where they are, and of the rest a part will do: the users are what is shown.
         few = max(self.users // 40, 10)
         sizes = {**dict.fromkeys(("games", "wizard", "tablegames"), few), "playeridentities": self.users // 4}
+        sizes["friendrequests"] = self.users // 10
         database = client.get_default_database()
         try:
             summary = await asyncio.to_thread(
