@@ -711,7 +711,7 @@ class Writer:
                     "reconciler undoes it unless the confirmation arrived"
                 ) from cause
             if confirmed:
-                if image.steps is not None:
+                if image.steps is not None and _decides(image, o):
                     # Decided for all: who does not hear of it now is told by a reconciler.
                     with contextlib.suppress(errors.StoreUnavailable):
                         await self.settler.stepper.close(image.steps)
@@ -775,7 +775,8 @@ class Writer:
                     set_={
                         f"{CF}.op": o.op,
                         **{f"{CF}.keys.{rule}": key for rule, key in image.keys.items()},
-                        **({} if image.steps is None else {f"{CF}.steps.state": "confirmed"}),
+                        # Steps of an earlier operation, decided already, are not this one's to confirm.
+                        **({f"{CF}.steps.state": "confirmed"} if _decides(image, o) else {}),
                     },
                     unset=[f"{CF}.debt.tentative"],
                     also={f"{CF}.op": o.op, f"{CF}.debt.tentative": {"$exists": True}},
@@ -951,6 +952,7 @@ class Writer:
         """The changes that PostgreSQL made of ``writes``; the first of them decides, and notes its own in ``mine``."""
         id_ = writes[0][1]
         unknown = False
+        unanswered = 0  # so many of `mine` may have been written
         while True:
             try:
                 return await self.pair.postgres.write(
@@ -966,7 +968,7 @@ class Writer:
                         return await self._written_already(writes, mine[-1], o)
                 raise
             except errors.Busy:
-                mine.clear()
+                del mine[unanswered:]
                 if boot_clock() >= o.ends:
                     raise
                 await asyncio.sleep(0.02)
@@ -977,7 +979,7 @@ class Writer:
                 self._say(o, f"PostgreSQL write refused: {cause}")
                 raise errors.DuplicateKey(entity.name, found or cause.constraint) from cause
             except Unanswered as cause:
-                unknown = True
+                unknown, unanswered = True, len(mine)
                 if boot_clock() >= o.ends:
                     self._say(o, f"PostgreSQL write not answered: {cause}", warn=True)
                     raise errors.OutcomeUnknown(
@@ -1155,3 +1157,8 @@ def as_stored(document: Mapping[str, Any]) -> dict[str, Any]:
         return bson.decode(bson.encode(dict(document)), CODEC_OPTIONS)
     except (bson.errors.BSONError, OverflowError, TypeError, ValueError) as cause:
         raise errors.ConfigurationError(f"this document cannot be stored: {cause}") from cause
+
+
+def _decides(image: Image, o: _Operation) -> bool:
+    """Whether the steps that this record owes are this operation's."""
+    return image.steps is not None and image.steps.op == o.op

@@ -265,6 +265,19 @@ async def test_an_open_step_holds_other_writers_of_its_record(open_friends):
         await other.users.update(ids[1], {"n": 5})
 
 
+async def test_an_open_write_leaves_the_steps_of_an_earlier_operation_alone(open_friends):
+    w = await open_friends()
+    request, ann, bob = await asked(w)
+    die_after(w, 1)
+    with pytest.raises(Died):
+        await accept(w, request, ann, bob)
+    other = await open_friends()
+    await other.m["friend_requests"].update(request, {"note": "seen"}, strategy=ROLLBACK)
+    await other.reconcile()
+    assert await found(other, request, ann, bob) == ("accepted", True, True)
+    await assert_all_equal(other)
+
+
 async def test_a_record_that_owes_steps_is_not_deleted_before_they_are_taken(open_friends):
     w = await open_friends()
     ids = await asked(w)

@@ -39,11 +39,12 @@ class Reference:
     def link(self, where: sql.Composable = _EVERYWHERE) -> sql.Composed:
         """Set the links of these rows (``c``) whose target is there."""
         key = [column.name for column in self.table.primary_key.columns]
-        # The target is locked against going until the foreign key is checked.
+        # The target is locked against going until the foreign key is checked; first, so that whoever skips it holds
+        # no row that its writer will want to link.
         return sql.SQL(
             "WITH ready AS (SELECT {keys} FROM {table} AS c JOIN {target} AS x ON x.id = c.{of} "
             "WHERE {where} AND c.{link} IS NULL "
-            "FOR NO KEY UPDATE OF c SKIP LOCKED FOR KEY SHARE OF x SKIP LOCKED) "
+            "FOR KEY SHARE OF x SKIP LOCKED FOR NO KEY UPDATE OF c SKIP LOCKED) "
             "UPDATE {table} AS t SET {link} = t.{of} FROM ready WHERE {same} AND t.{link} IS NULL"
         ).format(
             keys=sql.SQL(", ").join(sql.SQL("c.") + sql.Identifier(name) for name in key),
