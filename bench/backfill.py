@@ -8,8 +8,6 @@ Ends with two JSON lines, the speed and the memory. Rates depend on the machine;
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
 import json
 import os
 import random
@@ -32,11 +30,8 @@ from psycopg import sql
 from sqlalchemy import create_engine
 
 from crossfade.bulk.backfill import Backfill, Report
-from crossfade.bulk.convert import chunks
-from crossfade.bulk.plan import queries_after
 from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.bulk_postgres import BulkPostgres
-from crossfade.stores.copy_format import HEADER, TRAILER
 from scorekeeper.schema import metadata
 from scorekeeper.users.entity import users
 
@@ -114,35 +109,22 @@ def empty(url: str) -> None:
         connection.execute("CHECKPOINT")
 
 
-async def write_copy_files(mongo_uri: str, url: str, folder: Path) -> list[tuple[sql.Composed, Path]]:
-    """The rows of every user in COPY's binary form, one file per table."""
-    source, target = BulkMongo(mongo_uri), await BulkPostgres.connect(url)
-    tables = await target.tables_of(users)
-    targets = [(users.table, tables.columns), *((c.table, c.columns) for c in users.children)]
-    paths = [folder / f"{table.name}.copy" for table, _ in targets]
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(path.open("wb")) for path in paths]
-        for file in files:
-            file.write(HEADER)
-        for chunk in chunks(
-            source.read(users, queries_after, None, batch=1000), tables, count=5000, size=1 << 24
-        ):
-            files[0].write(b"".join(row.parent for row in chunk.rows))
-            for n, file in enumerate(files[1:]):
-                file.write(b"".join(row.children[n] for row in chunk.rows))
-        for file in files:
-            file.write(TRAILER)
-    await target.close()
-    source.close()
-    return [
-        (
-            sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(
-                sql.Identifier(table.name), sql.SQL(", ").join(map(sql.Identifier, columns))
-            ),
-            path,
-        )
-        for (table, columns), path in zip(targets, paths, strict=True)
-    ]
+def write_copy_files(url: str, folder: Path) -> list[tuple[sql.Composed, Path]]:
+    """Every row that a backfill has made, links included, in COPY's binary form, one file per table."""
+    files = []
+    with psycopg.connect(url) as connection:
+        for table in (users.table, *(child.table for child in users.children)):
+            name, columns = (
+                sql.Identifier(table.name),
+                sql.SQL(", ").join(map(sql.Identifier, table.columns.keys())),
+            )
+            path = folder / f"{table.name}.copy"
+            out = sql.SQL("COPY {} ({}) TO STDOUT (FORMAT BINARY)").format(name, columns)
+            with connection.cursor().copy(out) as copy, path.open("wb") as file:
+                for block in copy:
+                    file.write(block)
+            files.append((sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(name, columns), path))
+    return files
 
 
 def bare_copy(url: str, files: list[tuple[sql.Composed, Path]]) -> float:
@@ -199,7 +181,8 @@ def run(mongo_uri: str, database_url: str, count: int, rounds: int) -> bool:
     ours: list[float] = []
     memory: list[float] = []
     with tempfile.TemporaryDirectory(prefix="crossfade-bench-") as folder:
-        files = asyncio.run(write_copy_files(many_uri, url, Path(folder)))
+        one_backfill(many_uri, url, count)
+        files = write_copy_files(url, Path(folder))
         size = sum(path.stat().st_size for _, path in files) / 2**20
         print(f"{count:,} users are {size:.0f} MiB in COPY's binary form", flush=True)
         for n in range(rounds):
