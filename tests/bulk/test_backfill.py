@@ -176,16 +176,16 @@ async def test_a_delete_that_commits_while_a_chunk_is_written_wins(stores, user)
             # Committed by another transaction, and found nothing to delete yet.
             stores.sql.execute("DELETE FROM users WHERE id = %s", [buried])
 
-        upsert = target._copy
+        put = target._put_at_once
 
-        async def copy(statement, blocks):
-            await upsert(statement, blocks)
-            if "user_friends" in statement.as_string(None):
-                stores.sql.execute(
-                    "INSERT INTO crossfade.tombstones (entity, id, rev) VALUES ('users', %s, 0)", [buried]
-                )
+        async def put_at_once(*arguments):
+            outcome = await put(*arguments)
+            stores.sql.execute(
+                "INSERT INTO crossfade.tombstones (entity, id, rev) VALUES ('users', %s, 0)", [buried]
+            )
+            return outcome
 
-        target._stage, target._copy = stage, copy
+        target._stage, target._put_at_once = stage, put_at_once
 
     report = await stores.backfill(hook=hook)
     assert buried not in stores.ids()
@@ -376,3 +376,19 @@ async def test_friends_are_linked_whichever_is_copied_first(stores, user):
     there = set(stores.ids())
     assert len(rows) == 180
     assert all(ref == (friend if friend in there else None) for friend, ref in rows)
+
+
+async def test_what_comes_after_its_target_arrives_with_its_link(stores, user):
+    ids = [ObjectId() for _ in range(4)]
+    documents = [user(n, _id=ids[n], friends=[ids[n - 1]] if n else [ids[3]]) for n in range(4)]
+    stores.collection.insert_many(documents)
+
+    def hook(target):
+        async def links_nothing(*_):
+            pass
+
+        target._link = links_nothing
+
+    await stores.backfill(hook=hook, batch_size=2)
+    linked = stores.rows("SELECT friend_ref FROM user_friends ORDER BY user_id")
+    assert linked == [(None,), *((key({"_id": id_}),) for id_ in ids[:3])]

@@ -9,7 +9,8 @@ What a chunk promises
 
 Why it is fast
     Parents go through a temporary table, because only an INSERT can be guarded. Child rows, most of the
-    volume, are copied straight into their table, once it is known which parents won.
+    volume, are copied straight into their table, once it is known which parents won; those with links to other
+    records go through a temporary table, too, and arrive with the links whose target is there.
 
 One bad row and its neighbours
     A chunk is written at once inside a savepoint. If the server refuses it, rows that collide on a unique key
@@ -38,7 +39,7 @@ from crossfade import errors
 from crossfade.entity import META_COLUMNS, Entity
 from crossfade.stores.copy_format import HEADER, TRAILER, ColumnType, compile_row, compile_rows
 from crossfade.stores.errors import Fenced
-from crossfade.stores.references import identifier, link_range
+from crossfade.stores.references import PORTION, followers, identifier, link_range, linked_rows
 from crossfade.stores.rows import assignments
 
 STORE = "postgres"
@@ -201,34 +202,50 @@ class EntityTables:
         stage = sql.Identifier(f"crossfade_stage_{entity.name}")
         owners = [(identifier(child.table), sql.Identifier(child.columns[0])) for child in entity.children]
         assigned = assignments(entity.table, [c for c in self.columns if c != "id"], "t")
-        # AS SELECT, not LIKE: constraints must bind where the row is to stay, not here.
-        self.create_stage = sql.SQL(
-            "CREATE TEMPORARY TABLE IF NOT EXISTS {} ON COMMIT DELETE ROWS AS SELECT {} FROM {} WITH NO DATA"
-        ).format(stage, columns, table)
-        self.empty_stage = sql.SQL("TRUNCATE {}").format(stage)
-        self.copy_stage = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(stage, columns)
+        stages = [stage]
+        self.create_stages = [_create_stage(stage, columns, table)]
+        self.copy_stage = _copy(stage, columns)
         # xmax is 0 only in a row that this statement inserted.
         self.upsert = sql.SQL(
             "WITH won AS ("
-            "INSERT INTO {table} AS t ({columns}) SELECT {columns} FROM {stage} AS s WHERE NOT EXISTS ("
-            "SELECT FROM crossfade.tombstones AS d WHERE d.entity = %s AND d.id = s.id AND d.rev >= s.cf_rev) "
-            "ON CONFLICT (id) DO UPDATE SET {assigned} "
+            "{arrivals} ON CONFLICT (id) DO UPDATE SET {assigned} "
             "WHERE t.cf_rev < EXCLUDED.cf_rev OR (t.cf_rev = EXCLUDED.cf_rev "
             "AND t.cf_digest = EXCLUDED.cf_digest AND t.cf_mapping < EXCLUDED.cf_mapping) "
             "RETURNING id, xmax = 0 AS fresh) "
             "SELECT count(*) FILTER (WHERE won.fresh), array_agg(s.id) FILTER (WHERE NOT won.fresh), "
             "array_agg(s.id) FILTER (WHERE won.id IS NULL) FROM {stage} AS s LEFT JOIN won USING (id)"
-        ).format(table=table, columns=columns, stage=stage, assigned=assigned)
+        ).format(
+            arrivals=linked_rows(
+                entity.table,
+                self.columns,
+                stage,
+                sql.SQL(
+                    "NOT EXISTS (SELECT FROM crossfade.tombstones AS d "
+                    "WHERE d.entity = %s AND d.id = s.id AND d.rev >= s.cf_rev)"
+                ),
+            ),
+            stage=stage,
+            assigned=assigned,
+        )
         self.classify = sql.SQL(
             "SELECT s.id FROM {stage} AS s LEFT JOIN {table} AS t USING (id) "
             "LEFT JOIN crossfade.tombstones AS d ON d.entity = %s AND d.id = s.id AND d.rev >= s.cf_rev "
             "WHERE s.id = ANY(%s) AND NOT (d.id IS NULL AND t.id IS NOT NULL "
             "AND t.cf_rev = s.cf_rev AND t.cf_digest = s.cf_digest)"
         ).format(stage=stage, table=table)
-        self.copy_children = [
-            sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(identifier(c.table), _list(c.columns))
-            for c in entity.children
-        ]
+        self.copy_children: list[sql.Composed] = []
+        self.insert_children: list[sql.Composed | None] = []
+        for number, child in enumerate(entity.children):
+            into = identifier(child.table)
+            if followers(child.table):
+                into = sql.Identifier(f"crossfade_stage_{entity.name}_{number}")
+                stages.append(into)
+                self.create_stages.append(_create_stage(into, _list(child.columns), identifier(child.table)))
+                self.insert_children.append(linked_rows(child.table, child.columns, into))
+            else:
+                self.insert_children.append(None)
+            self.copy_children.append(_copy(into, _list(child.columns)))
+        self.empty_stages = sql.SQL("TRUNCATE {}").format(sql.SQL(", ").join(stages))
         self.drop_children = [
             sql.SQL("DELETE FROM {} WHERE {} = ANY(%s)").format(child, owner) for child, owner in owners
         ]
@@ -272,6 +289,17 @@ class EntityTables:
         ).format(
             stage=stage, table=self.table, same_key=same_key, columns=_list(index.columns), present=present
         )
+
+
+def _create_stage(stage: sql.Identifier, columns: sql.Composed, table: sql.Identifier) -> sql.Composed:
+    # AS SELECT, not LIKE: constraints must bind where the row is to stay, not here.
+    return sql.SQL(
+        "CREATE TEMPORARY TABLE IF NOT EXISTS {} ON COMMIT DELETE ROWS AS SELECT {} FROM {} WITH NO DATA"
+    ).format(stage, columns, table)
+
+
+def _copy(into: sql.Identifier, columns: sql.Composed) -> sql.Composed:
+    return sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(into, columns)
 
 
 def _key(table: Table) -> str:
@@ -503,7 +531,8 @@ class BulkPostgres:
             )
         written = Written()
         if rows:
-            await connection.execute(tables.create_stage)
+            for create in tables.create_stages:
+                await connection.execute(create)
             await self._put(tables, rows, written, quarantined=bool(quarantined), whole=True)
         await self._quarantine(name, [*bad, *written.refused])
         position, pending, counts = checkpoint(written)
@@ -528,7 +557,7 @@ class BulkPostgres:
             async with self._connection.transaction():
                 if not whole:
                     # An earlier part of the chunk may be in it; a new transaction finds it empty.
-                    await self._connection.execute(tables.empty_stage)
+                    await self._connection.execute(tables.empty_stages)
                 outcome = await self._put_at_once(tables, rows, quarantined)
         except _ROW_FAULTS as fault:
             if len(rows) == 1:
@@ -567,12 +596,18 @@ class BulkPostgres:
             outcome.same = len(lost) - len(behind)
             losers = set(lost)
             rows = [row for row in rows if row.text not in losers]
-        for number, drop in enumerate(tables.drop_children):
-            if updated:
+        if updated:
+            # All of them first: links lock other records, and whoever holds a lock must not wait for child rows.
+            for drop in tables.drop_children:
                 await connection.execute(drop, [updated])
+        for number, (copy, insert) in enumerate(
+            zip(tables.copy_children, tables.insert_children, strict=True)
+        ):
             blocks = [data for row in rows if (data := row.children[number])]
             if blocks:
-                await self._copy(tables.copy_children[number], blocks)
+                await self._copy(copy, blocks)
+                if insert is not None:
+                    await connection.execute(insert)
         if quarantined:
             await connection.execute(tables.leave_quarantine, [name])
         if tables.deferred:
@@ -631,16 +666,17 @@ class BulkPostgres:
         )
 
     async def _link(self, tables: EntityTables, first: str, last: str) -> None:
-        if not tables.links:
-            return
-        async with self._connection.transaction():
-            # A table that is being filled has no statistics yet, and guesses of it would read whole tables per chunk.
-            await self._connection.execute(
-                "SELECT set_config(name, 'off', true) FROM unnest(ARRAY["
-                "'enable_hashjoin', 'enable_mergejoin', 'enable_seqscan']) AS name"
-            )
-            for link in tables.links:
-                await self._connection.execute(link, [first, last])
+        for link in tables.links:
+            portion = PORTION
+            while portion >= PORTION:
+                async with self._connection.transaction():
+                    # A table that is being filled has no statistics yet, and guesses of it would read whole tables
+                    # per chunk.
+                    await self._connection.execute(
+                        "SELECT set_config(name, 'off', true) FROM unnest(ARRAY["
+                        "'enable_hashjoin', 'enable_mergejoin', 'enable_seqscan']) AS name"
+                    )
+                    portion = (await self._connection.execute(link, [first, last])).rowcount
 
     async def look_again(self, tables: EntityTables, first: str, last: str) -> int:
         """Remove the rows from ``first`` to ``last`` (id texts) that a tombstone covers; how many. Link the others.

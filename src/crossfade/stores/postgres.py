@@ -34,7 +34,7 @@ from crossfade import errors
 from crossfade.entity import Entity, Rows
 from crossfade.record import Applied, Held, Image, new_operation
 from crossfade.stores.errors import Fenced, RuleBroken, Unanswered
-from crossfade.stores.references import references_of
+from crossfade.stores.references import PORTION, references_of
 from crossfade.stores.rows import RowStatements, Statement, held
 from crossfade.values import decode_document, digest, encode_document, id_to_text, text_to_id
 
@@ -261,9 +261,14 @@ class PostgresStore:
     async def _count(self, name: str, timeout: float, **parameters: Any) -> int:
         """One named statement outside any transaction; how many rows it touched."""
 
+        return await self._execute(QUERIES[name], timeout, parameters)
+
+    async def _execute(
+        self, statement: bytes | sql.Composed, timeout: float, parameters: Mapping[str, Any] | None = None
+    ) -> int:
         async def work() -> int:
             async with self._connection(timeout) as connection:
-                return (await connection.execute(QUERIES[name], parameters)).rowcount
+                return (await connection.execute(statement, parameters)).rowcount
 
         return await self._bounded(work(), timeout)
 
@@ -595,17 +600,15 @@ class PostgresStore:
             await self._bounded(work(), left)
 
     async def link_all(self, entities: Iterable[Entity], *, timeout: float) -> int:
-        """Set every link whose target is there and that was missed; how many."""
-
-        async def work() -> int:
-            async with self._connection(timeout) as connection:
-                linked = 0
-                for entity in entities:
-                    for found in references_of(entity):
-                        linked += (await connection.execute(found.link())).rowcount
-                return linked
-
-        return await self._bounded(work(), timeout)
+        """Set every link whose target is there and that was missed; how many. ``timeout`` is for a portion of them."""
+        linked = 0
+        for entity in entities:
+            for found in references_of(entity):
+                portion = PORTION
+                while portion >= PORTION:
+                    portion = await self._execute(found.link(), timeout)
+                    linked += portion
+        return linked
 
     async def waiting_references(self, entities: Iterable[Entity], *, timeout: float) -> dict[str, int]:
         """How many rows name a record that is not in PostgreSQL, by ``table.column``; those without any left out."""

@@ -15,7 +15,7 @@ leaves is linked when the debt is settled, and by the sweep.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ from psycopg import sql
 from sqlalchemy import Table
 
 from crossfade.entity import REFERENCE_TO, Entity
+
+#: Links that one statement sets: what it locks, others skip and deletes wait for.
+PORTION = 5_000
 
 _EVERYWHERE = sql.SQL("true")
 
@@ -37,14 +40,14 @@ class Reference:
     target: Table
 
     def link(self, where: sql.Composable = _EVERYWHERE) -> sql.Composed:
-        """Set the links of these rows (``c``) whose target is there."""
+        """Set the links of these rows (``c``) whose target is there, `PORTION` of them at most."""
         key = [column.name for column in self.table.primary_key.columns]
         # The target is locked against going until the foreign key is checked; first, so that whoever skips it holds
         # no row that its writer will want to link.
         return sql.SQL(
             "WITH ready AS (SELECT {keys} FROM {table} AS c JOIN {target} AS x ON x.id = c.{of} "
             "WHERE {where} AND c.{link} IS NULL "
-            "FOR KEY SHARE OF x SKIP LOCKED FOR NO KEY UPDATE OF c SKIP LOCKED) "
+            "LIMIT {portion} FOR KEY SHARE OF x SKIP LOCKED FOR NO KEY UPDATE OF c SKIP LOCKED) "
             "UPDATE {table} AS t SET {link} = t.{of} FROM ready WHERE {same} AND t.{link} IS NULL"
         ).format(
             keys=sql.SQL(", ").join(sql.SQL("c.") + sql.Identifier(name) for name in key),
@@ -53,6 +56,7 @@ class Reference:
             of=sql.Identifier(self.of),
             link=sql.Identifier(self.column),
             where=where,
+            portion=PORTION,
             same=sql.SQL(" AND ").join(
                 sql.SQL("t.{0} = ready.{0}").format(sql.Identifier(name)) for name in key
             ),
@@ -78,6 +82,50 @@ def references_of(entity: Entity) -> list[Reference]:
 def followers(table: Table) -> dict[str, str]:
     """The links of a table, each with the column that it follows."""
     return {found.of: found.column for found in _links_in(table)}
+
+
+def linked_rows(
+    table: Table, columns: Sequence[str], stage: sql.Identifier, where: sql.Composable = _EVERYWHERE
+) -> sql.Composed:
+    """INSERT ... SELECT of the rows of a stage (``s``), with every link whose target is there already.
+
+    What is loaded with its link need not be written a second time. The targets are looked up by key, as many as the
+    stage names: a table that is being filled has no statistics yet, and a guess could read the whole of it per chunk.
+    """
+    links = _links_in(table)
+    ready = [
+        sql.SQL(
+            "{ready} AS (SELECT x.id FROM {target} AS x WHERE x.id = ANY(ARRAY(SELECT DISTINCT {of} FROM {stage})) "
+            "FOR KEY SHARE SKIP LOCKED)"
+        ).format(ready=_ready(n), target=identifier(link.target), of=sql.Identifier(link.of), stage=stage)
+        for n, link in enumerate(links)
+    ]
+    joins = [
+        sql.SQL(" LEFT JOIN {ready} ON {ready}.id = s.{of}").format(
+            ready=_ready(n), of=sql.Identifier(link.of)
+        )
+        for n, link in enumerate(links)
+    ]
+    return sql.SQL(
+        "{with_}INSERT INTO {table} AS t ({names}) SELECT {values} FROM {stage} AS s{joins} WHERE {where}"
+    ).format(
+        with_=sql.SQL("WITH {} ").format(sql.SQL(", ").join(ready)) if ready else sql.SQL(""),
+        table=identifier(table),
+        names=sql.SQL(", ").join(map(sql.Identifier, (*columns, *(link.column for link in links)))),
+        values=sql.SQL(", ").join(
+            [
+                *(sql.SQL("s.") + sql.Identifier(name) for name in columns),
+                *(_ready(n) + sql.SQL(".id") for n in range(len(links))),
+            ]
+        ),
+        stage=stage,
+        joins=sql.Composed(joins),
+        where=where,
+    )
+
+
+def _ready(n: int) -> sql.Identifier:
+    return sql.Identifier(f"ready_{n}")
 
 
 def link_one(entity: Entity) -> list[sql.Composed]:

@@ -45,14 +45,16 @@ def _names(columns: Iterable[str]) -> sql.Composed:
 
 
 def assignments(table: Table, columns: Iterable[str], alias: str) -> sql.Composed:
-    """The SET of an upsert; a link whose id changes is none until it is looked for."""
+    """The SET of an upsert; a link whose id changes, and that comes without one, is none until it is looked for."""
     links = followers(table)
     parts = []
     for name in columns:
         parts.append(sql.SQL("{0} = EXCLUDED.{0}").format(sql.Identifier(name)))
         if name in links:
             parts.append(
-                sql.SQL("{link} = CASE WHEN {alias}.{of} = EXCLUDED.{of} THEN {alias}.{link} END").format(
+                sql.SQL(
+                    "{link} = COALESCE(EXCLUDED.{link}, CASE WHEN {alias}.{of} = EXCLUDED.{of} THEN {alias}.{link} END)"
+                ).format(
                     link=sql.Identifier(links[name]), of=sql.Identifier(name), alias=sql.Identifier(alias)
                 )
             )
