@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from crossfade.embedded import supervisor
-from crossfade.embedded.places import scratch_root
+from crossfade.embedded.places import scratch_roots
 from crossfade.embedded.servers import running_set
 
 # Each starts interpreters and servers several times over, which is slow where others compute too.
@@ -65,7 +65,7 @@ def seen(folder, lines):
 
 def set_on(uri):
     """The folder and processes of the set whose MongoDB is at `uri`."""
-    for state in scratch_root().glob("crossfade-servers-*/state.json"):
+    for state in [each for root in scratch_roots() for each in root.glob("crossfade-servers-*/state.json")]:
         try:
             text = state.read_text()
         except OSError:

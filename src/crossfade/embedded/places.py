@@ -60,20 +60,27 @@ def state_root() -> Path:
     return _base("XDG_STATE_HOME", ".local/state", "/var/lib")
 
 
+_MEMORY = Path("/dev/shm")  # noqa: S108 - the folders made in it are private
+
+
+def scratch_roots() -> set[Path]:
+    """Every folder that `scratch_root` may give, now or to another process."""
+    return {_MEMORY, Path(tempfile.gettempdir())}
+
+
 def scratch_root() -> Path:
     """The folder for data that nobody will miss: in memory where Linux has plenty, else the temporary one.
 
     Databases are made and dropped by the hundred files; in memory that takes half the time.
     """
-    memory = Path("/dev/shm")  # noqa: S108 - the folder made in it is private
     try:
         known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(known["MemAvailable"].split()[0]) * 1024
-        plenty = shutil.disk_usage(memory).free >= _PLENTY and free >= 2 * _PLENTY
+        plenty = shutil.disk_usage(_MEMORY).free >= _PLENTY and free >= 2 * _PLENTY
     except (OSError, KeyError, ValueError):
         plenty = False
     named = "TMPDIR" in os.environ
-    return memory if plenty and not named and os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+    return _MEMORY if plenty and not named and os.access(_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
 
 
 def _base(variable: str, in_home: str, for_root: str) -> Path:

@@ -36,7 +36,7 @@ from rich.console import Console
 from crossfade.embedded import supervisor
 from crossfade.embedded.commands import last_line
 from crossfade.embedded.errors import EmbeddedError, PortInUse
-from crossfade.embedded.places import Account, make_reachable, postgres_account, scratch_root
+from crossfade.embedded.places import Account, make_reachable, postgres_account, scratch_root, scratch_roots
 from crossfade.embedded.ports import free_port, is_free
 from crossfade.embedded.programs import DATABASE, ROLE, Cluster, Programs, start_environ
 from crossfade.embedded.wire import answers_mongo, answers_redis
@@ -770,11 +770,7 @@ def _control_path(directory: Path) -> str:
 
 def _remove_stale_temporaries() -> None:
     """End and remove temporary sets whose supervisor was killed."""
-    for folder in {
-        each
-        for root in (tempfile.gettempdir(), scratch_root())
-        for each in Path(root).glob(TEMPORARY_PREFIX + "*")
-    }:
+    for folder in [each for root in scratch_roots() for each in root.glob(TEMPORARY_PREFIX + "*")]:
         try:
             status = folder.stat()
         except OSError:

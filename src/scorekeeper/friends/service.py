@@ -115,15 +115,7 @@ class FriendService:
             Problem: as for `accept`.
         """
         request = await self._received(request_id, document_id(current.id))
-        try:
-            await self._requests.update(
-                request.id,
-                {"status": "rejected", "updatedAt": now()},
-                where={"status": "pending"},
-                context="Friend Reject",
-            )
-        except ConditionNotMet:
-            raise _processed() from None
+        await self._close(request, "Friend Reject")
         return {"message": "Friend request rejected"}
 
     async def part(self, current: CurrentUser, friend: str) -> dict[str, Any]:
@@ -148,7 +140,9 @@ class FriendService:
                         if_revision=own.rev,
                     )
                     if friend_id != own_id:
-                        operation.also("users", friend_id, remove={"friends": [own_id]})
+                        operation.also(
+                            "users", friend_id, {"updatedAt": moment}, remove={"friends": [own_id]}
+                        )
                 break
             except StaleRevision:
                 if attempt == ATTEMPTS:
@@ -164,16 +158,19 @@ class FriendService:
         request = await self._request(request_id)
         if request.get("sender") != document_id(current.id):
             raise forbidden("Only the sender can cancel a friend request")
+        await self._close(request, "Friend Request Cancel")
+        return {"message": "Friend request cancelled"}
+
+    async def _close(self, request: Record, context: str) -> None:
         try:
             await self._requests.update(
                 request.id,
                 {"status": "rejected", "updatedAt": now()},
                 where={"status": "pending"},
-                context="Friend Request Cancel",
+                context=context,
             )
         except ConditionNotMet:
             raise _processed() from None
-        return {"message": "Friend request cancelled"}
 
     async def _received(self, request_id: str, receiver: Any) -> Record:
         request = await self._request(request_id)
