@@ -135,15 +135,21 @@ class Settler:
             crossfade.errors.StoreUnavailable, Fenced: the debts stay.
         """
         pair = self.pair
-        together: list[Placed] = [(entity, image) for entity, image in placed if not image.deleted]
+        together = [(entity, image) for entity, image in placed if image.op is not None or not image.deleted]
+        for entity, image in together:
+            if image.deleted and not image.is_open:
+                await self.bury(entity, image, control)  # no document may be left for it to come back from
         brought: dict[tuple[str, str], Settled] = {}
         with contextlib.suppress(Unmappable, errors.Quarantined, RuleBroken):
             answers = await pair.postgres.apply(
-                [(entity, image, entity.to_rows(image.document, image.keys)) for entity, image in together],
+                [
+                    (entity, image, None if image.deleted else entity.to_rows(image.document, image.keys))
+                    for entity, image in together
+                ],
                 migration=pair.name, epoch=control.epoch, timeout=timeout,
             )  # fmt: skip
             for (entity, image), (verdict, _) in zip(together, answers, strict=True):
-                if verdict is not Applied.BEHIND:
+                if verdict is not Applied.BEHIND and not image.deleted:
                     brought[entity.name, id_to_text(image.id)] = Settled.CONFIRMED
         return [
             brought.get((entity.name, id_to_text(image.id)))
@@ -154,9 +160,10 @@ class Settler:
     async def _bring_any(self, entity: Entity, image: Image, control: Control, *, timeout: float) -> Settled:
         if not image.deleted:
             return await self.bring(entity, image, control, timeout=timeout)
-        if image.op is None:
-            return Settled.GONE
-        return await self.finish_delete(entity, image.id, image.rev, image.op, control)
+        if image.is_open:
+            return Settled.OPEN
+        # Gone there already; what is left is the second look.
+        return await self.finish_delete(entity, image, control)
 
     async def with_group(self, entity: Entity, image: Image) -> list[Placed]:
         """The image, and those that PostgreSQL should get with it: of one operation, and not yet settled."""
@@ -206,10 +213,12 @@ class Settler:
                     image = await pair.mongo.read(entity, id_, timeout=timeout)
                 except Unmappable:
                     continue  # a foreign writer has broken it since: it goes to quarantine
-                if image is not None and image.steps is not None:
+                if image is None or await self.is_echo(entity, image):
+                    continue
+                if image.steps is not None:
                     await self.roll_forward(entity, image, control, ends=boot_clock() + timeout)
-                if image is not None and image.deleted and image.op is not None:
-                    await self.bury(entity, id_, image.rev, image.op, control)
+                if image.deleted and image.op is not None:
+                    await self.bury(entity, image, control)
                 finished += 1
         return finished
 
@@ -268,11 +277,7 @@ class Settler:
         suffixed: set[str] = set()
         for _ in range(ATTEMPTS):
             image = await pair.mongo.read(entity, id_, timeout=timeout)
-            if (
-                image is None
-                or image.deleted
-                or (image.debt is not None and image.debt.tentative is not None)
-            ):
+            if image is None or image.deleted or image.is_open or await self.is_echo(entity, image):
                 return None
             stale = keys_to_stamp(entity, image)
             keys = {rule: unique_key(key, id_) if rule in suffixed else key for rule, key in stale.items()}
@@ -300,27 +305,54 @@ class Settler:
                 return lifted
         return None
 
-    async def finish_delete(self, entity: Entity, id_: Any, rev: int, op: str, control: Control) -> Settled:
+    async def is_echo(self, entity: Entity, image: Image) -> bool:
+        """Whether this document is an insert repeated, of a record that has been deleted since; then it is removed.
+
+        An insert that is not answered is sent again. The first request may have made the record, and somebody deleted
+        it, before the repetition arrives: nothing in MongoDB stands in its way then but what the tombstone remembers.
+        """
+        if image.op is None or image.op != image.born:
+            return False
+        timeout = self.pair.options.primary_deadline
+        buried = await self.pair.mongo.tombstone(entity, image.id, timeout=timeout)
+        if buried is None or image.op not in buried.born:
+            return False
+        await self.pair.mongo.remove_echo(entity, image.id, op=image.op, timeout=timeout)
+        return True
+
+    async def finish_delete(self, entity: Entity, image: Image, control: Control) -> Settled:
         """Roll a decided delete forward: tombstone, removal, PostgreSQL, second look; any number of times.
 
         Raises:
             crossfade.errors.StoreUnavailable, Fenced: the debt stays.
         """
-        await self.bury(entity, id_, rev, op, control)
+        if image.op is None:
+            return Settled.GONE  # not marked by Crossfade
+        await self.bury(entity, image, control)
         if not control.phase.rules.dual:
             return Settled.CONFIRMED
-        return await self.bring_tombstone(entity, id_, control, timeout=self.pair.options.secondary_deadline)
+        return await self.bring_tombstone(
+            entity, image.id, control, timeout=self.pair.options.secondary_deadline
+        )
 
-    async def bury(self, entity: Entity, id_: Any, rev: int, op: str, control: Control) -> None:
+    async def bury(self, entity: Entity, image: Image, control: Control) -> None:
         """What a decided delete has to do in MongoDB: the tombstone, with its debt, and then the removal.
 
         Raises:
             crossfade.errors.StoreUnavailable: the document's own debt stays.
         """
         mongo, timeout = self.pair.mongo, self.pair.options.primary_deadline
-        owed = control.phase.rules.dual
-        await mongo.bury(entity, id_, rev=rev, op=op, owed=owed, timeout=timeout)
-        await mongo.remove(entity, id_, rev=rev, op=op, timeout=timeout)
+        assert image.op is not None
+        await mongo.bury(
+            entity,
+            image.id,
+            rev=image.rev,
+            op=image.op,
+            owed=control.phase.rules.dual,
+            born=image.born,
+            timeout=timeout,
+        )
+        await mongo.remove(entity, image.id, rev=image.rev, op=image.op, timeout=timeout)
 
     async def bring_tombstone(self, entity: Entity, id_: Any, control: Control, *, timeout: float) -> Settled:
         """Bring a tombstone to PostgreSQL, and erase its debt after a second look."""
@@ -350,6 +382,9 @@ class Settler:
             elif found is not None:
                 return Settled.SUPERSEDED  # deleted once more: that delete brings its own tombstone
             elif verdict is Applied.BEHIND:
+                again = await pair.mongo.tombstone(entity, id_, timeout=primary)
+                if again is not None and again.rev > tombstone.rev:
+                    continue  # made and deleted once more meanwhile: the row may stem from that
                 # A row above the tombstone, and no document that it could stem from: the delete must win.
                 row = await pair.postgres.read(entity, id_, timeout=timeout)
                 if row is not None:
@@ -386,20 +421,23 @@ class Settler:
             raw = await pair.mongo.read_raw(entity, id_, timeout=timeout)
             await self._quarantine_bytes(entity, id_, raw or b"", cause)
             notes = (await pair.mongo.notes(entity, id_, (), timeout=timeout) or {}).get(CF) or {}
-            if "debt" in notes:
-                rev, op = int(notes.get("rev", 0)), notes.get("op")
-                await pair.mongo.park(entity, id_, rev, op, f"quarantined: {cause.reason}", timeout=timeout)
+            rev, why = int(notes.get("rev", 0)), f"quarantined: {cause.reason}"
+            if "debt" not in notes:
+                # On no board, readers would go on getting what PostgreSQL holds of it.
+                await pair.mongo.owe(entity, id_, rev, Debt(control.epoch, parked=why), timeout=timeout)
+            elif notes["debt"].get("parked") != why:
+                await pair.mongo.park(entity, id_, rev, notes.get("op"), why, timeout=timeout)
             return Settled.PARKED
         if image is None:
             return await self.bring_tombstone(entity, id_, control, timeout=timeout)
-        if image.debt is not None and image.debt.tentative is not None:
+        if await self.is_echo(entity, image):
+            return await self.bring_tombstone(entity, id_, control, timeout=timeout)
+        if image.is_open:
             return await self._settle_open(entity, image, control, undo=undo_tentative)
         if image.steps is not None:
             await self.roll_forward(entity, image, control, ends=boot_clock() + timeout)
         if image.deleted:
-            if image.op is None:
-                return Settled.GONE
-            return await self.finish_delete(entity, id_, image.rev, image.op, control)
+            return await self.finish_delete(entity, image, control)
         if image.debt is None:
             adopted = await self._adopt(entity, image, control)
             if adopted is None:
@@ -504,7 +542,7 @@ class Settler:
             if undone is not None:
                 others = not decider or await self._undo_steps(image, control)
                 if undone.deleted:
-                    settled = await self.finish_delete(entity, image.id, undone.rev, op, control)
+                    settled = await self.finish_delete(entity, undone, control)
                 else:
                     settled = await self.bring(
                         entity, undone, control, timeout=pair.options.secondary_deadline
@@ -763,8 +801,8 @@ class Settler:
         self, entity: Entity, id_: Any, rival: Image | None, control: Control, *, timeout: float
     ) -> bool:
         """Bring a rival's delete to PostgreSQL; False: it has no tombstone (deleted by a foreign writer)."""
-        if rival is not None and rival.op is not None:
-            settled = await self.finish_delete(entity, id_, rival.rev, rival.op, control)
+        if rival is not None:
+            settled = await self.finish_delete(entity, rival, control)
         else:
             settled = await self.bring_tombstone(entity, id_, control, timeout=timeout)
         return settled is Settled.CONFIRMED

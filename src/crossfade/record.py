@@ -1,9 +1,10 @@
 """A record at one revision: its image, and the notes kept beside it in the document (pure).
 
-A document carries ``_cf: {rev, op, keys, debt, deleted, steps, done}``, unknown to and preserved by an application
-that updates with ``$set``. ``debt`` exists only while the secondary has not confirmed the revision: settling is
-``$unset``, so a sparse index on it finds every debt. A document without ``_cf`` is at revision 0. ``steps`` is what a
-decided operation still owes to other records, ``done`` the operations whose step this record has taken.
+A document carries ``_cf: {rev, op, born, keys, debt, deleted, steps, done}``, unknown to and preserved by an
+application that updates with ``$set``. ``debt`` exists only while the secondary has not confirmed the revision:
+settling is ``$unset``, so a sparse index on it finds every debt. A document without ``_cf`` is at revision 0.
+``steps`` is what a decided operation still owes to other records, ``done`` the operations whose step this record
+has taken, ``born`` the insert that made it.
 """
 
 from __future__ import annotations
@@ -193,6 +194,7 @@ class Image:
         delivered: PostgreSQL primary only: digest of what the last delivery left here.
         steps: what an operation that this record decided still owes to others.
         done: ids of the operations of others whose step this record has taken, while they may be asked for again.
+        born: operation id of the insert that made the record; None when Crossfade did not.
     """
 
     id: Any
@@ -206,6 +208,12 @@ class Image:
     delivered: bytes | None = None
     steps: Steps | None = None
     done: tuple[str, ...] = ()
+    born: str | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a ``ROLLBACK_BOTH`` write of it still waits for its outcome."""
+        return self.debt is not None and self.debt.tentative is not None
 
     @classmethod
     def from_raw(cls, raw: bytes) -> Image:
@@ -234,6 +242,7 @@ class Image:
             delivered=bytes(notes["digest"]) if "digest" in notes else None,
             steps=Steps.from_document(notes.get("steps")),
             done=tuple(notes.get("done", ())),
+            born=notes.get("born"),
         )
 
 

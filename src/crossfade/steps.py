@@ -18,6 +18,7 @@ record has been confirmed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from crossfade.control import Control
 from crossfade.entity import Entity
 from crossfade.record import CF, Debt, Image, Step, Steps, new_operation
 from crossfade.stores.errors import Unanswered
-from crossfade.values import id_to_text, text_to_id
+from crossfade.values import Unmappable, id_to_text, text_to_id
 
 #: A record and its entity.
 Placed = tuple[Entity, Image]
@@ -42,6 +43,11 @@ def members(entity: Entity, anchor_id: Any, steps: Steps, own: Step | None) -> t
     """Everybody of an operation but the record that ``own`` is for (None: the record that decides)."""
     everybody = [(entity.name, anchor_id, None), *((step.entity, step.id, step) for step in steps.left)]
     return tuple((name, id_to_text(id_)) for name, id_, step in everybody if step is not own)
+
+
+def joined(group: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """Each of them once, the last `LARGEST_GROUP`."""
+    return tuple(dict.fromkeys(group))[-LARGEST_GROUP:]
 
 
 def anchor_note(entity: Entity, id_: Any, op: str) -> dict[str, Any]:
@@ -84,14 +90,14 @@ class Stepper:
         mongo, timeout, op = self.pair.mongo, self.pair.options.primary_deadline, steps.op
         group = members(entity, anchor_id, steps, step)
         while True:
-            image = await mongo.read(target, step.id, timeout=timeout)
+            image = await self._glimpse(target, step)
             if image is not None and op in image.done:
-                return image
+                return await self._whole(target, step.id)
             # In this order: see the module's docstring.
             standing = await self.standing(entity, anchor_id)
             if standing is None or standing.op != op or image is None or image.deleted:
-                return image if image is not None and not image.deleted else None
-            if not _open(image):
+                return None if image is None or image.deleted else await self._whole(target, step.id)
+            if not image.is_open:
                 set_, unset = step.effect(image.document)
                 marks = {
                     f"{CF}.rev": Int64(image.rev + 1),
@@ -107,9 +113,24 @@ class Stepper:
                     if boot_clock() >= ends:
                         raise
                     done = None
+                except Unmappable:
+                    return None  # taken; what else the record holds its own debt carries to quarantine
                 if done is not None:
                     return done
             await self._pause(target, ends)
+
+    async def _glimpse(self, target: Entity, step: Step) -> Image | None:
+        """A record as far as a step is concerned: another field, one that cannot be read even, is no matter."""
+        looked_at = (*step.fields, "__v")
+        notes = await self.pair.mongo.notes(
+            target, step.id, looked_at, timeout=self.pair.options.primary_deadline
+        )
+        return None if notes is None else Image.from_document(notes)
+
+    async def _whole(self, target: Entity, id_: Any) -> Image | None:
+        with contextlib.suppress(Unmappable):
+            return await self.pair.mongo.read(target, id_, timeout=self.pair.options.primary_deadline)
+        return None
 
     async def take_open(
         self, entity: Entity, anchor: Image, control: Control, *, ends: float
@@ -142,7 +163,7 @@ class Stepper:
                 return None
             if image.op == op:
                 return image
-            if not _open(image):
+            if not image.is_open:
                 set_, unset = step.effect(image.document)
                 touched = (*set_, *unset)
                 tentative = {
@@ -176,7 +197,7 @@ class Stepper:
     ) -> dict[str, Any]:
         if not control.phase.rules.dual:
             return {}
-        return {f"{CF}.debt": Debt(control.epoch, tentative, group=group[-LARGEST_GROUP:]).to_document()}
+        return {f"{CF}.debt": Debt(control.epoch, tentative, group=joined(group)).to_document()}
 
     async def _pause(self, target: Entity, ends: float) -> None:
         if boot_clock() >= ends:
@@ -217,10 +238,6 @@ class Stepper:
             for step in steps.left:
                 target = self.pair.entities[step.entity]
                 await mongo.erase_mark(target, step.id, op=steps.op, timeout=timeout)
-
-
-def _open(image: Image) -> bool:
-    return image.debt is not None and image.debt.tentative is not None
 
 
 def _unchanged(image: Image, step: Step) -> dict[str, Any]:

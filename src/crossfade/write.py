@@ -47,7 +47,7 @@ from crossfade.record import (
     new_operation,
     stamped_keys,
 )
-from crossfade.steps import LARGEST_GROUP, Placed, members
+from crossfade.steps import Placed, joined, members
 from crossfade.stores.errors import Fenced, RuleBroken, Unanswered
 from crossfade.stores.postgres import Change, Delivery
 from crossfade.strategy import FailureStrategy, check_strategy, default_strategy
@@ -222,6 +222,12 @@ class Writer:
         except errors.CrossfadeError as cause:
             outcome = type(cause).__name__
             raise
+        except Unmappable as cause:
+            outcome = errors.OutcomeUnknown.__name__
+            raise errors.OutcomeUnknown(
+                f"[{context}] a foreign writer has put into this record of {entity.name} what cannot be read "
+                f"({cause}), so whether the write was made cannot be told; mend the document in MongoDB"
+            ) from cause
         finally:
             name = chosen.value if chosen else "default"
             observe.WRITES.labels(self.pair.name, entity.name, kind, name, outcome).inc()
@@ -270,7 +276,7 @@ class Writer:
             marks["steps"] = steps.to_document()
             group = (*group, *members(entity, id_, steps, None))
         if o.control.phase.rules.dual:
-            debt = Debt(o.control.epoch, tentative if o.rollback else None, group=group[-LARGEST_GROUP:])
+            debt = Debt(o.control.epoch, tentative if o.rollback else None, group=joined(group))
             marks["debt"] = debt.to_document()
         return marks
 
@@ -287,47 +293,53 @@ class Writer:
             )
             rev = 1 if buried is None else buried.rev + 1
             marks = self._marks(entity, document["_id"], o, rev, keys, {"kind": "insert"})
-            stored = {**document, CF: marks}
-            if await self._insert_until_decided(entity, stored, o, id_given=id_given):
+            stored = {**document, CF: marks | {"born": o.op}}
+            if await self._insert_until_decided(entity, stored, o):
                 self._say(o, "MongoDB write successful")
                 return await self._then_postgres(entity, Image.from_document(dict(stored)), o)
         raise errors.Busy(f"[{o.context}] this record of {entity.name} is being deleted again and again")
 
-    async def _insert_until_decided(
-        self, entity: Entity, stored: dict[str, Any], o: _Operation, *, id_given: bool
-    ) -> bool:
+    async def _insert_until_decided(self, entity: Entity, stored: dict[str, Any], o: _Operation) -> bool:
         """Insert, repeated until it is decided; False: a decided delete of this id stood in the way."""
         unknown = False
         while True:
             try:
                 await self.pair.mongo.insert(entity, stored, timeout=o.left())
-                return True
             except Unanswered as cause:
                 unknown = True
                 await self._again(o, cause)
+                continue
             except errors.StoreUnavailable as cause:
                 if not unknown:
                     self._say(o, f"MongoDB write failed: {cause}", warn=True)
                     raise
                 await self._again(o, cause)
+                continue
             except RuleBroken as cause:
                 mine = await self._read_or_unknown(entity, stored["_id"], o, unknown=unknown)
-                if mine is not None and mine.op == o.op:
-                    return True
-                if mine is not None and unknown and (not id_given or mine.rev > stored[CF]["rev"]):
-                    raise errors.OutcomeUnknown(
-                        f"[{o.context}] the write was not answered, and this record of {entity.name} was written "
-                        "again since"
-                    ) from cause
-                if mine is not None and await self._roll_delete_forward(entity, mine, o):
-                    return False
-                rule = (
-                    "_id"
-                    if mine is not None
-                    else await self._broken_rule(entity, stored, stored["_id"], cause)
-                )
-                self._say(o, f"MongoDB write refused: the rule {rule!r} is broken")
-                raise errors.DuplicateKey(entity.name, rule) from cause
+                if mine is None or mine.op != o.op:
+                    if unknown:
+                        raise _written_since(entity, o) from cause
+                    if mine is not None and await self._roll_delete_forward(entity, mine, o):
+                        return False
+                    rule = (
+                        "_id"
+                        if mine is not None
+                        else await self._broken_rule(entity, stored, stored["_id"], cause)
+                    )
+                    self._say(o, f"MongoDB write refused: the rule {rule!r} is broken")
+                    raise errors.DuplicateKey(entity.name, rule) from cause
+            if not unknown:
+                return True
+            # Somebody may have deleted what a request that was not answered had made.
+            try:
+                echo = await self.settler.is_echo(entity, Image.from_document(dict(stored)))
+            except errors.StoreUnavailable as cause:
+                await self._again(o, cause)
+                continue
+            if echo:
+                raise _written_since(entity, o)
+            return True
 
     async def _roll_delete_forward(self, entity: Entity, there: Image, o: _Operation) -> bool:
         """Bury and remove a document whose delete is decided, so that its id is free; False: it is not."""
@@ -336,7 +348,7 @@ class Writer:
             return False
         if there.steps is not None:
             await self.settler.roll_forward(entity, there, o.control, ends=o.ends)
-        await self.settler.bury(entity, there.id, there.rev, there.op, o.control)
+        await self.settler.bury(entity, there, o.control)
         return True
 
     async def _again(self, o: _Operation, cause: errors.StoreUnavailable) -> None:
@@ -359,6 +371,12 @@ class Writer:
         while True:
             try:
                 return await self.pair.mongo.read(entity, id_, timeout=o.left())
+            except Unmappable as cause:
+                if unknown:
+                    raise
+                raise errors.Quarantined(
+                    f"[{o.context}] {entity.name} has a record with this id already, and it cannot be read: {cause}"
+                ) from cause
             except errors.StoreUnavailable as cause:
                 if not unknown:
                     raise
@@ -467,6 +485,8 @@ class Writer:
                 continue
             if notes is None or cf.get("deleted"):
                 raise errors.NotFound(f"[{o.context}] {entity.name} has no record with this id")
+            if o.rollback or o.request.steps or entity.name in self._quarantined():
+                await self._assert_readable(entity, id_, o)
             if "steps" in cf and (o.request.steps or o.kind == "delete"):
                 there = await self.pair.mongo.read(entity, id_, timeout=o.left())
                 if there is not None and there.steps is not None:
@@ -478,6 +498,24 @@ class Writer:
                     f"[{o.context}] this record of {entity.name} is at revision {rev}, not {if_revision}"
                 )
             return notes, rev
+
+    def _quarantined(self) -> frozenset[str]:
+        look = self.pair.board.look
+        return frozenset() if look is None else look.quarantined
+
+    async def _assert_readable(self, entity: Entity, id_: Any, o: _Operation) -> None:
+        """Refuse to write upon a document that cannot be carried over, or taken back, before anything is decided.
+
+        Raises:
+            crossfade.errors.Quarantined: a field that this write may not even touch holds such a value.
+        """
+        try:
+            await self.pair.mongo.read(entity, id_, timeout=o.left())
+        except Unmappable as cause:
+            raise errors.Quarantined(
+                f"[{o.context}] this record of {entity.name} cannot be written while it holds what no store gives "
+                f"back unchanged: {cause}. Mend the document in MongoDB"
+            ) from cause
 
     async def _set_until_decided(
         self,
@@ -512,6 +550,9 @@ class Writer:
                 await self._again(o, cause)
                 continue
             except RuleBroken as cause:
+                if unknown:
+                    # The request that was not answered may yet arrive, once the value is free.
+                    raise _written_since(entity, o) from cause
                 rule = await self._broken_rule(entity, fields, id_, cause)
                 self._say(o, f"MongoDB write refused: the rule {rule!r} is broken")
                 raise errors.DuplicateKey(entity.name, rule) from cause
@@ -526,10 +567,7 @@ class Writer:
                     return Image(id_, {"_id": id_}, buried.rev, o.op, {}, b"", deleted=True)
             if now is None or now.rev > rev + 1:
                 # Somebody has written upon revision n+1, and nothing says any more whose that was.
-                raise errors.OutcomeUnknown(
-                    f"[{o.context}] the write was not answered, and this record of {entity.name} was written again "
-                    "since"
-                )
+                raise _written_since(entity, o)
             return None
 
     async def _mongo_delete(self, entity: Entity, id_: Any, o: _Operation) -> Record:
@@ -557,7 +595,7 @@ class Writer:
         if image.deleted and not o.rollback:
             # Decided already: if this fails the document, which readers take for gone, stays a little longer.
             with contextlib.suppress(errors.StoreUnavailable):
-                await self.settler.bury(entity, image.id, image.rev, o.op, o.control)
+                await self.settler.bury(entity, image, o.control)
         if not o.control.phase.rules.dual:
             return record
         if o.asynchronous:
@@ -570,8 +608,8 @@ class Writer:
         if o.request.steps and o.rollback:
             try:
                 together = await self.settler.stepper.take_open(entity, image, o.control, ends=o.ends)
-            except (errors.StoreUnavailable, errors.Busy) as cause:
-                failure = cause
+            except (errors.CrossfadeError, Unmappable) as cause:
+                failure = _as_failure(cause)
         failure = failure or await self._try_postgres(entity, image, o, together)
         if o.rollback:
             await self._close_tentative(entity, image, o, failure, together)
@@ -589,7 +627,7 @@ class Writer:
         try:
             together = await self.settler.stepper.take(entity, image, o.control, ends=o.ends)
             await self.settler.stepper.erase(entity, image.id, image.steps)
-        except (errors.StoreUnavailable, errors.Busy) as cause:
+        except (errors.CrossfadeError, Unmappable) as cause:
             self._say(o, f"MongoDB write decided, its other records are owed their part: {cause}", warn=True)
             raise errors.OutcomeUnknown(
                 f"[{o.context}] the operation is decided and will be carried out, but not every record shows it yet"
@@ -659,18 +697,18 @@ class Writer:
         if not together and not image.deleted and image.debt is not None and image.debt.group:
             together = (await self.settler.with_group(entity, image))[1:]
         if together:
-            placed = list(together) if image.deleted else [(entity, image), *together]
+            placed = [(entity, image), *together]
             brought = await self.settler.bring_together(placed, o.control, timeout=timeout)
             for (each, one), settled in zip(placed, brought, strict=True):
                 if settled is Settled.CONFIRMED and not o.rollback and one is not image:
                     self.settler.erase_soon(each, one)
-            unlike = [settled for settled in brought if settled is not Settled.CONFIRMED]
-            if unlike or not image.deleted:
+            unlike = [settled for settled in brought if settled not in (Settled.CONFIRMED, Settled.OPEN)]
+            if unlike or not image.deleted or not o.rollback:
                 return Settled.PARKED if Settled.PARKED in unlike else (unlike or brought)[0]
         elif not image.deleted:
             return await self.settler.bring(entity, image, o.control, timeout=timeout)
         if not o.rollback:
-            return await self.settler.finish_delete(entity, image.id, image.rev, o.op, o.control)
+            return await self.settler.finish_delete(entity, image, o.control)
         # Still tentative: the row goes, the document stays until success may be told.
         verdict, _ = await self.pair.postgres.apply_delete(
             entity, image.id, rev=image.rev, op=o.op,
@@ -711,7 +749,7 @@ class Writer:
                     "reconciler undoes it unless the confirmation arrived"
                 ) from cause
             if confirmed:
-                if image.steps is not None and _decides(image, o):
+                if image.steps is not None and image.steps.op == o.op:
                     # Decided for all: who does not hear of it now is told by a reconciler.
                     with contextlib.suppress(errors.StoreUnavailable):
                         await self.settler.stepper.close(image.steps)
@@ -776,7 +814,11 @@ class Writer:
                         f"{CF}.op": o.op,
                         **{f"{CF}.keys.{rule}": key for rule, key in image.keys.items()},
                         # Steps of an earlier operation, decided already, are not this one's to confirm.
-                        **({f"{CF}.steps.state": "confirmed"} if _decides(image, o) else {}),
+                        **(
+                            {f"{CF}.steps.state": "confirmed"}
+                            if image.steps is not None and image.steps.op == o.op
+                            else {}
+                        ),
                     },
                     unset=[f"{CF}.debt.tentative"],
                     also={f"{CF}.op": o.op, f"{CF}.debt.tentative": {"$exists": True}},
@@ -805,7 +847,7 @@ class Writer:
 
     async def _finish_confirmed_delete(self, entity: Entity, image: Image, o: _Operation) -> None:
         with contextlib.suppress(*_FAILED):
-            await self.settler.finish_delete(entity, image.id, image.rev, o.op, o.control)
+            await self.settler.finish_delete(entity, image, o.control)
 
     # --- PostgreSQL primary -------------------------------------------------------------------------------------
 
@@ -829,10 +871,7 @@ class Writer:
                 raise _AlreadyWritten
             if mine and max(tombstone, before.rev if before else 0) > mine[-1].rev:
                 # An attempt that was not answered may be what others have written upon.
-                raise errors.OutcomeUnknown(
-                    f"[{o.context}] the write was not answered, and this record of {entity.name} was written again "
-                    "since"
-                )
+                raise _written_since(entity, o)
             if insert is not None:
                 if before is not None:
                     raise errors.DuplicateKey(entity.name, "_id")
@@ -1145,6 +1184,17 @@ class _AlreadyWritten(Exception):
     """The record in PostgreSQL carries our operation id: the unanswered write had committed."""
 
 
+def _as_failure(cause: errors.CrossfadeError | Unmappable) -> errors.CrossfadeError:
+    return errors.Quarantined(f"a record cannot be read: {cause}") if isinstance(cause, Unmappable) else cause
+
+
+def _written_since(entity: Entity, o: _Operation) -> errors.OutcomeUnknown:
+    return errors.OutcomeUnknown(
+        f"[{o.context}] the write was not answered, and this record of {entity.name}, or a value of it, was written "
+        "by others since"
+    )
+
+
 def as_stored(document: Mapping[str, Any]) -> dict[str, Any]:
     """The document as a store gives it back (dates in milliseconds, UTC; integers by size).
 
@@ -1157,8 +1207,3 @@ def as_stored(document: Mapping[str, Any]) -> dict[str, Any]:
         return bson.decode(bson.encode(dict(document)), CODEC_OPTIONS)
     except (bson.errors.BSONError, OverflowError, TypeError, ValueError) as cause:
         raise errors.ConfigurationError(f"this document cannot be stored: {cause}") from cause
-
-
-def _decides(image: Image, o: _Operation) -> bool:
-    """Whether the steps that this record owes are this operation's."""
-    return image.steps is not None and image.steps.op == o.op

@@ -3,9 +3,18 @@
 import asyncio
 
 import pytest
-from bson import ObjectId
+from bson import CodecOptions, ObjectId
+from bson.raw_bson import RawBSONDocument
 
-from crossfade import Busy, ConditionNotMet, ConfigurationError, FailureStrategy, OutcomeUnknown, Undone
+from crossfade import (
+    Busy,
+    ConditionNotMet,
+    ConfigurationError,
+    FailureStrategy,
+    OutcomeUnknown,
+    Quarantined,
+    Undone,
+)
 from crossfade.board import boot_clock
 from crossfade.record import CF
 from crossfade.values import id_to_text
@@ -353,3 +362,85 @@ def die_after(w, taken):
     stepper._take = dying(stepper._take)
     stepper._take_open = dying(stepper._take_open)
     stepper.erase = w.m.settler.bring_together = dying(None)
+
+
+@pytest.mark.parametrize("strategy", [None, ROLLBACK])
+@pytest.mark.parametrize("phase", BOTH_PRIMARIES)
+async def test_a_delete_that_decides_and_its_steps_are_one_transaction_in_postgres(
+    open_friends, phase, strategy
+):
+    w = await open_friends(phase)
+    request, ann, bob = await asked(w)
+    await w.settle()
+    async with w.m.operation("Friend Withdraw", strategy=strategy) as op:
+        op.delete("friend_requests", request)
+        op.also("users", ann, {"n": 7})
+        op.also("users", bob, {"n": 8})
+    made_by = w.sql("SELECT DISTINCT xmin::text FROM users UNION SELECT xmin::text FROM crossfade.tombstones")
+    assert len(made_by) == 1
+    assert {(await w.users.get(ann))["n"], (await w.users.get(bob))["n"]} == {7, 8}
+    await w.settle()
+    await assert_all_equal(w)
+
+
+async def unreadable(w, id_):
+    """A foreign writer leaves bytes in a document that are no text; BSON's drivers cannot give them back."""
+    whole = w.documents.with_options(codec_options=CodecOptions(document_class=RawBSONDocument))
+    raw = bytes(whole.find_one({"_id": id_}).raw)
+    body = raw[4:-1] + b"\x02odd\x00\x03\x00\x00\x00\xff\xfe\x00\x00"
+    w.documents.delete_one({"_id": id_})
+    w.documents.insert_one(RawBSONDocument((len(body) + 4).to_bytes(4, "little") + body))
+
+
+def mend(w, id_):
+    w.documents.update_one({"_id": id_}, {"$unset": {"odd": ""}})
+
+
+async def test_a_step_upon_a_record_that_cannot_be_read_is_taken_all_the_same(open_friends):
+    w = await open_friends()
+    request, ann, bob = await asked(w)
+    await w.settle()
+    await unreadable(w, bob)
+    await accept(w, request, ann, bob)
+    await w.m.reconciler.reconcile()
+    [(quarantined, _)] = w.quarantined()
+    assert quarantined == id_to_text(bob)
+    mend(w, bob)
+    await w.reconcile()
+    assert await found(w, request, ann, bob) == ("accepted", True, True)
+    assert w.quarantined() == []
+    await assert_all_equal(w)
+
+
+async def test_an_operation_that_could_not_be_taken_back_is_refused_before_it_begins(open_friends):
+    w = await open_friends()
+    request, ann, bob = await asked(w)
+    await w.settle()
+    await unreadable(w, bob)
+    with pytest.raises(Quarantined):
+        await w.users.update(bob, {"n": 5}, strategy=ROLLBACK)
+    with pytest.raises(Undone):
+        await accept(w, request, ann, bob, ROLLBACK)
+    mend(w, bob)
+    await w.reconcile()
+    assert await found(w, request, ann, bob) == ("pending", False, False)
+    await assert_all_equal(w)
+
+
+async def test_a_record_that_cannot_be_read_is_asked_of_nobody_but_mongo(open_friends):
+    """PostgreSQL holds what it was before: whoever reads it there would get that for the truth."""
+    w = await open_friends("postgres_read", foreign_writers=True)
+    _, _, bob = await asked(w)
+    await w.settle()
+    await unreadable(w, bob)
+    await w.m.reconciler.full_sweep()
+    await w.m.board.refresh()
+    with pytest.raises(Quarantined):
+        await w.users.get(bob)
+    with pytest.raises(Quarantined):
+        await w.users.update(bob, {"n": 5})
+    mend(w, bob)
+    await w.reconcile()
+    assert (await w.users.update(bob, {"n": 5}))["n"] == 5
+    await w.settle()
+    await assert_all_equal(w)

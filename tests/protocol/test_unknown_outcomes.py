@@ -5,7 +5,8 @@ import asyncio
 import pytest
 from bson import ObjectId
 
-from crossfade import FailureStrategy, NotFound, OutcomeUnknown, StoreUnavailable, Undone, UndoPending
+from crossfade import Busy, FailureStrategy, NotFound, OutcomeUnknown, StoreUnavailable, Undone, UndoPending
+from crossfade.stores.errors import Unanswered
 from crossfade.testing.failure_points import Failure, FailurePoints
 
 from .conftest import PATIENCE, World
@@ -241,3 +242,96 @@ async def test_an_image_that_commits_late_does_not_outlive_its_undo(open_world):
     await other.reconcile()
     await other.assert_equal()
     assert other.sql("SELECT username FROM users") == [("Ann",)]
+
+
+# --- what arrives late, or twice, and what others did meanwhile ------------------------------------------------
+
+
+def lose_answer(store, name, meanwhile, *, acts=True):
+    """The next call of this method is not answered (and, ``acts``, carried out), then ``meanwhile`` happens."""
+    original = getattr(store, name)
+
+    async def lost(*args, **how):
+        if acts:
+            await original(*args, **how)
+        setattr(store, name, original)
+        await meanwhile()
+        raise Unanswered("a store", "the answer was lost")
+
+    setattr(store, name, lost)
+
+
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_read"])
+async def test_an_insert_that_arrives_again_does_not_bring_a_deleted_record_back(open_world, phase):
+    w = await open_world(phase)
+    made = await w.users.insert({"username": "Bob"})
+    late = w.document(made.id)
+    late["_cf"]["debt"] = {"epoch": w.control.epoch}
+    for _ in range(2):
+        await w.settle()
+        await w.users.delete(made.id)
+        # The second request for it, that its writer had sent in doubt.
+        w.documents.insert_one(late)
+        await w.reconcile()
+        await w.assert_equal()
+        assert w.document(made.id) is None
+        # Whoever makes the id anew is another one.
+        await w.users.insert({"_id": made.id, "username": "Ann"})
+    assert (await w.users.get(made.id))["username"] == "Ann"
+    await w.settle()
+    await w.assert_equal()
+
+
+@pytest.mark.parametrize("phase", ["mongo_only", "dual_write"])
+async def test_a_repeated_insert_does_not_bring_back_what_was_deleted_before_the_repetition(
+    open_world, phase
+):
+    w, other = await open_world(phase), await open_world(phase)
+    id_ = ObjectId()
+    lose_answer(w.mongo, "insert", lambda: other.users.delete(id_))
+    with pytest.raises(OutcomeUnknown):
+        await insert(w, id_)
+    assert w.document(id_) is None
+    if phase != "mongo_only":
+        await w.reconcile()
+        await w.assert_equal()
+
+
+async def test_a_name_taken_while_an_answer_was_lost_leaves_the_outcome_unknown(open_world):
+    """The request may yet arrive, once the name is free again: "taken, nothing changed" would be a promise."""
+    w, other = await open_world("dual_write"), await open_world("dual_write")
+    id_ = await prepared(w, update)
+
+    def take(name):
+        return lambda: other.users.insert({"username": name})
+
+    lose_answer(w.mongo, "compare_and_set", take("Robert"), acts=False)
+    with pytest.raises(OutcomeUnknown):
+        await w.users.update(id_, {"username": "Robert"})
+    lose_answer(w.mongo, "insert", take("Rupert"), acts=False)
+    with pytest.raises(OutcomeUnknown):
+        await w.users.insert({"username": "Rupert"})
+    await w.reconcile()
+    await w.assert_equal()
+
+
+async def test_a_busy_record_does_not_make_a_writer_forget_that_it_may_have_written(open_world):
+    w, rival = await open_world("postgres_primary"), await open_world("postgres_primary")
+    id_ = await prepared(w, update)
+
+    async def then_busy():
+        original = w.postgres.write
+
+        async def busy(*args, **how):
+            w.postgres.write = original
+            await rival.users.update(id_, {"n": 3})
+            raise Busy("another one's open write")
+
+        w.postgres.write = busy
+
+    lose_answer(w.postgres, "write", then_busy)
+    with pytest.raises(OutcomeUnknown):
+        await update(w, id_)
+    assert (await rival.users.get(id_))["n"] == 3
+    await w.reconcile()
+    await w.assert_equal()

@@ -44,7 +44,7 @@ from pymongo.write_concern import WriteConcern
 
 from crossfade import errors
 from crossfade.entity import Entity
-from crossfade.record import CF, Debt, Image
+from crossfade.record import CF, Debt, Image, new_operation
 from crossfade.stores.bulk_mongo import id_of
 from crossfade.stores.errors import RuleBroken, Unanswered
 from crossfade.values import CODEC_OPTIONS, Unmappable, decode_document, id_to_text, text_to_id
@@ -52,6 +52,8 @@ from crossfade.values import CODEC_OPTIONS, Unmappable, decode_document, id_to_t
 STORE = "mongo"
 TOMBSTONES = "crossfade_tombstones"
 CONTROL = "crossfade_control"
+#: Inserts of one id that a tombstone remembers.
+BORN = 16
 
 _RAW = CODEC_OPTIONS.with_options(document_class=RawBSONDocument)
 _AUTHENTICATION = (13, 18)
@@ -85,13 +87,19 @@ class Owed:
 
 @dataclass(frozen=True, slots=True)
 class Tombstone:
-    """A deleted record in MongoDB: its id may come back only above ``rev``."""
+    """A deleted record in MongoDB: its id may come back only above ``rev``.
+
+    Attributes:
+        born: operation ids of the inserts that had made it, the last ones: a repetition of one of them that arrives
+            late must not bring it back.
+    """
 
     entity: str
     id: Any
     rev: int
     op: str
     owed: bool
+    born: tuple[str, ...] = ()
 
 
 def _rev_filter(rev: int) -> dict[str, Any]:
@@ -305,6 +313,11 @@ class MongoStore:
             )
         return done.deleted_count == 1
 
+    async def remove_echo(self, entity: Entity, id_: Any, *, op: str, timeout: float) -> None:
+        """Remove a document that is still as this insert made it."""
+        async with self._asking(timeout):
+            await self._documents(entity).delete_one({"_id": id_, f"{CF}.op": op, f"{CF}.born": op})
+
     async def deliver(
         self, entity: Entity, before: bytes | None, document: Mapping[str, Any], *, timeout: float
     ) -> bool:
@@ -387,6 +400,15 @@ class MongoStore:
             except BulkWriteError as cause:
                 raise Unanswered(STORE, self._unreachable("a bulk write failed")) from cause
 
+    async def owe(self, entity: Entity, id_: Any, rev: int, debt: Debt, *, timeout: float) -> None:
+        """Lift a document at this revision that cannot be read, into this debt."""
+        marks = {"rev": Int64(rev + 1), "op": new_operation(), "debt": debt.to_document()}
+        async with self._asking(timeout):
+            await self._documents(entity).update_one(
+                {"_id": id_, **_rev_filter(rev), f"{CF}.debt": {"$exists": False}},
+                {"$set": {f"{CF}.{name}": value for name, value in marks.items()}},
+            )
+
     async def park(
         self, entity: Entity, id_: Any, rev: int, op: str | None, cause: str, *, timeout: float
     ) -> None:
@@ -398,16 +420,10 @@ class MongoStore:
             await self._documents(entity).update_one(query, {"$set": {f"{CF}.debt.parked": cause}})
 
     async def debts(self, entities: Iterable[Entity], *, limit: int, timeout: float) -> list[Owed]:
-        """Up to ``limit`` debts of each of these entities, tombstones first."""
+        """Up to ``limit`` debts of each of these entities, and as many of tombstones."""
         by_name = {entity.name: entity for entity in entities}
         found: list[Owed] = []
         async with self._asking(timeout):
-            query = {"_id.entity": {"$in": list(by_name)}, "debt": {"$exists": True}}
-            async for note in self.database[TOMBSTONES].find(query).limit(limit):
-                key = note["_id"]
-                found.append(
-                    Owed(key["entity"], text_to_id(key["id"]), int(note["rev"]), note["op"], tombstone=True)
-                )
             for entity in by_name.values():
                 cursor = self._documents(entity).find(
                     {f"{CF}.debt": {"$exists": True}},
@@ -427,11 +443,28 @@ class MongoStore:
                             parked=debt.parked,
                         )
                     )
+            # Tombstones last: a delete that is being carried out moves its debt from the document to one.
+            query = {"_id.entity": {"$in": list(by_name)}, "debt": {"$exists": True}}
+            async for note in self.database[TOMBSTONES].find(query).limit(limit):
+                key = note["_id"]
+                found.append(
+                    Owed(key["entity"], text_to_id(key["id"]), int(note["rev"]), note["op"], tombstone=True)
+                )
         return found
 
     # --- tombstones --------------------------------------------------------------------------------------
 
-    async def bury(self, entity: Entity, id_: Any, *, rev: int, op: str, owed: bool, timeout: float) -> None:
+    async def bury(
+        self,
+        entity: Entity,
+        id_: Any,
+        *,
+        rev: int,
+        op: str,
+        owed: bool,
+        born: str | None = None,
+        timeout: float,
+    ) -> None:
         """Keep a tombstone at this revision; one at a higher revision stays as it is."""
         key = {"entity": entity.name, "id": id_to_text(id_)}
         note: dict[str, Any] = {"rev": Int64(rev), "op": op}
@@ -439,12 +472,16 @@ class MongoStore:
             note["debt"] = True
         async with self._asking(timeout):
             try:
-                await self.database[TOMBSTONES].insert_one({"_id": key, **note})
-            except DuplicateKeyError:
-                await self.database[TOMBSTONES].update_one(
-                    {"_id": key, "rev": {"$lt": Int64(rev)}},
-                    {"$set": note} if owed else {"$set": note, "$unset": {"debt": ""}},
+                await self.database[TOMBSTONES].insert_one(
+                    {"_id": key, **note, **({"born": [born]} if born else {})}
                 )
+            except DuplicateKeyError:
+                update: dict[str, Any] = {"$set": note}
+                if not owed:
+                    update["$unset"] = {"debt": ""}
+                if born:
+                    update["$push"] = {"born": {"$each": [born], "$slice": -BORN}}
+                await self.database[TOMBSTONES].update_one({"_id": key, "rev": {"$lt": Int64(rev)}}, update)
 
     async def tombstone(self, entity: Entity, id_: Any, *, timeout: float) -> Tombstone | None:
         """The record's tombstone."""
@@ -453,7 +490,9 @@ class MongoStore:
             note = await self.database[TOMBSTONES].find_one({"_id": key})
         if note is None:
             return None
-        return Tombstone(entity.name, id_, int(note["rev"]), note["op"], "debt" in note)
+        return Tombstone(
+            entity.name, id_, int(note["rev"]), note["op"], "debt" in note, tuple(note.get("born", ()))
+        )
 
     async def settle_tombstone(self, entity: Entity, id_: Any, *, rev: int, op: str, timeout: float) -> None:
         """Erase a tombstone's debt, where it still stands at this revision and operation."""

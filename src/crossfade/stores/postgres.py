@@ -304,13 +304,15 @@ class PostgresStore:
 
     async def apply(
         self,
-        images: Sequence[tuple[Entity, Image, Rows]],
+        images: Sequence[tuple[Entity, Image, Rows | None]],
         *,
         migration: str,
         epoch: int,
         timeout: float,
     ) -> list[tuple[Applied, Held]]:
         """Apply images in one transaction, rules checked at its end; what became of each.
+
+        ``rows`` of None: a decided delete; its rows go, a tombstone comes.
 
         Raises:
             RuleBroken: one of them breaks a rule; none was applied.
@@ -320,26 +322,32 @@ class PostgresStore:
         async def work() -> list[tuple[Applied, Held]]:
             statements: list[Statement] = []
             for entity, image, rows in images:
-                statements += self.statements(entity).apply(image, rows, migration=migration, epoch=epoch)
+                own = self.statements(entity)
+                if rows is not None:
+                    statements += own.apply(image, rows, migration=migration, epoch=epoch)
+                else:
+                    statements += self._delete(
+                        entity, id_to_text(image.id), image.rev, image.op, migration, epoch
+                    )
+            names = [_name(entity, id_to_text(image.id)) for entity, image, _ in images]
             looks = [
-                self.statements(entity).held_of(rows.parent[0], migration=migration, epoch=epoch)
-                for entity, _, rows in images
+                self.statements(entity).held_of(name["id"], migration=migration, epoch=epoch)
+                for (entity, _, _), name in zip(images, names, strict=True)
             ]
             # Whoever may have inserted looks again after its own commit. Any image may have: of a revision whose
             # predecessors never arrived, or of a row that a delete removed while this one waited. Links are set when
             # that is done: they wait for nobody, and nobody is to wait for them.
-            records = [(self.statements(entity), rows.parent[0]) for entity, _, rows in images]
+            records = [(self.statements(entity), id_to_text(image.id)) for entity, image, _ in images]
             after: list[Statement] = [s for own, id_ in records for s in own.look_again(id_)]
             after += [s for own, id_ in records for s in own.link(id_)]
             async with self._connection(timeout) as connection:
                 answers = await self._transaction(
                     connection, migration, statements, looks, after,
-                    records=[_name(entity, rows.parent[0]) for entity, _, rows in images],
-                    defer=len(images) > 1,
+                    records=names, defer=len(images) > 1,
                 )  # fmt: skip
             return [
-                (_verdict(image, *held(answer)), held(answer)[0])
-                for (_, image, _), answer in zip(images, answers, strict=True)
+                (_verdict(image, *held(answer), deleted=rows is None), held(answer)[0])
+                for (_, image, rows), answer in zip(images, answers, strict=True)
             ]
 
         return await self._bounded(work(), timeout)
@@ -352,11 +360,7 @@ class PostgresStore:
 
         async def work() -> tuple[Applied, Held]:
             own = self.statements(entity)
-            parameters = {
-                "entity": entity.name, "id": key, "rev": rev, "op": op, "migration": migration, "epoch": epoch,
-            }  # fmt: skip
-            bury: Statement = (QUERIES["bury"], parameters)  # type: ignore[assignment]
-            statements = [bury, *own.drop_covered(key)]
+            statements = self._delete(entity, key, rev, op, migration, epoch)
             look = own.held_of(key, migration=migration, epoch=epoch)
             async with self._connection(timeout) as connection:
                 [answer] = await self._transaction(
@@ -370,6 +374,15 @@ class PostgresStore:
             return (Applied.APPLIED if covered else Applied.BEHIND), now
 
         return await self._bounded(work(), timeout)
+
+    def _delete(
+        self, entity: Entity, key: str, rev: int, op: str | None, migration: str, epoch: int
+    ) -> list[Statement]:
+        parameters = {
+            "entity": entity.name, "id": key, "rev": rev, "op": op, "migration": migration, "epoch": epoch,
+        }  # fmt: skip
+        bury: Statement = (QUERIES["bury"], parameters)  # type: ignore[assignment]
+        return [bury, *self.statements(entity).drop_covered(key)]
 
     @staticmethod
     async def _transaction(
@@ -713,8 +726,11 @@ class PostgresStore:
         async def work() -> bool:
             async with self._connection(timeout) as connection, connection.transaction():
                 await connection.execute(QUERIES["lock_shared"], {"migration": migration})
+                # As a write does: all of them first, in the order that everybody has.
+                for entity, id_, _ in sorted(writes, key=_by_name):
+                    await connection.execute(QUERIES["lock_record"], _name(entity, id_to_text(id_)))
                 for entity, id_, rev in sorted(writes, key=_by_name):
-                    name = {"entity": entity.name, "id": id_to_text(id_)}
+                    name = _name(entity, id_to_text(id_))
                     opened = await (await connection.execute(QUERIES["outbox_row"], name)).fetchone()
                     taken = await connection.execute(
                         QUERIES["outbox_undo"],
@@ -1007,9 +1023,11 @@ class PostgresStore:
         return await self._ask("history", timeout, migration=migration)
 
 
-def _verdict(image: Image, now: Held, same_epoch: bool) -> Applied:
+def _verdict(image: Image, now: Held, same_epoch: bool, *, deleted: bool = False) -> Applied:
     if not same_epoch:
         raise Fenced("PostgreSQL is at another epoch")
+    if deleted:
+        return Applied.APPLIED if now.rev is None and (now.tombstone or -1) >= image.rev else Applied.BEHIND
     if now.rev == image.rev and now.digest == image.digest and (now.tombstone or -1) < image.rev:
         return Applied.APPLIED if now.op == image.op else Applied.SAME
     return Applied.BEHIND
