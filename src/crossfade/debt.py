@@ -217,6 +217,7 @@ class Settler:
                     continue
                 if image.steps is not None:
                     await self.roll_forward(entity, image, control, ends=boot_clock() + timeout)
+                await self.stepper.erase_marks(entity, image)
                 if image.deleted and image.op is not None:
                     await self.bury(entity, image, control)
                 finished += 1
@@ -447,6 +448,7 @@ class Settler:
         brought = await self.bring_together(placed, control, timeout=timeout)
         for (each, one), settled in zip(placed, brought, strict=True):
             if settled is Settled.CONFIRMED and one.op is not None:
+                await self.stepper.erase_marks(each, one)
                 await pair.mongo.settle(each, [(one.id, one.rev, one.op)], timeout=timeout)
                 with contextlib.suppress(errors.CrossfadeError):
                     await pair.postgres.release(each, [one.id], timeout=timeout)

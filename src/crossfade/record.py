@@ -193,7 +193,8 @@ class Image:
         deleted: the delete has been decided; readers and writers treat the record as gone.
         delivered: PostgreSQL primary only: digest of what the last delivery left here.
         steps: what an operation that this record decided still owes to others.
-        done: ids of the operations of others whose step this record has taken, while they may be asked for again.
+        done: the operations of others whose step this record has taken, while they may be asked for again:
+            ``{"op": id, "entity": ..., "id": id text of the record that decided}``.
         born: operation id of the insert that made the record; None when Crossfade did not.
     """
 
@@ -207,7 +208,7 @@ class Image:
     deleted: bool = False
     delivered: bytes | None = None
     steps: Steps | None = None
-    done: tuple[str, ...] = ()
+    done: tuple[Mapping[str, str], ...] = ()
     born: str | None = None
 
     @property

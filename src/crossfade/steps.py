@@ -8,7 +8,7 @@ record.
 the marks go only after the steps are gone from the record that decided. Who takes a step looks at the record *first*
 and at the one that decided *afterwards*: if the steps still stand there, the mark had not been erased when the record
 was looked at, so its absence means that the step was not taken, and the compare-and-set on the revision seen lets
-nobody take it in between.
+nobody take it in between. A mark that a crash left behind keeps its record in debt until a reconciler has erased it.
 
 **ROLLBACK_BOTH.** Every record's debt is tentative and names the record that decides; that one's confirmation is the
 decision for all. A record whose decider shows no steps of that operation is undone: the steps go only after every
@@ -51,7 +51,7 @@ def joined(group: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
 
 
 def anchor_note(entity: Entity, id_: Any, op: str) -> dict[str, Any]:
-    """How a tentative step names the record that decides."""
+    """How a tentative step, or a mark, names the record that decides."""
     return {"entity": entity.name, "id": id_to_text(id_), "op": op}
 
 
@@ -91,7 +91,7 @@ class Stepper:
         group = members(entity, anchor_id, steps, step)
         while True:
             image = await self._glimpse(target, step)
-            if image is not None and op in image.done:
+            if image is not None and any(mark["op"] == op for mark in image.done):
                 return await self._whole(target, step.id)
             # In this order: see the module's docstring.
             standing = await self.standing(entity, anchor_id)
@@ -107,7 +107,8 @@ class Stepper:
                 try:
                     done = await mongo.compare_and_set(
                         target, step.id, rev=image.rev, set_={**set_, **marks}, unset=unset,
-                        push={f"{CF}.done": op}, also=_unchanged(image, step), timeout=timeout,
+                        push={f"{CF}.done": anchor_note(entity, anchor_id, op)},
+                        also=_unchanged(image, step), timeout=timeout,
                     )  # fmt: skip
                 except Unanswered:
                     if boot_clock() >= ends:
@@ -229,6 +230,15 @@ class Stepper:
                 op=steps.op,
                 timeout=self.pair.options.primary_deadline,
             )
+
+    async def erase_marks(self, entity: Entity, image: Image) -> None:
+        """Erase the marks of a record that its operations, their steps gone everywhere, no longer ask for."""
+        for mark in image.done:
+            _, _, standing = await self.outcome(mark)
+            if standing is None:
+                await self.pair.mongo.erase_mark(
+                    entity, image.id, op=mark["op"], timeout=self.pair.options.primary_deadline
+                )
 
     async def erase(self, entity: Entity, id_: Any, steps: Steps) -> None:
         """Erase steps that everybody has taken: from the record that decided first, the marks after it."""

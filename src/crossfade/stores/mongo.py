@@ -369,7 +369,7 @@ class MongoStore:
         """Erase the mark that a record has taken its step of this operation."""
         async with self._asking(timeout):
             await self._documents(entity).update_one(
-                {"_id": id_, f"{CF}.done": op}, {"$pull": {f"{CF}.done": op}}
+                {"_id": id_, f"{CF}.done.op": op}, {"$pull": {f"{CF}.done": {"op": op}}}
             )
 
     # --- debts -------------------------------------------------------------------------------------------
@@ -387,8 +387,9 @@ class MongoStore:
                     f"{CF}.rev": Int64(rev),
                     f"{CF}.op": op,
                     f"{CF}.debt.tentative": {"$exists": False},
-                    # What it owes to other records is found by its debt.
+                    # What it owes to other records, and a mark that nobody needs any more, is found by its debt.
                     f"{CF}.steps": {"$exists": False},
+                    f"{CF}.done.0": {"$exists": False},
                 },
                 {"$unset": {f"{CF}.debt": ""}},
             )
@@ -590,7 +591,8 @@ class MongoStore:
 
     async def unfinished(self, entity: Entity, *, timeout: float) -> AsyncIterator[Any]:
         """The ids of documents whose steps or decided delete are still to be carried out; reads the collection."""
-        filter_ = {"$or": [{f"{CF}.steps": {"$exists": True}}, {f"{CF}.deleted": True}]}
+        notes = ("steps", "done.0")
+        filter_ = {"$or": [{f"{CF}.deleted": True}, *({f"{CF}.{note}": {"$exists": True}} for note in notes)]}
         cursor = self._raw_documents(entity).find(filter_, {"_id": 1})
         while True:
             async with self._asking(timeout):
