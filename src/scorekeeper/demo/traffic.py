@@ -106,7 +106,7 @@ class Traffic:
     addresses: list[str]
     known: Sequence[tuple[str, str]]
     logins: Sequence[Login]
-    rate: float = 40.0
+    rate: float = 30.0
     clients: int = 8
     old_logins: float = 2.0
     seed: int = 1
