@@ -295,9 +295,27 @@ class Writer:
             marks = self._marks(entity, document["_id"], o, rev, keys, {"kind": "insert"})
             stored = {**document, CF: marks | {"born": o.op}}
             if await self._insert_until_decided(entity, stored, o):
+                if id_given and await self._was_buried_meanwhile(entity, stored, o):
+                    continue
                 self._say(o, "MongoDB write successful")
                 return await self._then_postgres(entity, Image.from_document(dict(stored)), o)
         raise errors.Busy(f"[{o.context}] this record of {entity.name} is being deleted again and again")
+
+    async def _was_buried_meanwhile(self, entity: Entity, stored: Mapping[str, Any], o: _Operation) -> bool:
+        """Whether others made and deleted this id since its tombstone was read; then the document is taken back.
+
+        Its revision would be one that was told before. Nobody has been told of it yet, so it is made once more above
+        the new tombstone, unless somebody has written upon it already.
+        """
+        try:
+            buried = await self.pair.mongo.tombstone(entity, stored["_id"], timeout=o.left())
+            if buried is None or buried.rev < stored[CF]["rev"] or o.op in buried.born:
+                return False
+            return await self.pair.mongo.remove_echo(entity, stored["_id"], op=o.op, timeout=o.left())
+        except errors.StoreUnavailable as cause:
+            raise errors.OutcomeUnknown(
+                f"[{o.context}] MongoDB holds the write, but does not say whether it stands: {cause}"
+            ) from cause
 
     async def _insert_until_decided(self, entity: Entity, stored: dict[str, Any], o: _Operation) -> bool:
         """Insert, repeated until it is decided; False: a decided delete of this id stood in the way."""

@@ -156,3 +156,23 @@ async def write_for(w: World, id_, *, seconds: float, start: int) -> int:
         await asyncio.sleep(0.05)
     assert number > start + 2
     return number
+
+
+async def test_callers_that_give_up_again_and_again_do_not_block_the_driver_for_good(open_world, mongo_proxy):
+    """A deadline and the end of a request may both cancel a call that waits for a server."""
+    w = await open_world("dual_write", mongo=mongo_proxy)
+    made = await w.users.insert({"username": "Bob"})
+    await w.settle()
+    mongo_proxy.refuse()
+    for _ in range(20):
+        calls = [asyncio.create_task(w.mongo.read(w.entity, made.id, timeout=PATIENCE)) for _ in range(4)]
+        await asyncio.sleep(0.05)
+        for _ in range(3):
+            for call in calls:
+                call.cancel()
+            await asyncio.sleep(0)
+        await asyncio.wait(calls, timeout=PATIENCE)
+    mongo_proxy.pass_through()
+    async with asyncio.timeout(PATIENCE):
+        image = await w.mongo.read(w.entity, made.id, timeout=PATIENCE)
+    assert image.document["username"] == "Bob"

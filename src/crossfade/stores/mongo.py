@@ -13,13 +13,15 @@ import asyncio
 import contextlib
 import random
 import re
+import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pymongo
+import pymongo.lock
 from bson.errors import BSONError
 from bson.int64 import Int64
 from bson.raw_bson import RawBSONDocument
@@ -54,6 +56,17 @@ TOMBSTONES = "crossfade_tombstones"
 CONTROL = "crossfade_control"
 #: Inserts of one id that a tombstone remembers.
 BORN = 16
+
+if sys.version_info < (3, 12):
+
+    async def _wait_for(awaitable: Awaitable[Any], timeout: float | None) -> Any:
+        async with asyncio.timeout(timeout):
+            return await awaitable
+
+    # Before 3.12 `asyncio.wait_for` runs what it waits for in a task of its own. Whoever is cancelled twice meanwhile,
+    # by a deadline and by the end of a request, leaves that task behind, and it takes the lock for nobody: every
+    # later call of this client hangs. So, as 3.12 does it, in the waiting task itself.
+    pymongo.lock.wait_for = _wait_for  # type: ignore[attr-defined]
 
 _RAW = CODEC_OPTIONS.with_options(document_class=RawBSONDocument)
 _AUTHENTICATION = (13, 18)
@@ -313,10 +326,11 @@ class MongoStore:
             )
         return done.deleted_count == 1
 
-    async def remove_echo(self, entity: Entity, id_: Any, *, op: str, timeout: float) -> None:
-        """Remove a document that is still as this insert made it."""
+    async def remove_echo(self, entity: Entity, id_: Any, *, op: str, timeout: float) -> bool:
+        """Remove a document that is still as this insert made it; whether it was."""
         async with self._asking(timeout):
-            await self._documents(entity).delete_one({"_id": id_, f"{CF}.op": op, f"{CF}.born": op})
+            done = await self._documents(entity).delete_one({"_id": id_, f"{CF}.op": op, f"{CF}.born": op})
+        return done.deleted_count == 1
 
     async def deliver(
         self, entity: Entity, before: bytes | None, document: Mapping[str, Any], *, timeout: float
