@@ -4,7 +4,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-faults check format bench model serve crossfade backfill-users backfill-users-dry setup servers-ready clean help
+.PHONY: demo test test-faults soak check format bench model serve crossfade backfill-users backfill-users-dry setup servers-ready clean help
 
 # A test run as a whole ends after this, with pytest's summary, whatever hangs.
 TEST_LIMIT ?= 35m
@@ -54,6 +54,9 @@ test: servers-ready ## all tests, on servers of their own (ARGS="-k name" picks)
 test-faults: servers-ready ## every failure at every await on a store (make test has a sample; FAULTS_SEED=1 repeats)
 	@timeout --foreground -s INT -k 60 $(TEST_LIMIT) \
 		$(BIN)/python -m pytest -n auto --maxprocesses=$(TEST_WORKERS) -m faults $(ARGS) tests/faults
+
+soak: servers-ready ## histories of many workers in trouble, for SOAK=1800 seconds (HISTORY_SEED=1 begins with that one)
+	@SOAK=$(or $(SOAK),1800) $(BIN)/python -m pytest -n 0 -s tests/histories $(ARGS)
 
 check: $(SYNCED) ## format, lint, types, layers
 	$(BIN)/ruff format --check .

@@ -66,7 +66,7 @@ if sys.version_info < (3, 12):
     # Before 3.12 `asyncio.wait_for` runs what it waits for in a task of its own. Whoever is cancelled twice meanwhile,
     # by a deadline and by the end of a request, leaves that task behind, and it takes the lock for nobody: every
     # later call of this client hangs. So, as 3.12 does it, in the waiting task itself.
-    pymongo.lock.wait_for = _wait_for  # type: ignore[attr-defined]
+    pymongo.lock.wait_for = _wait_for  # type: ignore[assignment, attr-defined]
 
 _RAW = CODEC_OPTIONS.with_options(document_class=RawBSONDocument)
 _AUTHENTICATION = (13, 18)
