@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import traceback
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -97,7 +98,9 @@ class Reconciler:
                 observe.log().debug(f"Reconciling waits: {cause}", context="Reconcile")
             except Exception as cause:
                 # Whatever one record or one round did, debts must go on being settled.
-                observe.log().error("A round of reconciling failed", context="Reconcile", exc_info=cause)
+                # As text: what shows the variables on the way, as some loggers do, shows users' documents.
+                text = "".join(traceback.format_exception(cause))
+                observe.log().error("A round of reconciling failed", context="Reconcile", exception=text)
 
     async def _background_round(self) -> None:
         board, options = self.pair.board, self.pair.options

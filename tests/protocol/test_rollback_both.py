@@ -8,7 +8,7 @@ from bson import Int64, ObjectId
 from crossfade import Busy, DuplicateKey, FailureStrategy, Undone, UndoPending
 from crossfade.record import CF, new_operation
 
-from .conftest import World
+from .conftest import PATIENCE, World
 from .test_unknown_outcomes import command
 
 ROLLBACK = FailureStrategy.ROLLBACK_BOTH
@@ -286,4 +286,24 @@ async def test_a_name_given_up_in_postgres_waits_for_the_outcome_too(open_world,
     mongo_proxy.pass_through()
     await w.reconcile()
     assert (await w.row(id_)).document["username"] == "Bob"
+    await w.assert_equal()
+
+
+async def test_a_connection_lost_while_nothing_was_confirmed_or_undone_says_so_and_no_more(
+    open_world, postgres_proxy
+):
+    w = await open_world("postgres_primary", postgres=postgres_proxy)
+    made = await w.users.insert({"username": "Bob"})
+    nobodys, writes = "0" * 32, [(w.entity, made.id, made.rev)]
+    faults = postgres_proxy.counts.faults
+    for ask in (
+        lambda: w.postgres.confirm(writes, nobodys, timeout=PATIENCE),
+        lambda: w.postgres.undo(
+            writes, nobodys, migration="accounts", epoch=w.control.epoch, timeout=PATIENCE
+        ),
+    ):
+        postgres_proxy.cut_before_request(when=lambda request: b"ROLLBACK" in request)
+        assert await ask() is False
+    assert postgres_proxy.counts.faults == faults + 2
+    await w.settle()
     await w.assert_equal()

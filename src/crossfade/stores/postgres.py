@@ -753,7 +753,7 @@ class PostgresStore:
             return False
 
         ends = time.monotonic() + timeout
-        undone = await self._bounded(work(), timeout)
+        undone = await self._bounded(_or_rolled_back(work()), timeout)
         await self._link([(entity, id_) for entity, id_, _ in writes], ends)
         return undone
 
@@ -805,7 +805,7 @@ class PostgresStore:
                 return True
             return False
 
-        return await self._bounded(work(), timeout)
+        return await self._bounded(_or_rolled_back(work()), timeout)
 
     async def outbox(self, entities: Iterable[str], *, limit: int, timeout: float) -> list[Delivery]:
         """Up to ``limit`` owed deliveries, the oldest first."""
@@ -1021,6 +1021,14 @@ class PostgresStore:
     async def history(self, migration: str, *, timeout: float) -> list[tuple[Any, ...]]:
         """(epoch, phase, changed at UTC, changed by, reason), the oldest first."""
         return await self._ask("history", timeout, migration=migration)
+
+
+async def _or_rolled_back(work: Coroutine[Any, Any, bool]) -> bool:
+    """False, too, where a transaction could not even be rolled back: its connection was lost, and it with it."""
+    try:
+        return await work
+    except Rollback:
+        return False
 
 
 def _verdict(image: Image, now: Held, same_epoch: bool, *, deleted: bool = False) -> Applied:
