@@ -70,13 +70,27 @@ def keys_to_stamp(entity: Entity, image: Image) -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class _Confirmed:
+    """A debt to be erased, once what goes on ``behind`` the commit that confirmed it has succeeded."""
+
+    entity: Entity
+    id: Any
+    rev: int
+    op: str
+    behind: tuple[asyncio.Task[None], ...]
+
+    def looked_again(self) -> bool:
+        return all(task.done() and not task.cancelled() and task.exception() is None for task in self.behind)
+
+
 @dataclass
 class Settler:
     """Settles single records of one migration, in both directions."""
 
     pair: Pair
     stepper: Stepper
-    _queue: asyncio.Queue[tuple[Entity, Any, int, str]] = field(default_factory=lambda: asyncio.Queue(10_000))
+    _queue: asyncio.Queue[_Confirmed] = field(default_factory=lambda: asyncio.Queue(10_000))
     _task: asyncio.Task[None] | None = None
 
     # --- settling in batches, behind the caller's back -------------------------------------------------------
@@ -94,11 +108,14 @@ class Settler:
                 await self._queue.join()
         await end(self._task)
 
-    def erase_soon(self, entity: Entity, image: Image) -> None:
-        """Erase a confirmed debt with the next batch; a full queue leaves it to the reconciler."""
+    def erase_soon(self, entity: Entity, image: Image, behind: Sequence[asyncio.Task[None]] = ()) -> None:
+        """Erase a confirmed debt with the next batch; a full queue leaves it to the reconciler.
+
+        ``behind``: see `PostgresStore.apply`. If that fails, the debt stands.
+        """
         if image.op is not None:
             with contextlib.suppress(asyncio.QueueFull):
-                self._queue.put_nowait((entity, image.id, image.rev, image.op))
+                self._queue.put_nowait(_Confirmed(entity, image.id, image.rev, image.op, tuple(behind)))
 
     async def _erase(self) -> None:
         while True:
@@ -108,17 +125,20 @@ class Settler:
             while not self._queue.empty() and len(batch) < 1000:
                 batch.append(self._queue.get_nowait())
             try:
-                await self._erase_batch(batch)
+                behind = {task for one in batch for task in one.behind}
+                if behind:
+                    await asyncio.wait(behind, timeout=self.pair.options.secondary_deadline)
+                await self._erase_batch([one for one in batch if one.looked_again()])
             except errors.CrossfadeError:
                 pass  # the debts stand, and the reconciler settles them
             finally:
                 for _ in batch:
                     self._queue.task_done()
 
-    async def _erase_batch(self, batch: Sequence[tuple[Entity, Any, int, str]]) -> None:
+    async def _erase_batch(self, batch: Sequence[_Confirmed]) -> None:
         by_entity: dict[str, list[tuple[Any, int, str]]] = {}
-        for entity, id_, rev, op in batch:
-            by_entity.setdefault(entity.name, []).append((id_, rev, op))
+        for one in batch:
+            by_entity.setdefault(one.entity.name, []).append((one.id, one.rev, one.op))
         for name, settled in by_entity.items():
             await self.pair.mongo.settle(
                 self.pair.entities[name], settled, timeout=self.pair.options.primary_deadline
@@ -223,10 +243,18 @@ class Settler:
                 finished += 1
         return finished
 
-    async def bring(self, entity: Entity, image: Image, control: Control, *, timeout: float) -> Settled:
+    async def bring(
+        self,
+        entity: Entity,
+        image: Image,
+        control: Control,
+        *,
+        timeout: float,
+        behind: list[asyncio.Task[None]] | None = None,
+    ) -> Settled:
         """Bring one image to PostgreSQL; on *behind*, lift and bring that.
 
-        ``timeout`` bounds each call to PostgreSQL, in seconds.
+        ``timeout`` bounds each call to PostgreSQL, in seconds; ``behind``: see `PostgresStore.apply`.
 
         Raises:
             crossfade.errors.StoreUnavailable, Fenced: the debt stays.
@@ -236,8 +264,9 @@ class Settler:
             try:
                 rows = entity.to_rows(image.document, image.keys)
                 [(verdict, held)] = await pair.postgres.apply(
-                    [(entity, image, rows)], migration=pair.name, epoch=control.epoch, timeout=timeout
-                )
+                    [(entity, image, rows)],
+                    migration=pair.name, epoch=control.epoch, timeout=timeout, behind=behind,
+                )  # fmt: skip
             except (Unmappable, errors.Quarantined) as cause:
                 return await self._quarantine(entity, image, cause, timeout=timeout)
             except RuleBroken as cause:
@@ -258,7 +287,7 @@ class Settler:
                 image = current
                 continue
             if held.rev == current.rev and held.digest == current.digest and not _covered(held):
-                self.erase_soon(entity, current)
+                self.erase_soon(entity, current, behind or ())
                 return Settled.CONFIRMED
             await self._note_row(entity, current, held)
             lifted = await self.lift(entity, image.id, above=held.highest, control=control)

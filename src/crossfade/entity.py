@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from bson.dbref import DBRef
 from sqlalchemy import Enum, String, Table
 
 from crossfade.columns import (
@@ -489,7 +490,9 @@ class Entity:
         """Lay `extra` over the columns (a field that is there keeps its place), then keep what the shape
         lists."""
         if extra is not None:
-            document.update(load_json(extra))
+            rest = load_json(extra)
+            # At the top of a document $ref and $id are fields like any other.
+            document.update(rest.as_doc() if isinstance(rest, DBRef) else rest)
         if shape is None:
             return document
         return {"_id": document["_id"], **{name: document[name] for name in load_json(shape)}}

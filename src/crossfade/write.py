@@ -669,10 +669,11 @@ class Writer:
         if flagged or not self.breaker.allows():
             return errors.StoreUnavailable("postgres", "PostgreSQL is known to be down; nobody waits for it")
         self._say(o, "Writing to PostgreSQL...")
+        behind: list[asyncio.Task[None]] = []
         try:
             # Lifting and making way take several steps: together no longer than four.
             async with asyncio.timeout(self.pair.options.secondary_deadline * 4):
-                settled = await self._bring(entity, image, o, together)
+                settled = await self._bring(entity, image, o, together, behind)
         except (errors.StoreUnavailable, TimeoutError) as cause:
             self.breaker.failed()
             self._say(o, f"PostgreSQL write failed: {cause}", warn=True)
@@ -705,11 +706,16 @@ class Writer:
                     entity, [image.id], timeout=self.pair.options.secondary_deadline
                 )
         if settled is Settled.CONFIRMED and not image.deleted and not o.rollback:
-            self.settler.erase_soon(entity, image)
+            self.settler.erase_soon(entity, image, behind)
         return None
 
     async def _bring(
-        self, entity: Entity, image: Image, o: _Operation, together: Sequence[Placed]
+        self,
+        entity: Entity,
+        image: Image,
+        o: _Operation,
+        together: Sequence[Placed],
+        behind: list[asyncio.Task[None]],
     ) -> Settled:
         timeout = self.pair.options.secondary_deadline
         if not together and not image.deleted and image.debt is not None and image.debt.group:
@@ -724,7 +730,9 @@ class Writer:
             if unlike or not image.deleted or not o.rollback:
                 return Settled.PARKED if Settled.PARKED in unlike else (unlike or brought)[0]
         elif not image.deleted:
-            return await self.settler.bring(entity, image, o.control, timeout=timeout)
+            # An open write is confirmed by its outcome: nothing of it may be left to do then.
+            prompt = None if o.rollback else behind
+            return await self.settler.bring(entity, image, o.control, timeout=timeout, behind=prompt)
         if not o.rollback:
             return await self.settler.finish_delete(entity, image, o.control)
         # Still tentative: the row goes, the document stays until success may be told.

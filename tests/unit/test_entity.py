@@ -337,6 +337,7 @@ def test_a_user_comes_back_as_it_was(document: dict[str, Any]) -> None:
 
 
 @unhurried
+@example({"_id": None, "$ref": "", "$id": []})
 @given(bs.bson_documents())
 def test_any_document_comes_back_as_it_was_or_is_refused(document: dict[str, Any]) -> None:
     for entity in (users, every):

@@ -63,6 +63,8 @@ class _RawJson(Loader):
 async def _configure(connection: AsyncConnection[Any]) -> None:
     connection.adapters.register_loader("jsonb", _RawJson)
     connection.adapters.register_loader("json", _RawJson)
+    # Every statement of every entity stays prepared: there are a few dozen.
+    connection.prepared_max = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,8 @@ class PostgresStore:
         )
         self._statements: dict[str, RowStatements] = {}
         self._lingering: set[asyncio.Task[Any]] = set()
+        #: What goes on behind commits that were answered already.
+        self.behind: set[asyncio.Task[None]] = set()
         self._weeding: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -154,7 +158,7 @@ class PostgresStore:
 
     async def close(self) -> None:
         """Close every connection; waits for no query that hangs."""
-        for task in (*self._lingering, *([self._weeding] if self._weeding else [])):
+        for task in (*self._lingering, *self.behind, *([self._weeding] if self._weeding else [])):
             task.cancel()
         await self._pool.close(timeout=0.5)
 
@@ -180,6 +184,27 @@ class PostgresStore:
         with self._translated():
             return task.result()
 
+    async def _until(
+        self, reached: asyncio.Future[Any], work: Coroutine[Any, Any, None], timeout: float
+    ) -> asyncio.Task[None]:
+        """The same until ``work`` has set ``reached``; the task, which goes on behind the caller's back."""
+
+        async def first() -> None:
+            await asyncio.wait({task, reached}, return_when=asyncio.FIRST_COMPLETED)
+
+        task = asyncio.ensure_future(work)
+        try:
+            await self._bounded(first(), timeout)
+        except BaseException:
+            self._abandon(task)
+            raise
+        if not reached.done():
+            with self._translated():
+                task.result()
+        self.behind.add(task)
+        task.add_done_callback(self._forget)
+        return task
+
     def _abandon(self, task: asyncio.Task[Any]) -> None:
         task.cancel()
         self._lingering.add(task)
@@ -187,6 +212,7 @@ class PostgresStore:
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._lingering.discard(task)
+        self.behind.discard(task)
         if not task.cancelled():
             task.exception()  # nobody waits for it any more; seen here, so that asyncio does not complain
 
@@ -309,48 +335,48 @@ class PostgresStore:
         migration: str,
         epoch: int,
         timeout: float,
+        behind: list[asyncio.Task[None]] | None = None,
     ) -> list[tuple[Applied, Held]]:
         """Apply images in one transaction, rules checked at its end; what became of each.
 
-        ``rows`` of None: a decided delete; its rows go, a tombstone comes.
+        ``rows`` of None: a decided delete; its rows go, a tombstone comes. ``behind``: do not wait for what is done
+        behind the commit; its task is put there, and until it has succeeded nothing may be settled.
 
         Raises:
             RuleBroken: one of them breaks a rule; none was applied.
             Fenced: PostgreSQL is at another epoch; none was applied.
         """
+        committed: asyncio.Future[list[tuple[Any, ...]]] = asyncio.get_running_loop().create_future()
 
-        async def work() -> list[tuple[Applied, Held]]:
+        async def work() -> None:
             statements: list[Statement] = []
+            looks: list[Statement] = []
+            records = []
             for entity, image, rows in images:
-                own = self.statements(entity)
+                own, key = self.statements(entity), id_to_text(image.id)
+                records.append((entity, key))
                 if rows is not None:
-                    statements += own.apply(image, rows, migration=migration, epoch=epoch)
+                    statements.append(own.apply(image, rows, migration=migration, epoch=epoch))
+                    looks.append(own.replace_children(image, rows, migration=migration, epoch=epoch))
                 else:
-                    statements += self._delete(
-                        entity, id_to_text(image.id), image.rev, image.op, migration, epoch
-                    )
-            names = [_name(entity, id_to_text(image.id)) for entity, image, _ in images]
-            looks = [
-                self.statements(entity).held_of(name["id"], migration=migration, epoch=epoch)
-                for (entity, _, _), name in zip(images, names, strict=True)
-            ]
-            # Whoever may have inserted looks again after its own commit. Any image may have: of a revision whose
-            # predecessors never arrived, or of a row that a delete removed while this one waited. Links are set when
-            # that is done: they wait for nobody, and nobody is to wait for them.
-            records = [(self.statements(entity), id_to_text(image.id)) for entity, image, _ in images]
-            after: list[Statement] = [s for own, id_ in records for s in own.look_again(id_)]
-            after += [s for own, id_ in records for s in own.link(id_)]
+                    statements += self._delete(entity, key, image.rev, image.op, migration, epoch)
+                    looks.append(own.held_of(key, migration=migration, epoch=epoch))
             async with self._connection(timeout) as connection:
                 answers = await self._transaction(
-                    connection, migration, statements, looks, after,
-                    records=names, defer=len(images) > 1,
-                )  # fmt: skip
-            return [
-                (_verdict(image, *held(answer), deleted=rows is None), held(answer)[0])
-                for (_, image, rows), answer in zip(images, answers, strict=True)
-            ]
+                    connection, migration, statements, looks, records=records, defer=len(images) > 1
+                )
+                committed.set_result(answers)
+                async with asyncio.timeout(timeout):
+                    await self._look_again(connection, migration, records)
 
-        return await self._bounded(work(), timeout)
+        if behind is None:
+            await self._bounded(work(), timeout)
+        else:
+            behind.append(await self._until(committed, work(), timeout))
+        return [
+            (_verdict(image, *held(answer), deleted=rows is None), held(answer)[0])
+            for (_, image, rows), answer in zip(images, committed.result(), strict=True)
+        ]
 
     async def apply_delete(
         self, entity: Entity, id_: Any, *, rev: int, op: str, migration: str, epoch: int, timeout: float
@@ -364,9 +390,9 @@ class PostgresStore:
             look = own.held_of(key, migration=migration, epoch=epoch)
             async with self._connection(timeout) as connection:
                 [answer] = await self._transaction(
-                    connection, migration, statements, [look], own.look_again(key),
-                    records=[_name(entity, key)],
-                )  # fmt: skip
+                    connection, migration, statements, [look], records=[(entity, key)]
+                )
+                await self._look_again(connection, migration, [(entity, key)], link=False)
             now, same_epoch = held(answer)
             if not same_epoch:
                 raise Fenced(f"PostgreSQL is not at epoch {epoch} of {migration}")
@@ -390,32 +416,56 @@ class PostgresStore:
         migration: str,
         statements: Sequence[Statement],
         looks: Sequence[Statement],
-        after: Sequence[Statement],
         *,
-        records: Sequence[dict[str, str]] = (),
+        records: Sequence[tuple[Entity, str]] = (),
         defer: bool = False,
     ) -> list[tuple[Any, ...]]:
-        """One transaction in one round trip; the rows of ``looks``. ``after`` runs behind its commit.
+        """One transaction in one round trip; the rows of ``looks``.
 
         ``records`` are locked, so that a delete waits for an image that is still under way: whose writer has given up
         may commit it, and be cancelled before it has looked again.
         """
         async with connection.pipeline():
             await connection.execute(b"BEGIN")
-            await connection.execute(QUERIES["lock_shared"], {"migration": migration})
+            await connection.execute(QUERIES["lock"], _locks(migration, records))
             if defer:
                 await connection.execute(b"SET CONSTRAINTS ALL DEFERRED")
-            # In one order everywhere.
-            for name in sorted(records, key=lambda name: (name["entity"], name["id"])):
-                await connection.execute(QUERIES["lock_record"], name)
             for query, parameters in statements:
                 await connection.execute(query, parameters)
             cursors = [await connection.execute(query, parameters) for query, parameters in looks]
             await connection.execute(b"COMMIT")
-            for query, parameters in after:
-                await connection.execute(query, parameters)
-            rows = [await cursor.fetchone() for cursor in cursors]
+        rows = [await cursor.fetchone() for cursor in cursors]
         return [row for row in rows if row is not None]
+
+    async def _look_again(
+        self,
+        connection: AsyncConnection[Any],
+        migration: str,
+        records: Sequence[tuple[Entity, str]],
+        *,
+        link: bool = True,
+    ) -> None:
+        """What a commit leaves to do: remove rows that a tombstone covers, and set the links of the others.
+
+        Whoever may have inserted looks again after its own commit. Any image may have: of a revision whose
+        predecessors never arrived, or of a row that a delete removed while this one waited. Links are set when that
+        is done: they wait for nobody, and nobody is to wait for them.
+        """
+        async with connection.pipeline():
+            looks = []
+            for entity, key in records:
+                looks.append(await connection.execute(*self.statements(entity).covered(key)))
+            for query, parameters in self._links(records) if link else ():
+                await connection.execute(query, parameters)
+        covered = [
+            record for record, look in zip(records, looks, strict=True) if await look.fetchone() is not None
+        ]
+        if covered:
+            drops = [s for entity, key in covered for s in self.statements(entity).drop_covered(key)]
+            await self._transaction(connection, migration, drops, [], records=covered)
+
+    def _links(self, records: Iterable[tuple[Entity, str]]) -> list[Statement]:
+        return [statement for entity, key in records for statement in self.statements(entity).link(key)]
 
     async def held(self, entity: Entity, id_: Any, *, timeout: float) -> Held:
         """What PostgreSQL holds of a record."""
@@ -459,12 +509,12 @@ class PostgresStore:
             own = self.statements(entity)
             key = id_to_text(id_)
             async with self._connection(timeout) as connection:
-                await self._transaction(connection, migration, own.drop_exactly(key, rev), [], [])
+                await self._transaction(connection, migration, own.drop_exactly(key, rev), [])
 
         await self._bounded(work(), timeout)
 
     async def _rows(
-        self, query: sql.Composed, parameters: Sequence[Any], timeout: float
+        self, query: bytes | sql.Composed, parameters: Sequence[Any], timeout: float
     ) -> list[tuple[Any, ...]]:
         async def work() -> list[tuple[Any, ...]]:
             async with self._connection(timeout) as connection:
@@ -481,7 +531,7 @@ class PostgresStore:
     async def read_where(self, entity: Entity, column: str, value: Any, *, timeout: float) -> Image | None:
         """The record whose column holds this value (the lowest id of several)."""
         own = self.statements(entity)
-        query = own.select + sql.SQL(" WHERE p.{} = %s ORDER BY p.id LIMIT 1").format(sql.Identifier(column))
+        query = own.reading(" WHERE p.{} = %s ORDER BY p.id LIMIT 1", column)
         rows = await self._rows(query, [value], timeout)
         return own.image(rows[0]) if rows else None
 
@@ -490,9 +540,9 @@ class PostgresStore:
     ) -> Image | None:
         """The record whose column holds this value, else the one that holds its normalised key; in one round trip."""
         own = self.statements(entity)
-        query = own.select + sql.SQL(
-            " WHERE p.{column} = %s OR p.{key_column} = %s ORDER BY p.{column} = %s DESC, p.id LIMIT 1"
-        ).format(column=sql.Identifier(column), key_column=sql.Identifier(key_column))
+        query = own.reading(
+            " WHERE p.{} = %s OR p.{} = %s ORDER BY p.{} = %s DESC, p.id LIMIT 1", column, key_column, column
+        )
         rows = await self._rows(query, [value, key, value], timeout)
         return own.image(rows[0]) if rows else None
 
@@ -595,19 +645,14 @@ class PostgresStore:
 
         Whatever becomes of it, the write stands; the sweep sets what is missed here.
         """
-        statements = [
-            statement
-            for entity, id_ in records
-            for statement in self.statements(entity).link(id_to_text(id_))
-        ]
+        statements = self._links((entity, id_to_text(id_)) for entity, id_ in records)
         left = ends - time.monotonic()
         if not statements or left <= 0:
             return
 
         async def work() -> None:
-            async with self._connection(left) as connection, connection.pipeline():
-                for query, parameters in statements:
-                    await connection.execute(query, parameters)
+            async with self._connection(left) as connection:
+                await _in_one_go(connection, statements)
 
         with contextlib.suppress(errors.CrossfadeError):
             await self._bounded(work(), left)
@@ -642,17 +687,16 @@ class PostgresStore:
         epoch: int,
         op: str | None,
     ) -> list[tuple[Image | None, int]]:
-        """Lock these records, in one order everywhere; (image, revision of the tombstone) of each as given."""
+        """Lock these records; (image, revision of the tombstone) of each as given."""
         names = [{"entity": entity.name, "id": id_to_text(id_)} for entity, id_, _ in writes]
         cursors = []
         async with connection.pipeline():
-            await connection.execute(QUERIES["lock_shared"], {"migration": migration})
-            for name in sorted(names, key=lambda name: (name["entity"], name["id"])):
-                await connection.execute(QUERIES["lock_record"], name)
+            records = [(entity, id_to_text(id_)) for entity, id_, _ in writes]
+            await connection.execute(QUERIES["lock"], _locks(migration, records))
             fence = await connection.execute(QUERIES["epoch_is"], {"migration": migration, "epoch": epoch})
             for (entity, _, _), name in zip(writes, names, strict=True):
                 # NO KEY: a writer that changes its mind must not keep others from linking to the record meanwhile.
-                select = self.statements(entity).select + sql.SQL(" WHERE p.id = %s FOR NO KEY UPDATE OF p")
+                select = self.statements(entity).reading(" WHERE p.id = %s FOR NO KEY UPDATE OF p")
                 row = await connection.execute(select, [name["id"]])
                 buried = await connection.execute(QUERIES["tombstone"], name)
                 cursors.append((row, buried, await connection.execute(QUERIES["outbox_row"], name)))
@@ -725,10 +769,9 @@ class PostgresStore:
 
         async def work() -> bool:
             async with self._connection(timeout) as connection, connection.transaction():
-                await connection.execute(QUERIES["lock_shared"], {"migration": migration})
-                # As a write does: all of them first, in the order that everybody has.
-                for entity, id_, _ in sorted(writes, key=_by_name):
-                    await connection.execute(QUERIES["lock_record"], _name(entity, id_to_text(id_)))
+                # As a write does: all of them first.
+                records = [(entity, id_to_text(id_)) for entity, id_, _ in writes]
+                await connection.execute(QUERIES["lock"], _locks(migration, records))
                 for entity, id_, rev in sorted(writes, key=_by_name):
                     name = _name(entity, id_to_text(id_))
                     opened = await (await connection.execute(QUERIES["outbox_row"], name)).fetchone()
@@ -779,9 +822,7 @@ class PostgresStore:
             before = decode_document(base64.b64decode(tentative["before"]))
             image = Image(id_, before, rev, op, tentative["keys"], digest(before))
             rows = entity.to_rows(before, image.keys)
-            cursor = await connection.execute(
-                own.select + sql.SQL(" WHERE p.id = %s FOR NO KEY UPDATE OF p"), [key]
-            )
+            cursor = await connection.execute(own.reading(" WHERE p.id = %s FOR NO KEY UPDATE OF p"), [key])
             there = await cursor.fetchone() is not None
             statements = own.update(image, rows, rev=rev - 1) if there else own.insert(image, rows)
         for query, parameters in statements:
@@ -1031,6 +1072,12 @@ async def _or_rolled_back(work: Coroutine[Any, Any, bool]) -> bool:
         return False
 
 
+async def _in_one_go(connection: AsyncConnection[Any], statements: Sequence[Statement]) -> None:
+    async with connection.pipeline():
+        for query, parameters in statements:
+            await connection.execute(query, parameters)
+
+
 def _verdict(image: Image, now: Held, same_epoch: bool, *, deleted: bool = False) -> Applied:
     if not same_epoch:
         raise Fenced("PostgreSQL is at another epoch")
@@ -1043,6 +1090,12 @@ def _verdict(image: Image, now: Held, same_epoch: bool, *, deleted: bool = False
 
 def _name(entity: Entity, key: str) -> dict[str, str]:
     return {"entity": entity.name, "id": key}
+
+
+def _locks(migration: str, records: Sequence[tuple[Entity, str]]) -> dict[str, Any]:
+    """Parameters of the query ``lock``: the records in one order everywhere."""
+    names = sorted((entity.name, key) for entity, key in records)
+    return {"migration": migration, "records": [f"{entity}:{key}" for entity, key in names]}
 
 
 def _by_name(write: tuple[Entity, Any, int]) -> tuple[str, str]:

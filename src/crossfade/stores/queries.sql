@@ -1,17 +1,15 @@
 -- Every fixed statement that Crossfade sends to PostgreSQL, by name. Statements on an entity's own tables are
 -- composed in `stores/postgres.py` from the entity's declaration.
 
--- name: lock_shared
--- Held by every writing transaction, so that a change of epoch (exclusive) waits for those under way.
-SELECT pg_advisory_xact_lock_shared(hashtextextended('crossfade:' || %(migration)s, 0))
+-- name: lock
+-- Shared with every writing transaction, so that a change of epoch (exclusive) waits for those under way. Then the
+-- records: an id without a row has nothing else to lock, and the numbering must not skip a tombstone, nor a delete miss
+-- a row that is not committed yet.
+SELECT pg_advisory_xact_lock_shared(hashtextextended('crossfade:' || %(migration)s, 0)),
+       (SELECT count(pg_advisory_xact_lock(hashtextextended(record, 1))::text) FROM unnest(%(records)s::text[]) AS record)
 
 -- name: lock_exclusive
 SELECT pg_advisory_xact_lock(hashtextextended('crossfade:' || %(migration)s, 0))
-
--- name: lock_record
--- An id without a row has nothing else to lock: the numbering must not skip a tombstone, and a delete must not miss a
--- row that is not committed yet.
-SELECT pg_advisory_xact_lock(hashtextextended(%(entity)s || ':' || %(id)s, 1))
 
 -- name: epoch_is
 SELECT EXISTS (SELECT FROM crossfade.control WHERE migration = %(migration)s AND epoch = %(epoch)s)

@@ -28,12 +28,21 @@ _DIALECT = _new_dialect()
 _META = ("cf_rev", "cf_op", "cf_digest", "cf_mapping")
 
 #: A statement with its parameters, in order.
-Statement = tuple[sql.Composed, Sequence[Any]]
+Statement = tuple[bytes, Sequence[Any]]
+
+
+def rendered(query: sql.Composable) -> bytes:
+    """A statement in the form that is sent: putting it together again for every record takes longer than sending it."""
+    return query.as_bytes(None)
 
 
 def _type(column: Column[Any]) -> sql.SQL:
     name = "text" if isinstance(column.type, DocumentId) else column.type.compile(dialect=_DIALECT)
     return sql.SQL(name)  # from the entity's own table, not from input
+
+
+def _cte(what: str, child: Any) -> sql.Identifier:
+    return sql.Identifier(f"{what}_{child.table.name}")
 
 
 def _is_json(column: Column[Any]) -> bool:
@@ -66,11 +75,11 @@ class _ChildStatements:
     columns: tuple[str, ...]
     key: tuple[str, ...]
     json: tuple[bool, ...]
-    put: sql.Composed
     drop_others: sql.Composed
-    drop_all: sql.Composed
-    drop_covered: sql.Composed
-    drop_now: sql.Composed
+    put: sql.Composed
+    drop_all: bytes
+    drop_covered: bytes
+    drop_now: bytes
 
 
 class RowStatements:
@@ -87,16 +96,18 @@ class RowStatements:
         values = sql.SQL(", ").join(sql.SQL("%s::") + _type(table.c[name]) for name in self.columns)
         updated = [name for name in self.columns if name != "id"]
         assigned = assignments(table, updated, "t")
-        self._apply = sql.SQL(
-            "INSERT INTO {table} AS t ({columns}) SELECT {values} "
-            "WHERE EXISTS (SELECT FROM crossfade.control WHERE migration = %s AND epoch = %s) "
-            "AND NOT EXISTS (SELECT FROM crossfade.tombstones WHERE entity = %s AND id = %s AND rev >= %s) "
-            "ON CONFLICT (id) DO UPDATE SET {assigned} "
-            "WHERE t.cf_rev < EXCLUDED.cf_rev OR (t.cf_rev = EXCLUDED.cf_rev "
-            "AND t.cf_digest = EXCLUDED.cf_digest AND t.cf_mapping < EXCLUDED.cf_mapping)"
-        ).format(table=self.table, columns=_names(self.columns), values=values, assigned=assigned)
-        self._insert = sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
-            self.table, _names(self.columns), values
+        self._apply = rendered(
+            sql.SQL(
+                "INSERT INTO {table} AS t ({columns}) SELECT {values} "
+                "WHERE EXISTS (SELECT FROM crossfade.control WHERE migration = %s AND epoch = %s) "
+                "AND NOT EXISTS (SELECT FROM crossfade.tombstones WHERE entity = %s AND id = %s AND rev >= %s) "
+                "ON CONFLICT (id) DO UPDATE SET {assigned} "
+                "WHERE t.cf_rev < EXCLUDED.cf_rev OR (t.cf_rev = EXCLUDED.cf_rev "
+                "AND t.cf_digest = EXCLUDED.cf_digest AND t.cf_mapping < EXCLUDED.cf_mapping)"
+            ).format(table=self.table, columns=_names(self.columns), values=values, assigned=assigned)
+        )
+        self._insert = rendered(
+            sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(self.table, _names(self.columns), values)
         )
         # A link whose id changes is none until it is looked for.
         self._followed = tuple(self.columns.index(of) for of in followers(table))
@@ -106,26 +117,46 @@ class RowStatements:
             )
             for of, link in followers(table).items()
         ]
-        self._update = sql.SQL("UPDATE {} SET ({}) = ROW({}){} WHERE id = %s AND cf_rev = %s").format(
-            self.table,
-            _names(updated),
-            sql.SQL(", ").join(sql.SQL("%s::") + _type(table.c[name]) for name in updated),
-            sql.Composed(links),
+        self._update = rendered(
+            sql.SQL("UPDATE {} SET ({}) = ROW({}){} WHERE id = %s AND cf_rev = %s").format(
+                self.table,
+                _names(updated),
+                sql.SQL(", ").join(sql.SQL("%s::") + _type(table.c[name]) for name in updated),
+                sql.Composed(links),
+            )
         )
-        self._links = link_one(entity)
-        self._around = lock_around(entity)
-        self.held = sql.SQL(
+        self._links = [rendered(query) for query in link_one(entity)]
+        self._around = [rendered(query) for query in lock_around(entity)]
+        held = sql.SQL(
             "SELECT r.cf_rev, r.cf_op, r.cf_digest, r.cf_mapping, "
             "(SELECT rev FROM crossfade.tombstones WHERE entity = %s AND id = %s), "
             "EXISTS (SELECT FROM crossfade.control WHERE migration = %s AND epoch = %s) "
             "FROM (SELECT) AS one LEFT JOIN {} AS r ON r.id = %s"
         ).format(self.table)
-        self._drop = sql.SQL("DELETE FROM {} WHERE id = %s AND cf_rev <= %s").format(self.table)
-        self._drop_now = sql.SQL("DELETE FROM {} WHERE id = %s AND cf_rev = %s").format(self.table)
-        self._drop_covered = sql.SQL(
-            "DELETE FROM {} AS p USING crossfade.tombstones AS t "
-            "WHERE p.id = %s AND t.entity = %s AND t.id = p.id AND t.rev >= p.cf_rev"
-        ).format(self.table)
+        self._held = rendered(held)
+        replacing = [
+            sql.SQL("{} AS ({}), {} AS ({})").format(
+                _cte("gone", child), statements.drop_others, _cte("put", child), statements.put
+            )
+            for child, statements in zip(entity.children, self._children, strict=True)
+        ]
+        self._replace_children = rendered(
+            sql.SQL("WITH {} {}").format(sql.SQL(", ").join(replacing), held) if replacing else held
+        )
+        self._covered = rendered(
+            sql.SQL(
+                "SELECT FROM crossfade.tombstones AS t JOIN {} AS p ON p.id = t.id "
+                "WHERE t.entity = %s AND t.id = %s AND t.rev >= p.cf_rev"
+            ).format(self.table)
+        )
+        self._drop = rendered(sql.SQL("DELETE FROM {} WHERE id = %s AND cf_rev <= %s").format(self.table))
+        self._drop_now = rendered(sql.SQL("DELETE FROM {} WHERE id = %s AND cf_rev = %s").format(self.table))
+        self._drop_covered = rendered(
+            sql.SQL(
+                "DELETE FROM {} AS p USING crossfade.tombstones AS t "
+                "WHERE p.id = %s AND t.entity = %s AND t.id = p.id AND t.rev >= p.cf_rev"
+            ).format(self.table)
+        )
         arrays = [
             sql.SQL("ARRAY(SELECT c.{} FROM {} AS c WHERE c.{} = p.id ORDER BY {})").format(
                 sql.Identifier(name),
@@ -140,6 +171,14 @@ class RowStatements:
             sql.SQL(", ").join([*(sql.SQL("p.") + sql.Identifier(n) for n in self.columns), *arrays]),
             self.table,
         )
+        self._reading: dict[tuple[str, ...], bytes] = {}
+
+    def reading(self, where: str, *columns: str) -> bytes:
+        """The statement that reads images: `select`, and what comes behind it, with ``columns`` for its braces."""
+        key = (where, *columns)
+        if key not in self._reading:
+            self._reading[key] = rendered(self.select + sql.SQL(where).format(*map(sql.Identifier, columns)))
+        return self._reading[key]
 
     def _child(self, child: Any) -> _ChildStatements:
         table: Table = child.table
@@ -158,7 +197,7 @@ class RowStatements:
             "p.id = %s AND p.cf_rev = %s AND p.cf_op IS NOT DISTINCT FROM %s::uuid AND p.cf_digest = %s"
         )
         put = sql.SQL(
-            "INSERT INTO {name} AS t ({columns}) SELECT u.* FROM unnest({arrays}) AS u, {parent} AS p WHERE {ours} "
+            "INSERT INTO {name} AS t ({columns}) SELECT u.* FROM unnest({arrays}) AS u, {parent} AS p WHERE {ours} {after} "
             "ON CONFLICT ({key}) DO {action}"
         ).format(
             name=name,
@@ -166,13 +205,15 @@ class RowStatements:
             arrays=arrays,
             parent=self.table,
             ours=ours,
+            # Reads what the deletion gives back, so that values are free before they are taken.
+            after=sql.SQL("AND (SELECT count(*) FROM {}) >= 0").format(_cte("gone", child)),
             key=_names(key),
             action=sql.SQL("UPDATE SET ") + assignments(table, rest, "t") if rest else sql.SQL("NOTHING"),
         )
         key_arrays = sql.SQL(", ").join(sql.SQL("%s::") + _type(table.c[c]) + sql.SQL("[]") for c in key)
         drop_others = sql.SQL(
             "DELETE FROM {name} AS c USING {parent} AS p WHERE c.{owner} = p.id AND {ours} AND NOT EXISTS "
-            "(SELECT FROM unnest({keys}) AS k ({key}) WHERE ({mine}) = ({theirs}))"
+            "(SELECT FROM unnest({keys}) AS k ({key}) WHERE ({mine}) = ({theirs})) RETURNING 1"
         ).format(
             name=name,
             parent=self.table,
@@ -183,22 +224,21 @@ class RowStatements:
             mine=sql.SQL(", ").join(sql.SQL("k.") + sql.Identifier(c) for c in key),
             theirs=sql.SQL(", ").join(sql.SQL("c.") + sql.Identifier(c) for c in key),
         )
+        drop = "DELETE FROM {} AS c USING {} AS p WHERE c.{} = p.id AND p.id = %s AND p.cf_rev "
+        drop_covered = (
+            "DELETE FROM {} AS c USING {} AS p, crossfade.tombstones AS t WHERE c.{} = p.id AND p.id = %s "
+            "AND t.entity = %s AND t.id = p.id AND t.rev >= p.cf_rev"
+        )
+        around = (name, self.table, owner)
         return _ChildStatements(
             columns,
             key,
             tuple(_is_json(table.c[c]) for c in columns),
-            put,
             drop_others,
-            sql.SQL(
-                "DELETE FROM {} AS c USING {} AS p WHERE c.{} = p.id AND p.id = %s AND p.cf_rev <= %s"
-            ).format(name, self.table, owner),
-            sql.SQL(
-                "DELETE FROM {} AS c USING {} AS p, crossfade.tombstones AS t WHERE c.{} = p.id AND p.id = %s "
-                "AND t.entity = %s AND t.id = p.id AND t.rev >= p.cf_rev"
-            ).format(name, self.table, owner),
-            sql.SQL(
-                "DELETE FROM {} AS c USING {} AS p WHERE c.{} = p.id AND p.id = %s AND p.cf_rev = %s"
-            ).format(name, self.table, owner),
+            put,
+            rendered(sql.SQL(drop + "<= %s").format(*around)),
+            rendered(sql.SQL(drop_covered).format(*around)),
+            rendered(sql.SQL(drop + "= %s").format(*around)),
         )
 
     def _parent_values(self, image: Image, rows: Rows) -> list[Any]:
@@ -208,36 +248,40 @@ class RowStatements:
             for value, json in zip(values, self._json, strict=True)
         ]
 
-    def _child_statements(self, image: Image, rows: Rows) -> list[Statement]:
+    def apply(self, image: Image, rows: Rows, *, migration: str, epoch: int) -> Statement:
+        """Put an image where it is newer than what is there, and where no tombstone covers it; its parent row."""
+        parent = self._parent_values(image, rows)
+        return self._apply, [*parent, migration, epoch, self.entity.name, rows.parent[0], image.rev]
+
+    def replace_children(
+        self, image: Image, rows: Rows, *, migration: str = "", epoch: int = -1
+    ) -> Statement:
+        """Give the parent row, where this image is the one that stands there, its child rows; then `held_of`."""
         guard = [rows.parent[0], image.rev, image.op, image.digest]
-        statements: list[Statement] = []
+        parameters: list[Any] = []
         for child, child_rows in zip(self._children, rows.children, strict=True):
             arrays: list[list[Any]] = [
                 [row[i].decode() if json and isinstance(row[i], bytes) else row[i] for row in child_rows]
                 for i, json in enumerate(child.json)
             ]
             keys = [arrays[child.columns.index(name)] for name in child.key]
-            statements.append((child.drop_others, [*guard, *keys]))
-            if child_rows:
-                statements.append((child.put, [*arrays, *guard]))
-        return statements
-
-    def apply(self, image: Image, rows: Rows, *, migration: str, epoch: int) -> list[Statement]:
-        """Put an image where it is newer than what is there, and where no tombstone covers it."""
-        id_ = rows.parent[0]
-        parent = [*self._parent_values(image, rows), migration, epoch, self.entity.name, id_, image.rev]
-        return [(self._apply, parent), *self._child_statements(image, rows)]
+            parameters += [*guard, *keys, *arrays, *guard]
+        _, look = self.held_of(rows.parent[0], migration=migration, epoch=epoch)
+        return self._replace_children, [*parameters, *look]
 
     def insert(self, image: Image, rows: Rows) -> list[Statement]:
         """A new record; PostgreSQL primary only."""
-        return [(self._insert, self._parent_values(image, rows)), *self._child_statements(image, rows)]
+        return [(self._insert, self._parent_values(image, rows)), self.replace_children(image, rows)]
 
     def update(self, image: Image, rows: Rows, *, rev: int) -> list[Statement]:
         """Replace the record that stands at ``rev``; PostgreSQL primary only."""
         parent = self._parent_values(image, rows)
         id_, *values = parent
         followed = [parent[at] for at in self._followed]
-        return [(self._update, [*values, *followed, id_, rev]), *self._child_statements(image, rows)]
+        return [
+            (self._update, [*values, *followed, id_, rev]),
+            self.replace_children(image, rows),
+        ]
 
     def drop(self, id_: str, rev: int) -> list[Statement]:
         """Remove the rows of a record at or under a revision."""
@@ -251,15 +295,16 @@ class RowStatements:
 
     def drop_covered(self, id_: str) -> list[Statement]:
         """Remove rows that a tombstone covers."""
-        return [*self._lock_around(id_), *self.look_again(id_)]
+        name = self.entity.name
+        drops = [*((c.drop_covered, [id_, name]) for c in self._children), (self._drop_covered, [id_, name])]
+        return [*self._lock_around(id_), *drops]
 
     def _lock_around(self, id_: str) -> list[Statement]:
         return [(query, [id_, id_]) for query in self._around]
 
-    def look_again(self, id_: str) -> list[Statement]:
-        """The same, after one's own commit, when there is hardly ever anything to remove."""
-        name = self.entity.name
-        return [*((c.drop_covered, [id_, name]) for c in self._children), (self._drop_covered, [id_, name])]
+    def covered(self, id_: str) -> Statement:
+        """A row if a tombstone covers the record's: looked for after one's own commit, hardly ever there."""
+        return self._covered, [self.entity.name, id_]
 
     def link(self, id_: str) -> list[Statement]:
         """Set the links of a record, and those to it: run after one's own commit."""
@@ -267,7 +312,7 @@ class RowStatements:
 
     def held_of(self, id_: str, *, migration: str, epoch: int) -> Statement:
         """What PostgreSQL holds of a record, and whether it is at this epoch."""
-        return self.held, [self.entity.name, id_, migration, epoch, id_]
+        return self._held, [self.entity.name, id_, migration, epoch, id_]
 
     def image(self, row: Sequence[Any]) -> Image:
         """The image that a row of `select` stands for."""

@@ -135,7 +135,11 @@ class FailurePoints:
         self.points, self.struck, self._counting = [], {}, True
         self._deliver.clear()
         try:
-            return await operation()
+            answer = await operation()
+            # What goes on behind the caller's back belongs to it; in this order, so that the numbers are the same ones.
+            if behind := self.cf.postgres.behind:
+                await asyncio.wait(behind, timeout=_FOREVER)
+            return answer
         finally:
             self._counting = False
             self._plan, self._lasting, self._dead = {}, False, None
