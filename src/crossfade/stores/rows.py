@@ -1,9 +1,10 @@
 """The statements on one entity's own tables, composed once from its declaration.
 
 A record is a parent row and child rows. The guard of an upsert is the revision: a row is replaced only by a
-newer image, or by the same content under a newer mapping. Child rows are replaced by statements of their own,
+newer image, or by the same content under a newer mapping. Child rows are replaced by a statement of its own,
 after the parent's, whose snapshot is taken once the parent row is locked: a statement that did both would not
-see the child rows of the transaction that it had to wait for.
+see the child rows of the transaction that it had to wait for. It also says what stands there then, so that an
+image takes two statements: each costs a caller more than what it does.
 """
 
 from __future__ import annotations
@@ -197,8 +198,8 @@ class RowStatements:
             "p.id = %s AND p.cf_rev = %s AND p.cf_op IS NOT DISTINCT FROM %s::uuid AND p.cf_digest = %s"
         )
         put = sql.SQL(
-            "INSERT INTO {name} AS t ({columns}) SELECT u.* FROM unnest({arrays}) AS u, {parent} AS p WHERE {ours} {after} "
-            "ON CONFLICT ({key}) DO {action}"
+            "INSERT INTO {name} AS t ({columns}) SELECT u.* FROM unnest({arrays}) AS u, {parent} AS p "
+            "WHERE {ours} {after} ON CONFLICT ({key}) DO {action}"
         ).format(
             name=name,
             columns=_names(columns),
