@@ -34,6 +34,8 @@ from crossfade.values import Unmappable, digest, digest_of_bytes, encode_documen
 ATTEMPTS = 8
 #: Records that may have to change places in one transaction: a chain of renames longer than this is parked.
 LONGEST_CHAIN = 16
+#: Bytes of BSON that are settled in one transaction.
+MOST_TOGETHER = 8 * 2**20
 
 
 class Settled(StrEnum):
@@ -482,6 +484,69 @@ class Settler:
                 with contextlib.suppress(errors.CrossfadeError):
                     await pair.postgres.release(each, [one.id], timeout=timeout)
         return brought[0]
+
+    async def settle_many(self, entity: Entity, ids: Sequence[Any], control: Control) -> set[str]:
+        """Settle what these records owe, in one transaction of PostgreSQL; the id texts of those that owe no more.
+
+        What owes nothing but its own image, and that PostgreSQL takes. The others are `settle_one`'s, and it decides
+        what becomes of them: this only spares the many that an outage leaves a transaction each.
+
+        Raises:
+            crossfade.errors.StoreUnavailable, Fenced: the debts stay.
+        """
+        pair = self.pair
+        timeout = pair.options.primary_deadline
+        images, all_of_them = await pair.mongo.owing(entity, ids, size=MOST_TOGETHER, timeout=timeout)
+        owe = images if all_of_them else ids
+        unsettled = {id_to_text(one.id if isinstance(one, Image) else one) for one in owe}
+        done = {id_to_text(id_) for id_ in ids} - unsettled  # by another reconciler
+        if not images:
+            return done
+        # A document over a tombstone may be the echo of an insert.
+        buried = await pair.mongo.buried_among(entity, ids, timeout=timeout)
+        ready: list[tuple[Entity, Image, Rows]] = []
+        for image in sorted(images, key=lambda image: id_to_text(image.id)):
+            owes_more = image.deleted or image.is_open or image.steps is not None or image.done
+            if (
+                image.debt is None
+                or image.debt.group
+                or image.debt.parked
+                or owes_more
+                or id_to_text(image.id) in buried
+            ):
+                continue
+            with contextlib.suppress(Unmappable):
+                ready.append((entity, image, entity.to_rows(image.document, image.keys)))
+        confirmed = await self._apply_many(ready, control, timeout=timeout)
+        settled = [(image.id, image.rev, image.op) for image in confirmed if image.op is not None]
+        await pair.mongo.settle(entity, settled, timeout=timeout)
+        with contextlib.suppress(errors.CrossfadeError):
+            await pair.postgres.release(entity, [id_ for id_, _, _ in settled], timeout=timeout)
+        return done | {id_to_text(id_) for id_, _, _ in settled}
+
+    async def _apply_many(
+        self, images: Sequence[tuple[Entity, Image, Rows]], control: Control, *, timeout: float
+    ) -> list[Image]:
+        """Apply them together; where PostgreSQL refuses that, halves of them. Those that it holds now."""
+        if not images:
+            return []
+        try:
+            answers = await self.pair.postgres.apply(
+                images, migration=self.pair.name, epoch=control.epoch, timeout=timeout
+            )
+        except (RuleBroken, errors.Quarantined):
+            if len(images) == 1:
+                return []
+            half = len(images) // 2
+            return [
+                *await self._apply_many(images[:half], control, timeout=timeout),
+                *await self._apply_many(images[half:], control, timeout=timeout),
+            ]
+        return [
+            image
+            for (_, image, _), (verdict, _) in zip(images, answers, strict=True)
+            if verdict is not Applied.BEHIND
+        ]
 
     async def _settle_open(self, entity: Entity, image: Image, control: Control, *, undo: bool) -> Settled:
         """Settle an open write; ``undo``: it is past its deadline. Of a step, another record decides."""

@@ -33,6 +33,8 @@ from crossfade.write import Writer
 #: A foreign writer's clock may be this wrong before the sweep by ``updatedAt`` misses its write.
 OVERLAP = timedelta(seconds=60)
 _AT_ONCE = 8
+#: Records that are settled in one transaction: none of them takes another write meanwhile.
+_TOGETHER = 100
 _BATCH = 1000
 
 
@@ -166,7 +168,7 @@ class Reconciler:
     ) -> Round:
         """Settle these, in random order, some at once; stops asking a store that does not answer."""
         done = Round()
-        waiting = list(debts)
+        waiting = await self._settle_together(debts, control, done)
         random.shuffle(waiting)
 
         async def work() -> None:
@@ -204,6 +206,46 @@ class Reconciler:
         await asyncio.gather(*(work() for _ in range(_AT_ONCE)))
         done.failed += len(waiting)
         return done
+
+    async def _settle_together(
+        self, debts: Sequence[Owed | Delivery], control: Control, done: Round
+    ) -> list[Owed | Delivery]:
+        """Settle the plain debts of an outage by the hundred; what is left, for one by one."""
+        plain: dict[str, list[Owed]] = {}
+        left: list[Owed | Delivery] = []
+        for debt in debts:
+            if isinstance(debt, Delivery) or debt.tombstone or debt.tentative or debt.parked is not None:
+                left.append(debt)
+            else:
+                plain.setdefault(debt.entity, []).append(debt)
+        portions = []
+        for owed in plain.values():
+            if len(owed) < _TOGETHER:
+                left += owed
+                continue
+            # By id, so that two reconcilers lock in one order; in random order, so that they seldom meet.
+            owed.sort(key=lambda debt: id_to_text(debt.id))
+            portions += [owed[at : at + _TOGETHER] for at in range(0, len(owed), _TOGETHER)]
+        random.shuffle(portions)
+
+        async def work() -> None:
+            while portions:
+                portion = portions.pop()
+                entity = self.pair.entities[portion[0].entity]
+                settled: set[str] = set()
+                try:
+                    settled = await self.settler.settle_many(entity, [debt.id for debt in portion], control)
+                except (errors.StoreUnavailable, Fenced):
+                    left.extend(debt for portion in portions for debt in portion)
+                    portions.clear()
+                except errors.CrossfadeError:
+                    pass  # what stands in its way is for `settle_one` to find out
+                left.extend(debt for debt in portion if id_to_text(debt.id) not in settled)
+                done.settled += len(settled)
+                observe.SETTLED.labels(self.pair.name, entity.name).inc(len(settled))
+
+        await asyncio.gather(*(work() for _ in range(2)))
+        return left
 
     def _rests(self, debt: Owed | Delivery) -> bool:
         """Whether a debt that was refused is left alone: tried again now and then, never in a hot loop."""

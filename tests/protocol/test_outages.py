@@ -41,6 +41,37 @@ async def test_postgres_is_away_and_mongo_decides_and_the_reconciler_catches_up_
     await w.assert_equal()
 
 
+async def test_the_debts_of_an_outage_are_settled_together_and_a_refused_one_does_not_keep_the_others(
+    open_world, postgres_proxy, monkeypatch
+):
+    w = await open_world("dual_write", postgres=postgres_proxy)
+    deleted, renamed = [(await w.users.insert({"username": name})).id for name in ("deleted", "renamed")]
+    postgres_proxy.refuse()
+    ids = [(await w.users.insert({"username": f"user {n}", "friends": [renamed]})).id for n in range(230)]
+    refused = await w.users.insert({"username": "refused", "n": 666})
+    await w.users.delete(deleted)
+    await w.users.update(renamed, {"username": "renamed since"})
+    await w.users.insert({"username": "RENAMED"})
+    postgres_proxy.pass_through()
+    apply, transactions = w.cf.postgres.apply, []
+
+    async def counted(images, **how):
+        transactions.append(len(images))
+        return await apply(images, **how)
+
+    monkeypatch.setattr(w.cf.postgres, "apply", counted)
+    await w.reconcile()
+    # Two hundred in two or, around the refused one, in halves; the rest one by one.
+    assert len(transactions) < 100
+    assert [owed.id for owed in await w.owed()] == [refused.id]
+    assert "users_n_allowed" in w.debt(refused.id)["parked"]
+    assert await w.row(deleted) is None
+    assert all([await w.row(id_) for id_ in ids])
+    await w.users.update(refused.id, {"n": 1})
+    await w.reconcile()
+    await w.assert_equal()
+
+
 async def test_mongo_is_away_and_postgres_decides_and_the_outbox_is_delivered_by_itself(
     open_world, mongo_proxy
 ):

@@ -15,8 +15,9 @@ from .conftest import BOTH_PRIMARIES, PATIENCE, eventually, requests_entity
 from .test_images import apply, apply_delete, image_of
 
 
-def links(w):
+async def links(w):
     """{(owner, friend): the link is set}, and that a link never differs from the id that it follows."""
+    await w.settle()  # they are set behind the commit
     rows = w.sql("SELECT user_id, friend_id, friend_ref FROM user_friends")
     assert all(ref in (None, friend) for _, friend, ref in rows)
     return {(owner, friend): ref is not None for owner, friend, ref in rows}
@@ -31,7 +32,7 @@ async def test_a_friend_who_is_there_is_linked_at_once(open_world, phase):
     w = await open_world(phase)
     ann = (await w.users.insert({"username": "Ann"})).id
     bob = (await w.users.insert({"username": "Bob", "friends": [ann]})).id
-    assert links(w) == {pair(bob, ann): True}
+    assert await links(w) == {pair(bob, ann): True}
     await w.assert_equal()
 
 
@@ -40,12 +41,12 @@ async def test_a_friend_who_is_not_there_yet_is_linked_when_he_comes(open_world,
     w = await open_world(phase)
     ann = ObjectId()
     bob = (await w.users.insert({"username": "Bob", "friends": [ann]})).id
-    assert links(w) == {pair(bob, ann): False}
+    assert await links(w) == {pair(bob, ann): False}
     assert await w.postgres.waiting_references(w.m.entities.values(), timeout=PATIENCE) == {
         "user_friends.friend_ref": 1
     }
     await w.users.insert({"_id": ann, "username": "Ann"})
-    assert links(w) == {pair(bob, ann): True}
+    assert await links(w) == {pair(bob, ann): True}
     assert await w.postgres.waiting_references(w.m.entities.values(), timeout=PATIENCE) == {}
     await w.assert_equal()
 
@@ -56,10 +57,10 @@ async def test_a_friend_who_goes_leaves_his_name_and_no_link_until_he_is_back(op
     ann = (await w.users.insert({"username": "Ann"})).id
     bob = (await w.users.insert({"username": "Bob", "friends": [ann]})).id
     await w.users.delete(ann)
-    assert links(w) == {pair(bob, ann): False}
+    assert await links(w) == {pair(bob, ann): False}
     assert (await w.users.get(bob))["friends"] == [ann], "what the record says is not changed"
     await w.users.insert({"_id": ann, "username": "Ann"})
-    assert links(w) == {pair(bob, ann): True}
+    assert await links(w) == {pair(bob, ann): True}
     await w.assert_equal()
 
 
@@ -70,9 +71,9 @@ async def test_an_exchanged_friend_exchanges_the_link(open_world, phase):
     nobody = ObjectId()
     bob = (await w.users.insert({"username": "Bob", "friends": [ann, ann]})).id
     await w.users.update(bob, {"friends": [nobody, ann]})
-    assert links(w) == {pair(bob, nobody): False, pair(bob, ann): True}
+    assert await links(w) == {pair(bob, nobody): False, pair(bob, ann): True}
     await w.users.update(bob, {"friends": [bob]})
-    assert links(w) == {pair(bob, bob): True}
+    assert await links(w) == {pair(bob, bob): True}
     await w.assert_equal()
 
 
@@ -82,18 +83,19 @@ async def test_a_record_is_linked_by_its_own_columns_too(open_world, phase):
     ann, nobody = (await w.users.insert({"username": "Ann"})).id, ObjectId()
     made = await w.m["friend_requests"].insert({"sender": ann, "receiver": nobody, "status": "pending"})
 
-    def linked():
+    async def linked():
+        await w.settle()
         return w.sql("SELECT sender_ref, receiver_ref FROM friend_requests")
 
-    assert linked() == [(id_to_text(ann), None)]
+    assert await linked() == [(id_to_text(ann), None)]
     await w.m["friend_requests"].update(made.id, {"sender": nobody, "receiver": ann})
-    assert linked() == [(None, id_to_text(ann))]
+    assert await linked() == [(None, id_to_text(ann))]
     await w.m["friend_requests"].update(made.id, {"status": "accepted"})
-    assert linked() == [(None, id_to_text(ann))], "a change of something else leaves it alone"
+    assert await linked() == [(None, id_to_text(ann))], "a change of something else leaves it alone"
     await w.users.delete(ann)
-    assert linked() == [(None, None)]
+    assert await linked() == [(None, None)]
     await w.users.insert({"_id": nobody, "username": "Cat"})
-    assert linked() == [(id_to_text(nobody), None)]
+    assert await linked() == [(id_to_text(nobody), None)]
 
 
 async def test_two_who_name_each_other_are_linked_whatever_the_order(open_world):
@@ -105,7 +107,7 @@ async def test_two_who_name_each_other_are_linked_whatever_the_order(open_world)
             apply(w, image_of(ann, 1, friends=[bob], username=str(ann))),
             apply(w, image_of(bob, 1, friends=[ann], username=str(bob))),
         )
-        found = links(w)
+        found = await links(w)
         assert (found[pair(ann, bob)], found[pair(bob, ann)]) == (True, True)
 
 
@@ -122,7 +124,7 @@ async def test_two_who_name_each_other_go_at_once(open_world, database_url):
         await asyncio.sleep(0.3)
         await other.rollback()
         await both
-    assert links(w) == {}
+    assert await links(w) == {}
 
 
 async def test_a_friend_whose_row_is_locked_keeps_nobody_waiting(open_world, database_url):
@@ -134,9 +136,9 @@ async def test_a_friend_whose_row_is_locked_keeps_nobody_waiting(open_world, dat
         bob = (await w.users.insert({"username": "Bob", "friends": [ann]})).id
         await w.settle()
         assert w.debt(bob) is None, "written without waiting"
-        assert links(w) == {pair(bob, ann): False}
+        assert await links(w) == {pair(bob, ann): False}
     assert await w.m.reconciler.link() == 1
-    assert links(w) == {pair(bob, ann): True}
+    assert await links(w) == {pair(bob, ann): True}
     await w.assert_equal()
 
 
@@ -147,7 +149,7 @@ async def test_what_a_crash_left_unlinked_the_sweep_links(open_world):
     w.sql("UPDATE user_friends SET friend_ref = NULL")
 
     async def linked():
-        return links(w) == {pair(bob, ann): True}
+        return await links(w) == {pair(bob, ann): True}
 
     await eventually(linked)
 
@@ -162,7 +164,7 @@ async def test_a_friend_in_quarantine_is_missing_and_shown_until_he_is_mended(op
     assert status["waiting_references"] == {"user_friends.friend_ref": 1}
     w.documents.update_one({"_id": ann}, {"$set": {"username": "Ann"}})
     await w.m.reconciler.full_sweep()
-    assert links(w) == {pair(bob, ann): True}
+    assert await links(w) == {pair(bob, ann): True}
     assert (await gather_status(w.m))["waiting_references"] == {}
 
 

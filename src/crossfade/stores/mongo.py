@@ -237,6 +237,31 @@ class MongoStore:
             raw = await self._raw_documents(entity).find_one({"_id": id_})
         return None if raw is None else bytes(raw.raw)
 
+    async def owing(
+        self, entity: Entity, ids: Sequence[Any], *, size: int, timeout: float
+    ) -> tuple[list[Image], bool]:
+        """The images of those of these records that are in debt, ``size`` bytes of them at most; whether that is all.
+
+        It is not where there are more, or one that cannot be read.
+        """
+        images: list[Image] = []
+        all_of_them = True
+        query = {"_id": {"$in": list(ids)}, f"{CF}.debt": {"$exists": True}}
+        cursor = self._raw_documents(entity).find(query)
+        async with self._asking(timeout):
+            try:
+                async for raw in cursor:
+                    size -= len(raw.raw)
+                    if size < 0 and images:
+                        return images, False
+                    try:
+                        images.append(Image.from_raw(bytes(raw.raw)))
+                    except Unmappable:
+                        all_of_them = False
+            finally:
+                await cursor.close()
+        return images, all_of_them
+
     async def notes(
         self, entity: Entity, id_: Any, fields: Iterable[str], *, timeout: float
     ) -> dict[str, Any] | None:
@@ -508,6 +533,13 @@ class MongoStore:
         return Tombstone(
             entity.name, id_, int(note["rev"]), note["op"], "debt" in note, tuple(note.get("born", ()))
         )
+
+    async def buried_among(self, entity: Entity, ids: Sequence[Any], *, timeout: float) -> set[str]:
+        """Id texts of those of ``ids`` that have a tombstone."""
+        keys = [{"entity": entity.name, "id": id_to_text(id_)} for id_ in ids]
+        async with self._asking(timeout):
+            found = await self.database[TOMBSTONES].find({"_id": {"$in": keys}}, {"_id": 1}).to_list()
+        return {note["_id"]["id"] for note in found}
 
     async def settle_tombstone(self, entity: Entity, id_: Any, *, rev: int, op: str, timeout: float) -> None:
         """Erase a tombstone's debt, where it still stands at this revision and operation."""

@@ -451,21 +451,32 @@ class PostgresStore:
         predecessors never arrived, or of a row that a delete removed while this one waited. Links are set when that
         is done: they wait for nobody, and nobody is to wait for them.
         """
+        by_entity = _by_entity(records)
         async with connection.pipeline():
-            looks = []
-            for entity, key in records:
-                looks.append(await connection.execute(*self.statements(entity).covered(key)))
-            for query, parameters in self._links(records) if link else ():
-                await connection.execute(query, parameters)
-        covered = [
-            record for record, look in zip(records, looks, strict=True) if await look.fetchone() is not None
-        ]
+            looks = [
+                (entity, await connection.execute(*self.statements(entity).covered(keys)))
+                for entity, keys in by_entity
+            ]
+        covered = [(entity, key) for entity, look in looks for (key,) in await look.fetchall()]
         if covered:
             drops = [s for entity, key in covered for s in self.statements(entity).drop_covered(key)]
             await self._transaction(connection, migration, drops, [], records=covered)
+        if link:
+            await self._set_links(connection, records)
 
-    def _links(self, records: Iterable[tuple[Entity, str]]) -> list[Statement]:
-        return [statement for entity, key in records for statement in self.statements(entity).link(key)]
+    async def _set_links(
+        self, connection: AsyncConnection[Any], records: Sequence[tuple[Entity, str]]
+    ) -> None:
+        statements = [
+            statement
+            for entity, keys in _by_entity(records)
+            for statement in self.statements(entity).link(keys)
+        ]
+        while statements:
+            async with connection.pipeline():
+                asked = [(each, await connection.execute(*each)) for each in statements]
+            # Each sets a portion.
+            statements = [each for each, cursor in asked if cursor.rowcount >= PORTION]
 
     async def held(self, entity: Entity, id_: Any, *, timeout: float) -> Held:
         """What PostgreSQL holds of a record."""
@@ -645,14 +656,14 @@ class PostgresStore:
 
         Whatever becomes of it, the write stands; the sweep sets what is missed here.
         """
-        statements = self._links((entity, id_to_text(id_)) for entity, id_ in records)
+        linked = [(entity, id_to_text(id_)) for entity, id_ in records if self.statements(entity).link(())]
         left = ends - time.monotonic()
-        if not statements or left <= 0:
+        if not linked or left <= 0:
             return
 
         async def work() -> None:
             async with self._connection(left) as connection:
-                await _in_one_go(connection, statements)
+                await self._set_links(connection, linked)
 
         with contextlib.suppress(errors.CrossfadeError):
             await self._bounded(work(), left)
@@ -1072,12 +1083,6 @@ async def _or_rolled_back(work: Coroutine[Any, Any, bool]) -> bool:
         return False
 
 
-async def _in_one_go(connection: AsyncConnection[Any], statements: Sequence[Statement]) -> None:
-    async with connection.pipeline():
-        for query, parameters in statements:
-            await connection.execute(query, parameters)
-
-
 def _verdict(image: Image, now: Held, same_epoch: bool, *, deleted: bool = False) -> Applied:
     if not same_epoch:
         raise Fenced("PostgreSQL is at another epoch")
@@ -1090,6 +1095,13 @@ def _verdict(image: Image, now: Held, same_epoch: bool, *, deleted: bool = False
 
 def _name(entity: Entity, key: str) -> dict[str, str]:
     return {"entity": entity.name, "id": key}
+
+
+def _by_entity(records: Iterable[tuple[Entity, str]]) -> list[tuple[Entity, list[str]]]:
+    keys: dict[str, tuple[Entity, list[str]]] = {}
+    for entity, key in records:
+        keys.setdefault(entity.name, (entity, []))[1].append(key)
+    return list(keys.values())
 
 
 def _locks(migration: str, records: Sequence[tuple[Entity, str]]) -> dict[str, Any]:

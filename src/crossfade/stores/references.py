@@ -128,9 +128,9 @@ def _ready(n: int) -> sql.Identifier:
     return sql.Identifier(f"ready_{n}")
 
 
-def link_one(entity: Entity) -> list[sql.Composed]:
-    """Statements that set the links that one record may have made possible, of either end, given its id."""
-    return _link_around(entity, sql.SQL("c.{} = %s"))
+def link_some(entity: Entity) -> list[sql.Composed]:
+    """Statements that set the links that records may have made possible, of either end, given an array of their ids."""
+    return _link_around(entity, sql.SQL("c.{} = ANY(%s)"))
 
 
 def link_range(entity: Entity) -> list[sql.Composed]:

@@ -21,7 +21,7 @@ from sqlalchemy.engine import Dialect
 from crossfade.entity import DocumentId, Entity, Rows
 from crossfade.errors import ConfigurationError
 from crossfade.record import Held, Image
-from crossfade.stores.references import followers, identifier, link_one, lock_around
+from crossfade.stores.references import followers, identifier, link_some, lock_around
 from crossfade.values import digest, id_to_text
 
 _new_dialect: Callable[[], Dialect] = postgresql.dialect
@@ -126,7 +126,7 @@ class RowStatements:
                 sql.Composed(links),
             )
         )
-        self._links = [rendered(query) for query in link_one(entity)]
+        self._links = [rendered(query) for query in link_some(entity)]
         self._around = [rendered(query) for query in lock_around(entity)]
         held = sql.SQL(
             "SELECT r.cf_rev, r.cf_op, r.cf_digest, r.cf_mapping, "
@@ -146,8 +146,8 @@ class RowStatements:
         )
         self._covered = rendered(
             sql.SQL(
-                "SELECT FROM crossfade.tombstones AS t JOIN {} AS p ON p.id = t.id "
-                "WHERE t.entity = %s AND t.id = %s AND t.rev >= p.cf_rev"
+                "SELECT p.id FROM crossfade.tombstones AS t JOIN {} AS p ON p.id = t.id "
+                "WHERE t.entity = %s AND t.id = ANY(%s) AND t.rev >= p.cf_rev"
             ).format(self.table)
         )
         self._drop = rendered(sql.SQL("DELETE FROM {} WHERE id = %s AND cf_rev <= %s").format(self.table))
@@ -303,13 +303,13 @@ class RowStatements:
     def _lock_around(self, id_: str) -> list[Statement]:
         return [(query, [id_, id_]) for query in self._around]
 
-    def covered(self, id_: str) -> Statement:
-        """A row if a tombstone covers the record's: looked for after one's own commit, hardly ever there."""
-        return self._covered, [self.entity.name, id_]
+    def covered(self, ids: Sequence[str]) -> Statement:
+        """Which of these records a tombstone covers: asked after one's own commit, when there is hardly ever one."""
+        return self._covered, [self.entity.name, list(ids)]
 
-    def link(self, id_: str) -> list[Statement]:
-        """Set the links of a record, and those to it: run after one's own commit."""
-        return [(query, [id_]) for query in self._links]
+    def link(self, ids: Sequence[str]) -> list[Statement]:
+        """Set the links of records, and those to them, a portion of them: run after one's own commit."""
+        return [(query, [list(ids)]) for query in self._links]
 
     def held_of(self, id_: str, *, migration: str, epoch: int) -> Statement:
         """What PostgreSQL holds of a record, and whether it is at this epoch."""
