@@ -47,6 +47,7 @@ DEBT = "debt is atomic with data"
 KEPT = "no lost write"
 STRATEGY = "strategy honoured"
 CONVERGENCE = "convergence"
+READS = "no older read"
 
 CASES = (
     Case("updates", "record.pml", ("UPDATES", "THERE", "ROLLBACK", "SLOW=2", "CRASH")),
@@ -66,11 +67,17 @@ CASES = (
     Case("delete_not_decided", "record.pml", (*_DELETES, "DELETE_NOT_DECIDED"), KEPT),
     Case("debt_after_data", "record.pml", ("UPDATES", "THERE", "DEBT_AFTER_DATA"), DEBT),
     Case("undo_by_key", "record.pml", ("UPDATES", "THERE", "ROLLBACK", "UNDO_BY_KEY"), KEPT),
+    Case("reads", "reads.pml", ("FAILURES=1",)),
+    Case("reads_and_deletes", "reads.pml", ("DELETES", "FAILURES=1"), deep=True),
+    Case("age_from_the_end_of_a_look", "reads.pml", ("FAILURES=1", "AGE_FROM_THE_END_OF_A_LOOK"), READS),
+    Case("acknowledged_at_once", "reads.pml", ("FAILURES=1", "ACKNOWLEDGED_AT_ONCE"), READS),
+    Case("lifted_in_one_step", "reads.pml", ("FAILURES=1", "LIFTED_IN_ONE_STEP"), READS),
     Case("no_look_after_commit", "record.pml", (*_DELETES, "BACKFILL", "NO_LOOK_AFTER_COMMIT"), DEBT),
 )
 
 #: What an assertion is about, by a word of it. The first that is found counts.
 _PROPERTIES = (
+    ("acknowledged", READS),
     ("touched", DEBT),
     ("took", KEPT),
     ("latest", KEPT),
@@ -79,7 +86,19 @@ _PROPERTIES = (
     ("rounds", CONVERGENCE),
     ("invalid end state", CONVERGENCE),
 )
-_PROCESSES = ("at first", "worker 1", "worker 2", "reconciler", "foreign writer", "network", "backfill")
+#: By model: who writes a line of a counterexample, and what stands above its columns.
+_PROCESSES = {
+    "record.pml": ("at first", "worker 1", "worker 2", "reconciler", "foreign writer", "network", "backfill"),
+    "reads.pml": (
+        "at first", "worker 1", "worker 2", "looks of 1", "looks of 2", "reconciler 1", "reconciler 2"
+    ),
+}  # fmt: skip
+_HEADS = {
+    "record.pml": ("document: revision", "notes", "tombstone", "row: revision", "tombstone"),
+    "reads.pml": (
+        "document", "tombstone", "row", "buried", "flag", "board of 1", "board of 2", "acknowledged"
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +152,7 @@ def check(case: Case) -> Verdict:
             return Verdict(states, seconds, "", ())
         found = next((name for word, name in _PROPERTIES if word in wrong.group(1)), wrong.group(1))
         trail = _run([str(spin()), "-t", "-T", source.name], folder)
-        return Verdict(states, seconds, found, tuple(_table(trail)))
+        return Verdict(states, seconds, found, tuple(_table(case.model, trail)))
 
 
 def _run(words: Sequence[str], folder: Path) -> str:
@@ -146,25 +165,18 @@ def _run(words: Sequence[str], folder: Path) -> str:
     return done.stdout
 
 
-def _table(trail: str) -> list[str]:
+def _table(model: str, trail: str) -> list[str]:
     """The model's own lines of a trail, in columns."""
     lines = [line.split("|")[1:] for line in trail.splitlines() if line.startswith("|")]
     if not lines:
         return ["(the model printed nothing)"]
-    rows = [["", "does", "next", *heads(len(lines[0]) - 3)]]
-    rows += [[_PROCESSES[int(who)], *rest] for who, *rest in lines]
+    rows = [["", "does", "next", *_HEADS[model]]]
+    rows += [[_PROCESSES[model][int(who)], *rest] for who, *rest in lines]
     rows[1][1:3] = ["", ""]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-
-
-def heads(columns: int) -> list[str]:
-    """What stands above the columns of a counterexample."""
-    if columns == 5:
-        return ["document: revision", "notes", "tombstone", "row: revision", "tombstone"]
-    return [""] * columns
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -34,6 +34,7 @@ def said_of(case: str) -> str:
         "backfill",
         "foreign_writer",
         "foreign_writer_and_slow_secondary",
+        "reads",
     ],
 )
 def test_every_promise_holds_in_every_state(scope: str) -> None:
@@ -55,6 +56,9 @@ def test_every_promise_holds_in_every_state(scope: str) -> None:
         ("debt_after_data", "debt is atomic with data"),
         ("undo_by_key", "no lost write"),
         ("no_look_after_commit", "debt is atomic with data"),
+        ("age_from_the_end_of_a_look", "no older read"),
+        ("acknowledged_at_once", "no older read"),
+        ("lifted_in_one_step", "no older read"),
     ],
 )
 def test_a_broken_variant_is_rejected_with_the_way_there(variant: str, violated: str) -> None:
