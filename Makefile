@@ -4,7 +4,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-faults soak check format bench model serve crossfade backfill-users backfill-users-dry setup servers-ready clean help
+.PHONY: demo test test-faults soak check format bench model mutants serve crossfade backfill-users backfill-users-dry setup servers-ready clean help
 
 # A test run as a whole ends after this, with pytest's summary, whatever hangs.
 TEST_LIMIT ?= 35m
@@ -76,6 +76,9 @@ bench: servers-ready ## benchmarks, all or NAME=backfill (ARGS= are its argument
 
 model: $(SYNCED) ## the formal model, and that broken variants are found (ARGS="--deep", ARGS=undo_by_key)
 	@$(BIN)/python -m model.check $(ARGS)
+
+mutants: servers-ready ## break the protocol on purpose: do the tests notice? (ARGS="--drawn 10", ARGS=undo_by_key)
+	@$(BIN)/python -m mutants.check $(ARGS)
 
 serve: $(SYNCED) ## the reference service on port 5000, on one's own servers (.env) or embedded ones
 	@$(LOCATED) alembic upgrade head

@@ -21,18 +21,16 @@ from datetime import UTC, datetime, timedelta
 from importlib import resources
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
 import pymongo
 from bson import ObjectId
 from psycopg import sql
-from sqlalchemy import create_engine
 
+from bench import make_tables, with_database
 from crossfade.bulk.backfill import Backfill, Report
 from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.bulk_postgres import BulkPostgres
-from scorekeeper.schema import metadata
 from scorekeeper.users.entity import users
 
 GOAL_SPEED = 0.4
@@ -66,11 +64,6 @@ def documents(count: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def with_database(uri: str, name: str) -> str:
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(path=f"/{name}"))
-
-
 def fill_mongo(uri: str, count: int) -> None:
     with pymongo.MongoClient[dict[str, Any]](uri) as client:
         collection = client.get_default_database()["users"]
@@ -92,9 +85,7 @@ def make_database(url: str) -> str:
         connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(NAME)))
         connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0").format(sql.Identifier(NAME)))
     own = with_database(url, NAME)
-    engine = create_engine(own.replace("postgresql://", "postgresql+psycopg://"))
-    metadata.create_all(engine)
-    engine.dispose()
+    make_tables(own)
     with psycopg.connect(own, autocommit=True) as connection:
         connection.execute(resources.files("crossfade.stores").joinpath("schema.sql").read_bytes())
         connection.execute(

@@ -1,40 +1,43 @@
-"""Settling what an outage of PostgreSQL left in debt: by one reconciler, by two and by twenty at once.
+"""Settling what an outage of PostgreSQL left in debt: by one reconciler, two and twenty, and under traffic.
 
-    python -m bench.drain [--debts 20000]
+    python -m bench.drain [--debts 100000]
 
 Users are put into MongoDB as a worker leaves them that cannot reach PostgreSQL: with their first revision, its
-operation and its debt. Then the reconcilers drain them, nobody else writes, and the debts must be gone. Ends with a
-JSON line per figure; rates depend on the machine.
+operation and its debt. Then the reconcilers drain them, and the debts must be gone. At last once more, while other
+users are written and read by a worker in the same process; beside it the same traffic alone. Ends with a JSON line per
+figure; rates depend on the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
+import statistics
 import time
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
 import pymongo
 from bson import ObjectId
 from bson.int64 import Int64
-from sqlalchemy import create_engine
 
-from bench.backfill import with_database
+from bench import two_databases
 from bench.write_latency import document
 from crossfade import Crossfade, Migration, Options, observe
-from crossfade.embedded import EmbeddedServers
 from crossfade.record import CF, Debt, new_operation
-from scorekeeper.schema import metadata
 from scorekeeper.users.entity import users
 
 NAME = "crossfade_drain"
 GOAL = 3000
 MANY = 20
+#: Reads and writes a second beside the last drain, and seconds without one.
+RATE, QUIET_SECONDS = 50, 10.0
 #: Nothing settles behind the bench's back.
-QUIET = Options(poll=3600.0, board_age=3600.0, lease=7200.0, sweep=0, full_sweep=0, postgres_pool=3)
+QUIET = Options(poll=3600.0, board_age=3600.0, lease=7200.0, sweep=0, full_sweep=0, postgres_pool=6)
 
 
 def owe(mongo_uri: str, debts: int, epoch: int) -> None:
@@ -52,17 +55,19 @@ def owe(mongo_uri: str, debts: int, epoch: int) -> None:
 
 
 async def drain(accounts: list[Migration]) -> float:
-    """Seconds until nothing is owed."""
+    """Seconds until nothing is owed of what was when it began."""
     began = time.perf_counter()
     await asyncio.gather(*(each.reconciler.reconcile() for each in accounts))
-    took = time.perf_counter() - began
-    left = (await accounts[0].board.refresh()).debts
+    return time.perf_counter() - began
+
+
+async def nothing_is_owed(worker: Migration) -> None:
+    await worker.settler._queue.join()
+    left = (await worker.board.refresh()).debts
     assert not left, f"{len(left)} debts are left"
-    return took
 
 
 async def run(mongo_uri: str, database_url: str, debts: int) -> bool:
-    mongo_uri = with_database(mongo_uri, NAME)
     async with AsyncExitStack() as stack:
         workers = []
         for _ in range(MANY):
@@ -77,17 +82,64 @@ async def run(mongo_uri: str, database_url: str, debts: int) -> bool:
                 await clear(store, mongo_uri, database_url)
             await asyncio.to_thread(owe, mongo_uri, debts, workers[0].board.control.epoch)
             took = await drain(workers[:reconcilers])
+            await nothing_is_owed(workers[0])
             rates.append(debts / took)
             print(f"{reconcilers} reconciler(s): {debts:,} debts in {took:.1f} s", flush=True)
+        rate, alone, beside = await beside_traffic(workers[0], mongo_uri, database_url, debts)
     one, two, many = rates
     figures = [
         ("debts settled a second, one reconciler", round(one), "records/s", f">= {GOAL}", one >= GOAL),
         ("two reconcilers against one", round(two / one, 2), "x", "not slower", two >= 0.9 * one),
         ("twenty reconcilers against one", round(many / one, 2), "x", "not slower", many >= 0.9 * one),
     ]
+    print(f"under traffic: p99 {alone:.1f} ms alone, {beside:.1f} ms beside the drain", flush=True)
+    figures += [
+        ("debts settled a second under traffic", round(rate), "records/s", f">= {GOAL}", rate >= GOAL),
+        ("p99 of traffic beside it", round(beside / alone, 2), "x", "<= 2", beside <= 2 * alone),
+    ]
     for figure, value, unit, goal, holds in figures:
         print(json.dumps({"figure": figure, "value": value, "unit": unit, "goal": goal, "holds": holds}))
     return all(figure[-1] for figure in figures)
+
+
+async def traffic(accounts: Migration, ids: list[ObjectId], until: asyncio.Event) -> list[float]:
+    """Milliseconds that a read and a write took, `RATE` of them a second."""
+    took = []
+    for id_ in itertools.cycle(ids):
+        if until.is_set():
+            return took
+        began = time.perf_counter()
+        record = await accounts.users.get(id_)
+        assert record is not None
+        await accounts.users.update(id_, {"lastLogin": datetime.now(UTC)})
+        took.append((time.perf_counter() - began) * 1000)
+        await asyncio.sleep(max(0.0, 1 / RATE - took[-1] / 1000))
+    return took
+
+
+async def beside_traffic(
+    worker: Migration, mongo_uri: str, database_url: str, debts: int
+) -> tuple[float, float, float]:
+    """Records settled a second while others are written, and the p99 of that traffic without and with it."""
+    for store in ("mongo", "postgres"):
+        await clear(store, mongo_uri, database_url)
+    ids = [(await worker.users.insert(document(f"{n}"))).id for n in range(200)]
+    quiet = asyncio.Event()
+    asyncio.get_running_loop().call_later(QUIET_SECONDS, quiet.set)
+    alone = await traffic(worker, ids, quiet)
+    await asyncio.to_thread(owe, mongo_uri, debts, worker.board.control.epoch)
+    drained = asyncio.Event()
+    beside = asyncio.create_task(traffic(worker, ids, drained))
+    took = await drain([worker])
+    drained.set()
+    found = debts / took, p99(alone), p99(await beside)
+    await worker.reconciler.reconcile()
+    await nothing_is_owed(worker)
+    return found
+
+
+def p99(values: list[float]) -> float:
+    return statistics.quantiles(values, n=100)[98]
 
 
 async def clear(store: str, mongo_uri: str, database_url: str) -> None:
@@ -102,17 +154,11 @@ async def clear(store: str, mongo_uri: str, database_url: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--debts", type=int, default=20_000)
+    parser.add_argument("--debts", type=int, default=100_000)
     debts = parser.parse_args().debts
     observe.configure_logging("warning")
-    with EmbeddedServers(environ={}) as servers:
-        with psycopg.connect(servers.database_url, autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {NAME}")
-        url = with_database(servers.database_url, NAME)
-        engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
-        metadata.create_all(engine)
-        engine.dispose()
-        return 0 if asyncio.run(run(servers.mongo_uri, url, debts)) else 1
+    with two_databases(NAME) as (mongo_uri, url):
+        return 0 if asyncio.run(run(mongo_uri, url, debts)) else 1
 
 
 if __name__ == "__main__":

@@ -26,12 +26,9 @@ from bson import ObjectId
 from psycopg_pool import AsyncConnectionPool
 from pymongo import AsyncMongoClient
 from pymongo.write_concern import WriteConcern
-from sqlalchemy import create_engine
 
-from bench.backfill import with_database
+from bench import two_databases
 from crossfade import Crossfade, Migration, observe
-from crossfade.embedded import EmbeddedServers
-from scorekeeper.schema import metadata
 from scorekeeper.users.entity import USERNAME_RULE, users
 
 NAME = "crossfade_latency"
@@ -167,7 +164,6 @@ def report(operation: str, took: dict[str, list[float]]) -> bool:
 
 
 async def run(mongo_uri: str, database_url: str, operations: int) -> bool:
-    mongo_uri = with_database(mongo_uri, NAME)
     async with AsyncExitStack() as stack:
         client: AsyncMongoClient[dict[str, Any]] = await stack.enter_async_context(
             AsyncMongoClient(mongo_uri)
@@ -194,16 +190,10 @@ def main() -> int:
     parser.add_argument("--operations", type=int, default=600)
     operations = parser.parse_args().operations
     observe.configure_logging("warning")
-    with EmbeddedServers(environ={}) as servers:
-        with psycopg.connect(servers.database_url, autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {NAME}")
-        url = with_database(servers.database_url, NAME)
-        engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
-        metadata.create_all(engine)
-        engine.dispose()
+    with two_databases(NAME) as (mongo_uri, url):
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute(TABLE)
-        return 0 if asyncio.run(run(servers.mongo_uri, url, operations)) else 1
+        return 0 if asyncio.run(run(mongo_uri, url, operations)) else 1
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from crossfade import errors, observe
 from crossfade.control import SWITCHING, Control, ControlRecord
 from crossfade.entity import Entity
 from crossfade.record import new_operation
+from crossfade.seen import Seen
 from crossfade.stores.mongo import MongoStore, Owed
 from crossfade.stores.postgres import Delivery, PostgresStore
 from crossfade.values import id_to_text
@@ -76,7 +77,7 @@ class Options:
     parked_retry: float = 30.0
     sweep: float = 2.0
     full_sweep: float = 300.0
-    board_limit: int = 10_000
+    board_limit: int = 2_000
     mongo_pool: int = 50
     postgres_pool: int = 20
     background: int = 200
@@ -130,7 +131,11 @@ class Board:
     _task: asyncio.Task[None] | None = None
     #: The flag "secondary unreadable" as last seen (None: it may be read), and since when.
     _flag: tuple[str | None, float] | None = None
+    #: When the last look began that saw the flag stand; None: the last one saw that it does not.
+    _standing: float | None = None
     _first_seen: dict[tuple[Any, ...], float] = field(default_factory=dict)
+    #: Looks since the secondary answered.
+    _silent: int = 0
 
     @property
     def control(self) -> Control:
@@ -183,7 +188,7 @@ class Board:
         began = boot_clock()
         # A secondary that hangs must not age the board and the lease: only the primary is waited for.
         known = self.look.control.phase.rules.secondary if self.look is not None else None
-        seen = await self.record.look(timeout=options.lease / 2, brief=known, brief_timeout=options.poll)
+        seen = await self.record.look(timeout=options.lease / 2, brief=known, brief_timeout=self._brief())
         control = seen.control
         if control is None:
             raise errors.SchemaNotReady(
@@ -228,17 +233,20 @@ class Board:
             if self.look is not None and look.began < self.look.began:
                 return look  # another look began later and was faster
             self._note_ages(look)
-            self._note_flag(control)
+            self._note_flag(control, began)
             self.look = look
             self._changed.notify_all()
         return look
 
-    def _note_flag(self, control: Control) -> float:
-        """Since when this worker has seen the flag that stands now."""
+    def _note_flag(self, control: Control, began: float) -> None:
+        """Remember since when this worker has seen the flag that stands now, and in which look last."""
         token = None if control.lifting else control.unreadable
         if self._flag is None or self._flag[0] != token:
             self._flag = (token, boot_clock())
-        return self._flag[1]
+        if token is None:
+            self._standing = None
+        elif self._standing is None or began > self._standing:
+            self._standing = began
 
     def _note_ages(self, look: Look) -> None:
         """Remember since when each revision in debt has been seen; the reconciler goes by that."""
@@ -285,33 +293,51 @@ class Board:
         Raises:
             crossfade.errors.StoreUnavailable: the flag could not be set.
         """
+        if not self._stands():
+            async with self._flagging:
+                # Who has waited here mostly finds it done: one look for all of them.
+                if not self._stands():
+                    await self._set_flag(token)
+        assert self._flag is not None
+        await self._outlast_boards(self._flag[1])
+
+    def _stands(self) -> bool:
+        """Whether the flag stood in a look so young that nobody can have made the secondary readable since."""
+        seen = self._standing
+        return seen is not None and boot_clock() - seen <= self.options.board_age
+
+    async def _set_flag(self, token: str) -> None:
         control = self.control
-        if control.unreadable is not None and not control.lifting and self.age <= self.options.board_age:
-            await self._outlast_boards(self._note_flag(control))
-            return
-        async with self._flagging:
-            for _ in range(20):
-                seen = await self.record.look(
-                    timeout=self.options.primary_deadline,
-                    brief=control.phase.rules.secondary,
-                    brief_timeout=self.options.poll,
-                )
-                now = seen.control
-                if now is None:
-                    raise errors.StoreUnavailable("mongo", "the control record cannot be read")
-                if now.unreadable is not None and not now.lifting:
-                    known = self._flag is not None and self._flag[0] == now.unreadable
-                    since = self._flag[1] if known and self._flag else boot_clock()
-                    break
-                new = now.changed(
-                    by="a worker", reason="a write met a failure", unreadable=token, lifting=False
-                )
-                if await self.record.change(now, new, timeout=self.options.primary_deadline, copy=False):
-                    since = boot_clock()
-                    break
-            else:
-                raise errors.StoreUnavailable("mongo", "the control record could not be changed")
-        await self._outlast_boards(since)
+        for _ in range(20):
+            began = boot_clock()
+            seen = await self.record.look(
+                timeout=self.options.primary_deadline,
+                brief=control.phase.rules.secondary,
+                brief_timeout=self._brief(),
+            )
+            now = seen.control
+            if now is None or not seen.decisive:
+                raise errors.StoreUnavailable("mongo", "the control record cannot be read")
+            if now.unreadable is not None and not now.lifting:
+                self._note_flag(now, began)
+                return
+            new = now.changed(by="a worker", reason="a write met a failure", unreadable=token, lifting=False)
+            if await self.record.change(now, new, timeout=self.options.primary_deadline, copy=False):
+                self._note_flag(new, began)
+                return
+        raise errors.StoreUnavailable("mongo", "the control record could not be changed")
+
+    def _brief(self) -> float:
+        """Seconds that the secondary has to show its copy of the control record: few, once it has not answered.
+
+        Now and then it has them all, or a slow one would never be heard again.
+        """
+        look = self.look
+        answered = look is None or (
+            look.postgres if look.control.phase.rules.primary == "mongo" else look.mongo
+        )
+        self._silent = 0 if answered else self._silent + 1
+        return self.options.poll if self._silent % 4 == 0 else min(self.options.poll, 0.05)
 
     async def _outlast_boards(self, since: float) -> None:
         """Wait until every board is too old that began before the flag was seen; once per failure, not per write.
@@ -367,3 +393,4 @@ class Pair:
     postgres: PostgresStore
     board: Board
     options: Options
+    seen: Seen = field(default_factory=Seen)

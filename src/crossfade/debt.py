@@ -27,7 +27,7 @@ from crossfade.entity import Entity, Rows, UniqueRule
 from crossfade.record import CF, Applied, Debt, Held, Image, new_operation
 from crossfade.steps import Placed, Stepper
 from crossfade.stores.errors import RuleBroken
-from crossfade.stores.postgres import Change, Delivery
+from crossfade.stores.postgres import Ahead, Change, Delivery
 from crossfade.values import Unmappable, digest, digest_of_bytes, encode_document, id_to_text, text_to_id
 
 #: How often a record that keeps changing under us is tried again before it is left to the next round.
@@ -253,10 +253,12 @@ class Settler:
         *,
         timeout: float,
         behind: list[asyncio.Task[None]] | None = None,
+        ahead: Ahead | None = None,
     ) -> Settled:
         """Bring one image to PostgreSQL; on *behind*, lift and bring that.
 
-        ``timeout`` bounds each call to PostgreSQL, in seconds; ``behind``: see `PostgresStore.apply`.
+        ``timeout`` bounds each call to PostgreSQL, in seconds; ``behind``: see `PostgresStore.apply`; ``ahead``: the
+        image, where it is on its way already.
 
         Raises:
             crossfade.errors.StoreUnavailable, Fenced: the debt stays.
@@ -264,11 +266,18 @@ class Settler:
         pair = self.pair
         for _ in range(ATTEMPTS):
             try:
-                rows = entity.to_rows(image.document, image.keys)
-                [(verdict, held)] = await pair.postgres.apply(
-                    [(entity, image, rows)],
-                    migration=pair.name, epoch=control.epoch, timeout=timeout, behind=behind,
-                )  # fmt: skip
+                brought = None
+                if ahead is not None and behind is not None and ahead.brings(image):
+                    brought = await ahead.commit(behind)
+                elif ahead is not None:
+                    ahead.drop()  # it would keep this one waiting
+                if brought is None:
+                    rows = entity.to_rows(image.document, image.keys)
+                    [brought] = await pair.postgres.apply(
+                        [(entity, image, rows)],
+                        migration=pair.name, epoch=control.epoch, timeout=timeout, behind=behind,
+                    )  # fmt: skip
+                verdict, held = brought
             except (Unmappable, errors.Quarantined) as cause:
                 return await self._quarantine(entity, image, cause, timeout=timeout)
             except RuleBroken as cause:
@@ -311,6 +320,7 @@ class Settler:
             image = await pair.mongo.read(entity, id_, timeout=timeout)
             if image is None or image.deleted or image.is_open or await self.is_echo(entity, image):
                 return None
+            buried = await pair.mongo.buried_among(entity, [id_], timeout=timeout)
             stale = keys_to_stamp(entity, image)
             keys = {rule: unique_key(key, id_) if rule in suffixed else key for rule, key in stale.items()}
             named = entity.keys(image.document)
@@ -320,7 +330,7 @@ class Settler:
                     id_,
                     rev=image.rev,
                     set_={
-                        f"{CF}.rev": Int64(max(image.rev, above) + 1),
+                        f"{CF}.rev": Int64(max(image.rev, above, *buried.values()) + 1),
                         f"{CF}.op": new_operation(),
                         f"{CF}.debt": Debt(control.epoch).to_document(),
                         **{f"{CF}.keys.{rule}": key for rule, key in keys.items()},
@@ -470,6 +480,9 @@ class Settler:
             await self.roll_forward(entity, image, control, ends=boot_clock() + timeout)
         if image.deleted:
             return await self.finish_delete(entity, image, control)
+        if not await pair.mongo.standing(entity, [image], timeout=timeout):
+            # An insert that a delete overtook: settled as it is, it would stand at a revision that was told before.
+            return await self.bring_tombstone(entity, id_, control, timeout=timeout)
         if image.debt is None:
             adopted = await self._adopt(entity, image, control)
             if adopted is None:
@@ -485,8 +498,11 @@ class Settler:
                     await pair.postgres.release(each, [one.id], timeout=timeout)
         return brought[0]
 
-    async def settle_many(self, entity: Entity, ids: Sequence[Any], control: Control) -> set[str]:
-        """Settle what these records owe, in one transaction of PostgreSQL; the id texts of those that owe no more.
+    async def settle_many(
+        self, entity: Entity, ids: Sequence[Any], control: Control
+    ) -> tuple[set[str], set[str]]:
+        """Settle what these records owe, in one transaction of PostgreSQL; the id texts of those that were settled so,
+        and of those that others have settled meanwhile.
 
         What owes nothing but its own image, and that PostgreSQL takes. The others are `settle_one`'s, and it decides
         what becomes of them: this only spares the many that an outage leaves a transaction each.
@@ -497,15 +513,16 @@ class Settler:
         pair = self.pair
         timeout = pair.options.primary_deadline
         images, all_of_them = await pair.mongo.owing(entity, ids, size=MOST_TOGETHER, timeout=timeout)
-        owe = images if all_of_them else ids
-        unsettled = {id_to_text(one.id if isinstance(one, Image) else one) for one in owe}
-        done = {id_to_text(id_) for id_ in ids} - unsettled  # by another reconciler
+        there = {id_to_text(image.id) for image in images}
+        elsewhere = {id_to_text(id_) for id_ in ids} - there if all_of_them else set[str]()
         if not images:
-            return done
+            return set(), elsewhere
         # A document over a tombstone may be the echo of an insert.
         buried = await pair.mongo.buried_among(entity, ids, timeout=timeout)
         ready: list[tuple[Entity, Image, Rows]] = []
-        for image in sorted(images, key=lambda image: id_to_text(image.id)):
+        for number, image in enumerate(sorted(images, key=lambda image: id_to_text(image.id))):
+            if number % 16 == 0:
+                await asyncio.sleep(0)  # others in this process are waiting
             owes_more = image.deleted or image.is_open or image.steps is not None or image.done
             if (
                 image.debt is None
@@ -522,7 +539,7 @@ class Settler:
         await pair.mongo.settle(entity, settled, timeout=timeout)
         with contextlib.suppress(errors.CrossfadeError):
             await pair.postgres.release(entity, [id_ for id_, _, _ in settled], timeout=timeout)
-        return done | {id_to_text(id_) for id_, _, _ in settled}
+        return {id_to_text(id_) for id_, _, _ in settled}, elsewhere
 
     async def _apply_many(
         self, images: Sequence[tuple[Entity, Image, Rows]], control: Control, *, timeout: float
@@ -576,6 +593,15 @@ class Settler:
                 return None if held.mapping == entity.mapping_version else image
             if image.rev > held.highest:
                 return image  # nothing in PostgreSQL stands against it
+        if held.rev is not None and 0 < image.rev < held.rev:
+            notes = await self.pair.mongo.notes(
+                entity, image.id, (), timeout=self.pair.options.primary_deadline
+            )
+            now = (notes or {}).get(CF) or {}
+            if (now.get("rev"), now.get("op")) != (image.rev, image.op):
+                return None  # written since it was read: that write brings its own
+            # A document from a backup: what is gone with it is not lost.
+            await self._note_row(entity, image, held)
         return await self.lift(entity, image.id, above=held.highest, control=control)
 
     # --- ROLLBACK_BOTH, MongoDB primary ----------------------------------------------------------------------

@@ -17,7 +17,6 @@ from typing import Any, Literal, Self
 
 from crossfade import errors, observe
 from crossfade.board import Board, Options, Pair
-from crossfade.breaker import Breaker
 from crossfade.control import Control, ControlRecord
 from crossfade.debt import Settler, unique_key
 from crossfade.entity import Entity
@@ -258,11 +257,9 @@ class Migration:
         self.record = ControlRecord(name, mongo, postgres)
         self.board = Board(name, by_name, mongo, postgres, self.record, options)
         self.pair = Pair(name, by_name, mongo, postgres, self.board, options)
-        # One breaker for both: what a writer has learnt of PostgreSQL spares the readers the wait, too.
-        breaker = Breaker()
         self.settler = Settler(self.pair, Stepper(self.pair))
-        self.writer = Writer(self.pair, self.settler, breaker)
-        self.reader = Reader(self.pair, Breaker())
+        self.writer = Writer(self.pair, self.settler)
+        self.reader = Reader(self.pair)
         self.reconciler = Reconciler(self.pair, self.settler, self.writer)
         self._handles = {entity.name: EntityHandle(self, entity) for entity in entities}
         self._first = first

@@ -48,7 +48,10 @@ class Reader:
         options = self.pair.options
 
         async def mongo(timeout: float) -> Image | None:
-            return _alive(await self.pair.mongo.read(entity, id_, timeout=timeout))
+            found = await self.pair.mongo.read(entity, id_, timeout=timeout)
+            if found is None or found.deleted:
+                return None
+            return next(iter(await self.pair.mongo.standing(entity, [found], timeout=timeout)), None)
 
         async def postgres(timeout: float) -> Image | None:
             return await self.pair.postgres.read(entity, id_, timeout=timeout)
@@ -56,7 +59,7 @@ class Reader:
         found, source, stale = await self._first(
             entity, mongo, postgres, options.primary_deadline, id_=id_, missing=lambda image: image is None
         )
-        return None if found is None else _record(found, source, stale=stale)
+        return None if found is None else self.pair.seen.record(entity, found, source, stale=stale)
 
     async def find_by_key(self, entity: Entity, rule_name: str, value: str) -> Record | None:
         """The record that holds ``value`` under a unique rule: exactly as spelt, else normalised; or None."""
@@ -78,7 +81,7 @@ class Reader:
         found, source, stale = await self._first(
             entity, mongo, postgres, self.pair.options.primary_deadline, missing=lambda image: image is None
         )
-        return None if found is None else _record(found, source, stale=stale)
+        return None if found is None else self.pair.seen.record(entity, found, source, stale=stale)
 
     async def _mongo_by_key(
         self, entity: Entity, rule: UniqueRule, value: str, phase: Phase, timeout: float
@@ -92,6 +95,7 @@ class Reader:
             # Before `crossfade init` has stamped them, old documents have no normalised key.
             likeness = {"$regex": f"^\\s*{re.escape(value.strip())}\\s*$", "$options": "i"}
             found = await self.pair.mongo.find(entity, {rule.field: likeness}, limit=1, timeout=timeout)
+        found = await self.pair.mongo.standing(entity, found, timeout=timeout)
         exact = [image for image in found if image.document.get(rule.field) == value]
         return next(iter(exact or found), None)
 
@@ -99,7 +103,8 @@ class Reader:
         """Up to ``limit`` records whose fields equal these values, by id."""
 
         async def mongo(timeout: float) -> list[Image]:
-            return await self.pair.mongo.find(entity, where, limit=limit, timeout=timeout)
+            found = await self.pair.mongo.find(entity, where, limit=limit, timeout=timeout)
+            return await self.pair.mongo.standing(entity, found, timeout=timeout)
 
         async def postgres(timeout: float) -> list[Image]:
             return await self.pair.postgres.find(entity, where, limit=limit, timeout=timeout)
@@ -107,7 +112,7 @@ class Reader:
         found, source, stale = await self._first(
             entity, mongo, postgres, self.pair.options.primary_deadline, where=where
         )
-        return [_record(image, source, stale=stale) for image in found]
+        return [self.pair.seen.record(entity, image, source, stale=stale) for image in found]
 
     async def count(self, entity: Entity, where: Mapping[str, Any]) -> int:
         """How many records have fields that equal these values."""
@@ -176,7 +181,7 @@ class Reader:
             if where is not None and not self.pair.postgres.can_find(entity, where):
                 raise
             answer = await self._guarded(postgres)
-            if missing is not None and missing(answer):
+            if not _can_be_marked(answer):
                 raise
             self._count(entity, "postgres", "mongo failed")
             return answer, "postgres", True
@@ -203,6 +208,9 @@ class Reader:
                 answer = await mongo(self.pair.options.secondary_deadline * 4)
             except _FAILED:
                 raise cause from None
+            if not _can_be_marked(answer):
+                # Without a mark it would pass for the truth, and MongoDB may not have heard of it yet.
+                raise
             self._count(entity, "mongo", "postgres failed")
             return answer, "mongo", True
         self.breaker.succeeded()
@@ -264,12 +272,9 @@ class Reader:
         observe.READS.labels(self.pair.name, entity.name, source, reason or "first").inc()
 
 
-def _alive(image: Image | None) -> Image | None:
-    return None if image is None or image.deleted else image
-
-
-def _record(image: Image, source: str, *, stale: bool) -> Record:
-    return Record(image.id, image.document, image.rev, source, stale)
+def _can_be_marked(answer: object) -> bool:
+    """Whether it can say that it may be old: a record can; that there is none, and a number, cannot."""
+    return isinstance(answer, Image) or (isinstance(answer, list) and bool(answer))
 
 
 def _rule(entity: Entity, name: str) -> UniqueRule:

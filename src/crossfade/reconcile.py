@@ -11,9 +11,10 @@ against the rows' digests, which also finds what was deleted behind our back.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import traceback
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -26,7 +27,7 @@ from crossfade.entity import Entity
 from crossfade.record import Image, new_operation
 from crossfade.stores.errors import Fenced
 from crossfade.stores.mongo import Owed
-from crossfade.stores.postgres import Delivery
+from crossfade.stores.postgres import Claim, Delivery
 from crossfade.values import Unmappable, id_to_text
 from crossfade.write import Writer
 
@@ -34,8 +35,12 @@ from crossfade.write import Writer
 OVERLAP = timedelta(seconds=60)
 _AT_ONCE = 8
 #: Records that are settled in one transaction: none of them takes another write meanwhile.
-_TOGETHER = 100
+_TOGETHER = 250
+#: Plain debts of an entity that are worth it.
+_MANY = 50
 _BATCH = 1000
+#: Seconds between two questions whether others are done: looking what is left would take time from them.
+_PAUSE = 0.25
 
 
 @dataclass
@@ -46,6 +51,7 @@ class Round:
         settled, parked, open: debts by how they ended; ``open``: still tentative, or written meanwhile.
         failed: a store did not answer.
         adopted: foreign writes that a sweep lifted.
+        elsewhere: debts that another reconciler has settled, or is about to.
         cause: why the last one failed.
     """
 
@@ -54,6 +60,7 @@ class Round:
     open: int = 0
     failed: int = 0
     adopted: int = 0
+    elsewhere: int = 0
     cause: str = ""
 
 
@@ -153,12 +160,14 @@ class Reconciler:
             total.settled += done.settled
             total.parked, total.open, total.failed = done.parked, done.open, done.failed
             total.cause = done.cause or total.cause
-            if look.overflown and done.settled:
+            if done.elsewhere:
+                await self._until_others_are_done()
+            if look.overflown and (done.settled or done.elsewhere):
                 mine = None  # the board shows only so many at a time
                 continue
-            if done.failed or (not done.settled and not done.open):
+            if done.failed or not (done.settled or done.open or done.elsewhere):
                 return total
-            if done.open:
+            if done.open and not done.settled:
                 if not wait_for_open or boot_clock() - began > self.pair.options.tentative * 4 + 10:
                     return total
                 await asyncio.sleep(self.pair.options.poll)
@@ -211,41 +220,62 @@ class Reconciler:
         self, debts: Sequence[Owed | Delivery], control: Control, done: Round
     ) -> list[Owed | Delivery]:
         """Settle the plain debts of an outage by the hundred; what is left, for one by one."""
-        plain: dict[str, list[Owed]] = {}
-        left: list[Owed | Delivery] = []
-        for debt in debts:
-            if isinstance(debt, Delivery) or debt.tombstone or debt.tentative or debt.parked is not None:
-                left.append(debt)
-            else:
-                plain.setdefault(debt.entity, []).append(debt)
-        portions = []
-        for owed in plain.values():
-            if len(owed) < _TOGETHER:
-                left += owed
-                continue
-            # By id, so that two reconcilers lock in one order; in random order, so that they seldom meet.
-            owed.sort(key=lambda debt: id_to_text(debt.id))
-            portions += [owed[at : at + _TOGETHER] for at in range(0, len(owed), _TOGETHER)]
-        random.shuffle(portions)
+        portions, left = _portions(debts)
+        if not portions:
+            return left
+        try:
+            async with self._claim() as claim:
+                if not claim.mine:
+                    done.elsewhere += sum(map(len, portions))
+                    return left
+                while portions:
+                    before = done.settled
+                    async with asyncio.TaskGroup() as two:
+                        for _ in range(2):
+                            two.create_task(self._work(portions, left, claim, control, done))
+                    look = self.pair.board.look
+                    if look is None or not look.overflown or done.settled == before:
+                        break
+                    # The board shows only so many at a time; whoever has the claim goes on.
+                    portions, _ = _portions((await self.pair.board.refresh()).debts)
+        except (errors.StoreUnavailable, Fenced):
+            pass
+        return left + [debt for portion in portions for debt in portion]
 
-        async def work() -> None:
-            while portions:
-                portion = portions.pop()
-                entity = self.pair.entities[portion[0].entity]
-                settled: set[str] = set()
-                try:
-                    settled = await self.settler.settle_many(entity, [debt.id for debt in portion], control)
-                except (errors.StoreUnavailable, Fenced):
-                    left.extend(debt for portion in portions for debt in portion)
-                    portions.clear()
-                except errors.CrossfadeError:
-                    pass  # what stands in its way is for `settle_one` to find out
-                left.extend(debt for debt in portion if id_to_text(debt.id) not in settled)
+    def _claim(self) -> contextlib.AbstractAsyncContextManager[Claim]:
+        """One reconciler at a time settles what there is much of: two would get into each other's way."""
+        return self.pair.postgres.claim(f"drain:{self.pair.name}", timeout=self.pair.options.primary_deadline)
+
+    async def _until_others_are_done(self) -> None:
+        while True:
+            await asyncio.sleep(_PAUSE * (1 + random.random()))
+            async with self._claim() as claim:
+                if claim.mine:
+                    return
+
+    async def _work(
+        self, portions: list[list[Owed]], left: list[Any], claim: Claim, control: Control, done: Round
+    ) -> None:
+        """Settle portion after portion; what is not settled so is ``left``."""
+        while portions:
+            portion = portions.pop()
+            entity = self.pair.entities[portion[0].entity]
+            settled: set[str] = set()
+            try:
+                await claim.stay()
+                settled, elsewhere = await self.settler.settle_many(
+                    entity, [debt.id for debt in portion], control
+                )
                 done.settled += len(settled)
+                done.elsewhere += len(elsewhere)
                 observe.SETTLED.labels(self.pair.name, entity.name).inc(len(settled))
-
-        await asyncio.gather(*(work() for _ in range(2)))
-        return left
+                settled |= elsewhere
+            except (errors.StoreUnavailable, Fenced):
+                left += [debt for each in portions for debt in each]
+                portions.clear()
+            except errors.CrossfadeError:
+                pass  # what stands in its way is for `settle_one` to find out
+            left += [debt for debt in portion if id_to_text(debt.id) not in settled]
 
     def _rests(self, debt: Owed | Delivery) -> bool:
         """Whether a debt that was refused is left alone: tried again now and then, never in a hot loop."""
@@ -363,6 +393,25 @@ class Reconciler:
                 )
                 await self.settler.bring_tombstone(entity, id_, control, timeout=timeout)
                 adopted += 1
+
+
+def _portions(debts: Iterable[Owed | Delivery]) -> tuple[list[list[Owed]], list[Owed | Delivery]]:
+    """Plain debts that are many, by the hundred, and all the others."""
+    plain: dict[str, list[Owed]] = {}
+    others: list[Owed | Delivery] = []
+    for debt in debts:
+        if isinstance(debt, Delivery) or debt.tombstone or debt.tentative or debt.parked is not None:
+            others.append(debt)
+        else:
+            plain.setdefault(debt.entity, []).append(debt)
+    portions: list[list[Owed]] = []
+    for owed in plain.values():
+        if len(owed) < _MANY:
+            others += owed
+            continue
+        owed.sort(key=lambda debt: id_to_text(debt.id))
+        portions += [owed[at : at + _TOGETHER] for at in range(0, len(owed), _TOGETHER)]
+    return portions, others
 
 
 def _parked_key(debt: Owed | Delivery) -> tuple[str, str, int]:

@@ -216,6 +216,11 @@ class Image:
         """Whether a ``ROLLBACK_BOTH`` write of it still waits for its outcome."""
         return self.debt is not None and self.debt.tentative is not None
 
+    @property
+    def is_newborn(self) -> bool:
+        """Whether it is as its insert made it, and still in debt: nobody may have told of it yet."""
+        return self.op is not None and self.op == self.born and self.debt is not None
+
     @classmethod
     def from_raw(cls, raw: bytes) -> Image:
         """The image that a stored document stands for.
@@ -277,7 +282,7 @@ class Held:
         return max(-1 if self.rev is None else self.rev, -1 if self.tombstone is None else self.tombstone)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Record:
     """What an application gets: a document, and where it came from.
 
@@ -287,6 +292,7 @@ class Record:
         rev: revision that was read or written.
         source: "mongo" or "postgres": the store that served it.
         stale: the primary could not be asked, and the other store's last known state is given instead.
+        image: what it was made from; Crossfade's own.
     """
 
     id: Any
@@ -294,6 +300,7 @@ class Record:
     rev: int
     source: str
     stale: bool = False
+    image: Image | None = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, field: str) -> Any:
         """A field of the document; KeyError where the document has none."""

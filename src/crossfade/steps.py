@@ -126,7 +126,12 @@ class Stepper:
         notes = await self.pair.mongo.notes(
             target, step.id, looked_at, timeout=self.pair.options.primary_deadline
         )
-        return None if notes is None else Image.from_document(notes)
+        return None if notes is None else await self._standing(target, Image.from_document(notes))
+
+    async def _standing(self, target: Entity, image: Image) -> Image | None:
+        """None for an insert that a delete overtook: to nobody it is a record."""
+        timeout = self.pair.options.primary_deadline
+        return next(iter(await self.pair.mongo.standing(target, [image], timeout=timeout)), None)
 
     async def _whole(self, target: Entity, id_: Any) -> Image | None:
         with contextlib.suppress(Unmappable):
@@ -160,10 +165,10 @@ class Stepper:
         op = anchor.steps.op
         while True:
             image = await mongo.read(target, step.id, timeout=timeout)
-            if image is None or image.deleted:
-                return None
-            if image.op == op:
+            if image is not None and image.op == op:
                 return image
+            if image is None or image.deleted or await self._standing(target, image) is None:
+                return None
             if not image.is_open:
                 set_, unset = step.effect(image.document)
                 touched = (*set_, *unset)

@@ -22,7 +22,7 @@ import asyncio
 import base64
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from crossfade import errors, observe
 from crossfade.board import Pair, boot_clock
 from crossfade.breaker import Breaker
 from crossfade.control import Control
-from crossfade.debt import ATTEMPTS, Settled, Settler, acceptable_key
+from crossfade.debt import ATTEMPTS, Settled, Settler, acceptable_key, keys_to_stamp
 from crossfade.entity import Entity
 from crossfade.record import (
     CF,
@@ -49,9 +49,17 @@ from crossfade.record import (
 )
 from crossfade.steps import Placed, joined, members
 from crossfade.stores.errors import Fenced, RuleBroken, Unanswered
-from crossfade.stores.postgres import Change, Delivery
+from crossfade.stores.postgres import Ahead, Change, Delivery
 from crossfade.strategy import FailureStrategy, check_strategy, default_strategy
-from crossfade.values import CODEC_OPTIONS, Unmappable, encode_document, id_to_text, text_to_id
+from crossfade.values import (
+    CODEC_OPTIONS,
+    Unmappable,
+    decode_document,
+    digest,
+    encode_document,
+    id_to_text,
+    text_to_id,
+)
 
 _FAILED = (errors.StoreUnavailable, Fenced)
 
@@ -294,28 +302,35 @@ class Writer:
             rev = 1 if buried is None else buried.rev + 1
             marks = self._marks(entity, document["_id"], o, rev, keys, {"kind": "insert"})
             stored = {**document, CF: marks | {"born": o.op}}
-            if await self._insert_until_decided(entity, stored, o):
-                if id_given and await self._was_buried_meanwhile(entity, stored, o):
-                    continue
-                self._say(o, "MongoDB write successful")
-                return await self._then_postgres(entity, Image.from_document(dict(stored)), o)
+            image = Image.from_document(dict(stored))
+            with self._ahead(entity, image, o) as ahead:
+                if await self._insert_until_decided(entity, stored, o):
+                    if id_given and await self._was_buried_meanwhile(entity, stored, o):
+                        continue
+                    self._say(o, "MongoDB write successful")
+                    return await self._then_postgres(entity, image, o, ahead)
         raise errors.Busy(f"[{o.context}] this record of {entity.name} is being deleted again and again")
 
     async def _was_buried_meanwhile(self, entity: Entity, stored: Mapping[str, Any], o: _Operation) -> bool:
         """Whether others made and deleted this id since its tombstone was read; then the document is taken back.
 
-        Its revision would be one that was told before. Nobody has been told of it yet, so it is made once more above
-        the new tombstone, unless somebody has written upon it already.
+        Its revision would be one that was told before. Nobody has been told of it yet (`MongoStore.standing`), so it is
+        made once more above the new tombstone.
+
+        Raises:
+            crossfade.errors.OutcomeUnknown: MongoDB does not say; or somebody has lifted or written upon it already.
         """
         try:
             buried = await self.pair.mongo.tombstone(entity, stored["_id"], timeout=o.left())
             if buried is None or buried.rev < stored[CF]["rev"] or o.op in buried.born:
                 return False
-            return await self.pair.mongo.remove_echo(entity, stored["_id"], op=o.op, timeout=o.left())
+            if await self.pair.mongo.remove_echo(entity, stored["_id"], op=o.op, timeout=o.left()):
+                return True
         except errors.StoreUnavailable as cause:
             raise errors.OutcomeUnknown(
                 f"[{o.context}] MongoDB holds the write, but does not say whether it stands: {cause}"
             ) from cause
+        raise _written_since(entity, o)
 
     async def _insert_until_decided(self, entity: Entity, stored: dict[str, Any], o: _Operation) -> bool:
         """Insert, repeated until it is decided; False: a decided delete of this id stood in the way."""
@@ -434,8 +449,13 @@ class Writer:
         where = o.request.where
         looked_at = {*unique_fields, *where, *((*wrote, *removed) if o.rollback else ())}
         self._say(o, "Writing to MongoDB...")
+        seen = self._seen(entity, id_, {*wrote, *removed}, if_revision, o)
         for _ in range(ATTEMPTS * 4):
-            notes, rev = await self._base(entity, id_, looked_at, if_revision, o)
+            if seen is not None:
+                notes: dict[str, Any] = {**seen.document, CF: {"keys": seen.keys}}
+                rev = seen.rev
+            else:
+                notes, rev = await self._base(entity, id_, looked_at, if_revision, o)
             missed = [name for name in where if name not in notes or notes[name] != where[name]]
             if missed:
                 raise errors.ConditionNotMet(
@@ -450,6 +470,8 @@ class Writer:
             keys = {r: k for r, k in plain.items() if not acceptable_key(stamped.get(r), k, id_)}
             tentative = None
             also: dict[str, Any] = {name: {"$eq": value} for name, value in where.items()}
+            if seen is not None:
+                also |= _still(entity, seen)
             if o.rollback:
                 changed = (*wrote, *removed)
                 before = {name: notes[name] for name in changed if name in notes}
@@ -469,12 +491,53 @@ class Writer:
                 },
             }
             gone = [*removed, *(f"{CF}.keys.{rule}" for rule in stamped if rule not in plain)]
-            image = await self._set_until_decided(entity, id_, rev, set_, gone, also, future, o)
-            if image is None:
-                continue
-            self._say(o, "MongoDB write successful")
-            return await self._then_postgres(entity, image, o)
+            foreseen = None if seen is None else _foreseen(seen, wrote, removed, o)
+            with self._ahead(entity, foreseen, o) as ahead:
+                image = await self._set_until_decided(entity, id_, rev, set_, gone, also, future, o)
+                if image is not None:
+                    self._say(o, "MongoDB write successful")
+                    return await self._then_postgres(entity, image, o, ahead)
+            seen = None
         raise errors.Busy(f"[{o.context}] other writers kept changing this record of {entity.name}")
+
+    def _seen(
+        self, entity: Entity, id_: Any, changed: set[str], if_revision: int | None, o: _Operation
+    ) -> Image | None:
+        """What the record was when it was read last, if this write can be made upon that; None: ask for it.
+
+        A write that needs to know more of it than a revision stands for is made upon what is there.
+        """
+        ruled = {rule.field for rule in entity.unique}
+        if o.rollback or o.request.steps or o.request.where or ruled & changed:
+            return None
+        if entity.name in self._quarantined():
+            return None
+        seen = self.pair.seen.last(entity, id_)
+        if seen is None or if_revision not in (None, seen.rev) or keys_to_stamp(entity, seen):
+            return None
+        return seen
+
+    @contextlib.contextmanager
+    def _ahead(self, entity: Entity, image: Image | None, o: _Operation) -> Iterator[Ahead | None]:
+        """Write to PostgreSQL meanwhile what the document is going to be, where that is known; see `Ahead`.
+
+        An open write is not told before its outcome, and one that goes with others goes in their transaction.
+        """
+        control = self.pair.board.control
+        alone = not (o.rollback or o.asynchronous or o.request.steps)
+        heard = control.unreadable is None and self.breaker.state == "closed"
+        if image is None or not (o.control.phase.rules.dual and alone and heard):
+            yield None
+            return
+        ahead = self.pair.postgres.apply_ahead(
+            entity, image, lambda: entity.to_rows(image.document, image.keys),
+            migration=self.pair.name, epoch=o.control.epoch, timeout=self.pair.options.secondary_deadline,
+        )  # fmt: skip
+        try:
+            yield ahead
+        finally:
+            if ahead is not None:
+                ahead.drop()
 
     async def _base(
         self, entity: Entity, id_: Any, fields: Iterable[str], if_revision: int | None, o: _Operation
@@ -501,7 +564,7 @@ class Writer:
                     )
                 await asyncio.sleep(0.02)
                 continue
-            if notes is None or cf.get("deleted"):
+            if notes is None or cf.get("deleted") or await self._is_buried(entity, id_, cf, o):
                 raise errors.NotFound(f"[{o.context}] {entity.name} has no record with this id")
             if o.rollback or o.request.steps or entity.name in self._quarantined():
                 await self._assert_readable(entity, id_, o)
@@ -516,6 +579,11 @@ class Writer:
                     f"[{o.context}] this record of {entity.name} is at revision {rev}, not {if_revision}"
                 )
             return notes, rev
+
+    async def _is_buried(self, entity: Entity, id_: Any, cf: Mapping[str, Any], o: _Operation) -> bool:
+        """Whether this is a newborn over a tombstone, which no reader sees: a revision upon it was told before."""
+        newborn = Image.from_document({"_id": id_, CF: cf})
+        return not await self.pair.mongo.standing(entity, [newborn], timeout=o.left())
 
     def _quarantined(self) -> frozenset[str]:
         look = self.pair.board.look
@@ -605,8 +673,10 @@ class Writer:
 
     # --- MongoDB primary: the second step -----------------------------------------------------------------------
 
-    async def _then_postgres(self, entity: Entity, image: Image, o: _Operation) -> Record:
-        record = Record(image.id, image.document, image.rev, "mongo")
+    async def _then_postgres(
+        self, entity: Entity, image: Image, o: _Operation, ahead: Ahead | None = None
+    ) -> Record:
+        record = self.pair.seen.record(entity, image, "mongo")
         together: list[Placed] = []
         if o.request.steps and not o.rollback:
             together = await self._take_steps(entity, image, o)
@@ -618,7 +688,9 @@ class Writer:
             return record
         if o.asynchronous:
             if len(self._background) < self.pair.options.background:
-                task = asyncio.create_task(self._quietly(entity, image, o))
+                # The caller may change what it is given while this one is on its way.
+                own = replace(image, document=decode_document(encode_document(image.document)))
+                task = asyncio.create_task(self._quietly(entity, own, o))
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
             return record
@@ -628,7 +700,7 @@ class Writer:
                 together = await self.settler.stepper.take_open(entity, image, o.control, ends=o.ends)
             except (errors.CrossfadeError, Unmappable) as cause:
                 failure = _as_failure(cause)
-        failure = failure or await self._try_postgres(entity, image, o, together)
+        failure = failure or await self._try_postgres(entity, image, o, together, ahead)
         if o.rollback:
             await self._close_tentative(entity, image, o, failure, together)
         elif failure is not None:
@@ -657,7 +729,12 @@ class Writer:
             await self._try_postgres(entity, image, o)
 
     async def _try_postgres(
-        self, entity: Entity, image: Image, o: _Operation, together: Sequence[Placed] = ()
+        self,
+        entity: Entity,
+        image: Image,
+        o: _Operation,
+        together: Sequence[Placed] = (),
+        ahead: Ahead | None = None,
     ) -> errors.CrossfadeError | None:
         """Bring the image, and those of its operation, to PostgreSQL; None once confirmed, else why not.
 
@@ -673,7 +750,7 @@ class Writer:
         try:
             # Lifting and making way take several steps: together no longer than four.
             async with asyncio.timeout(self.pair.options.secondary_deadline * 4):
-                settled = await self._bring(entity, image, o, together, behind)
+                settled = await self._bring(entity, image, o, together, behind, ahead)
         except (errors.StoreUnavailable, TimeoutError) as cause:
             self.breaker.failed()
             self._say(o, f"PostgreSQL write failed: {cause}", warn=True)
@@ -716,6 +793,7 @@ class Writer:
         o: _Operation,
         together: Sequence[Placed],
         behind: list[asyncio.Task[None]],
+        ahead: Ahead | None,
     ) -> Settled:
         timeout = self.pair.options.secondary_deadline
         if not together and not image.deleted and image.debt is not None and image.debt.group:
@@ -732,7 +810,9 @@ class Writer:
         elif not image.deleted:
             # An open write is confirmed by its outcome: nothing of it may be left to do then.
             prompt = None if o.rollback else behind
-            return await self.settler.bring(entity, image, o.control, timeout=timeout, behind=prompt)
+            return await self.settler.bring(
+                entity, image, o.control, timeout=timeout, behind=prompt, ahead=ahead
+            )
         if not o.rollback:
             return await self.settler.finish_delete(entity, image, o.control)
         # Still tentative: the row goes, the document stays until success may be told.
@@ -933,8 +1013,11 @@ class Writer:
         change, *others = await self._decide_in_postgres(entity, writes, mine, o, keep_in_outbox=dual)
         assert change is not None
         self._say(o, "PostgreSQL write successful")
-        document = change.image.document if change.image is not None else {"_id": id_}
-        record = Record(id_, document, change.rev, "postgres")
+        record = (
+            self.pair.seen.record(entity, change.image, "postgres")
+            if change.image is not None
+            else Record(id_, {"_id": id_}, change.rev, "postgres")
+        )
         if not dual:
             return record
         owed = Delivery(entity.name, id_, change.rev, o.op, None, change.tentative, None)
@@ -1208,6 +1291,29 @@ class Writer:
 
 class _AlreadyWritten(Exception):
     """The record in PostgreSQL carries our operation id: the unanswered write had committed."""
+
+
+def _foreseen(seen: Image, wrote: Mapping[str, Any], removed: Iterable[str], o: _Operation) -> Image:
+    """What an update makes of the record, if nobody changes it meanwhile."""
+    after = {**seen.document, **wrote}
+    for name in removed:
+        after.pop(name, None)
+    return Image(seen.id, after, seen.rev + 1, o.op, seen.keys, digest(after))
+
+
+def _still(entity: Entity, seen: Image) -> dict[str, Any]:
+    """What a filter asks for beside the revision, so that an update may be made upon what was seen of a record."""
+    # The same revision of the same record, not of one that was made anew after a delete.
+    also: dict[str, Any] = {f"{CF}.op": {"$eq": seen.op}}
+    # A newborn in debt may be such a one, an insert that came twice: whoever asks for it looks for a tombstone.
+    also[f"{CF}.debt" if seen.op == seen.born else f"{CF}.debt.group"] = {"$exists": False}
+    for rule in entity.unique:
+        # What another writer may change without a new revision, and keys hang on.
+        there = rule.field in seen.document
+        also[rule.field] = {"$eq": seen.document[rule.field]} if there else {"$exists": False}
+        key = seen.keys.get(rule.rule)
+        also[f"{CF}.keys.{rule.rule}"] = {"$exists": False} if key is None else {"$eq": key}
+    return also
 
 
 def _as_failure(cause: errors.CrossfadeError | Unmappable) -> errors.CrossfadeError:

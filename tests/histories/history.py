@@ -80,6 +80,13 @@ class History:
             found += [f"{id_}: {what}" for what in ours.violations()]
         return found
 
+    def of_interest(self, violations: Iterable[str]) -> str:
+        """The violations, and all that was told of their records, in order."""
+        found = list(violations)
+        ids = {violation.partition(":")[0] for violation in found}
+        told = sorted((e for e in self.events if str(e.id) in ids), key=lambda e: e.began)
+        return "\n".join([*found, "", *(f"{event.id} {event}" for event in told)])
+
 
 class _Record:
     def __init__(self, events: list[Event], final: tuple[int, int | None] | None) -> None:

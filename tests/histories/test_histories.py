@@ -22,6 +22,7 @@ import pytest
 from bson import ObjectId
 
 from crossfade import Crossfade, CrossfadeError, FailureStrategy, StoreUnavailable
+from crossfade.board import end
 from crossfade.bulk.backfill import Backfill
 from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.bulk_postgres import BulkPostgres
@@ -49,7 +50,8 @@ class Round:
     mongo: Any
     postgres: Any
     history: History = field(default_factory=History)
-    values: Any = field(default_factory=lambda: itertools.count(1))
+    #: From 1,000 on: the table refuses a number below.
+    values: Any = field(default_factory=lambda: itertools.count(1_000))
     ids: list[ObjectId] = field(default_factory=lambda: [ObjectId() for _ in range(RECORDS)])
     kills: int = 0
 
@@ -138,10 +140,7 @@ async def drop(cf: Crossfade, m: Any) -> None:
     """End a worker as the end of its process would: nothing is finished, every connection breaks."""
     running = [m.board._task, m.reconciler._task, m.settler._task, *m.writer._background]
     tasks = [task for task in running if task is not None]
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)
+    await asyncio.gather(*(end(task) for task in tasks))
     for task in tasks:
         if not task.cancelled():
             task.exception()  # it may have met the end before this did
@@ -247,7 +246,7 @@ async def test_a_history_of_many_workers_in_trouble_could_have_happened_one_afte
         told = [event.told for event in round_.history.events]
         events, kills = events + len(told), kills + round_.kills
         acknowledged += told.count("acknowledged")
-        assert not violations, f"HISTORY_SEED={seed}\n" + "\n".join(violations)
+        assert not violations, f"HISTORY_SEED={seed}\n" + round_.history.of_interest(violations)
         if time.monotonic() - began > SOAK / len(PHASES):
             break
         seed += 1

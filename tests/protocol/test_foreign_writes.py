@@ -1,13 +1,17 @@
 """An old application, or a person with a shell, writes to MongoDB without a word; the sweep adopts it."""
 
+import contextlib
+import itertools
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from bson import ObjectId
 
+from crossfade.errors import CrossfadeError
 from crossfade.record import CF
+from crossfade.testing.failure_points import Failure, FailurePoints, Killed
 
-from .conftest import World
+from .conftest import PATIENCE, World
 
 
 @pytest.fixture
@@ -203,3 +207,69 @@ async def test_what_a_column_cannot_hold_is_carried_unchanged_all_the_same(w, od
     made = await inserted(w, {"username": "Bob", **odd})
     await w.assert_equal()
     assert w.debt(made.id) is None
+
+
+async def test_a_document_restored_from_a_backup_goes_above_all_that_postgres_has_seen(w):
+    made = await inserted(w, {"username": "Bob", "n": 0})
+    saved = w.document(made.id)
+    for n in range(1, 21):
+        await w.users.update(made.id, {"n": n})
+    await w.settle()
+    w.documents.replace_one({"_id": made.id}, saved)
+    assert await swept(w) == 1
+    # MongoDB decides, so the backup stands; what is gone with it is kept for a person.
+    assert (w.notes(made.id)["rev"], (await w.row(made.id)).document["n"]) == (22, 0)
+    assert [(store, document["n"]) for store, document in w.conflicts()] == [("postgres", 20)]
+
+
+async def test_rows_restored_from_a_backup_are_brought_up_to_date(w):
+    ids = [(await inserted(w, {"username": name, "n": 0})).id for name in ("kept", "gone", "new")]
+    w.sql("CREATE TABLE backup AS SELECT * FROM users WHERE username <> 'new'")
+    for n in (1, 2):
+        await w.users.update(ids[0], {"n": n})
+    await w.users.delete(ids[1])
+    await w.settle()
+    w.sql("DELETE FROM users")
+    w.sql("DELETE FROM crossfade.tombstones")
+    w.sql("INSERT INTO users SELECT * FROM backup")
+    await swept(w)
+    assert [(row and row.rev) for row in [await w.row(id_) for id_ in ids]] == [3, None, 1]
+    assert w.conflicts() == []
+
+
+async def test_a_document_that_nobody_ever_wrote_through_us_is_updated_with_postgres_deciding(w):
+    id_ = w.documents.insert_one({"username": "Bob", "n": 1, "other": [1]}).inserted_id
+    image = await w.image(id_)
+    # As a backfill brings it.
+    await w.postgres.apply(
+        [(w.entity, image, w.entity.to_rows(image.document, {"username": "bob"}))],
+        migration="accounts", epoch=w.control.epoch, timeout=PATIENCE,
+    )  # fmt: skip
+    await w.set_phase("postgres_primary")
+    record = await w.users.update(id_, {"n": 2})
+    assert record.rev == w.notes(id_)["rev"] == 1
+    assert w.document(id_)["n"] == 2
+    assert w.conflicts() == []
+    await w.assert_equal()
+
+
+@pytest.mark.parametrize("failure", [Failure.KILLED_AFTER, Failure.ANSWER_LOST])
+async def test_an_adoption_that_ends_anywhere_is_owed_as_soon_as_it_is_begun(w, open_world, failure):
+    for number in itertools.count():
+        made = await inserted(w, {"username": f"user {number}", "n": 1})
+        w.documents.update_one({"_id": made.id}, {"$set": {"n": 2}})
+        worker = await open_world("postgres_read", foreign_writers=True)
+        points = FailurePoints(worker.cf)
+        points.plan({number: failure})
+        with contextlib.suppress(Killed, CrossfadeError):
+            await points.run(worker.m.reconciler.full_sweep)
+        points.end()
+        # No sweep any more: what was begun is finished by what it left in debt.
+        begun = w.notes(made.id)["rev"] > 1
+        await w.reconcile()
+        assert (await w.row(made.id)).document["n"] == (2 if begun else 1), points.points[-1]
+        if number >= len(points.points):
+            assert begun
+            assert number > 5, "the points were not counted"
+            break
+        await swept(w)

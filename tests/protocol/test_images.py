@@ -2,6 +2,8 @@
 
 import asyncio
 import itertools
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import psycopg
 import pytest
@@ -53,6 +55,66 @@ async def test_a_late_image_never_replaces_a_newer_one(open_world):
         for image in order:
             await apply(w, image)
         assert (await w.row(id_)).document == images[-1].document
+
+
+ODD = [
+    {}, {"n": None}, {"n": 2**40}, {"n": 1.5}, {"n": "seven"}, {"n": True}, {"friends": []},
+    {"friends": [ObjectId()] * 2},
+    {"friends": [ObjectId(), "not an id", None]}, {"friends": "none"}, {"updatedAt": datetime(1, 1, 1, tzinfo=UTC)},
+    {"updatedAt": "yesterday"}, {"username": 'a "quoted" \\ name, {with} NULL'}, {"username": "NULL"}, {"username": ""},
+    {"other": {"nested": [1, 2.0, None, {"x": b"\0"}]}}, {"n": 7, "friends": [ObjectId() for _ in range(40)]},
+]  # fmt: skip
+
+
+async def test_images_applied_together_are_what_they_are_one_by_one(open_world):
+    w = await open_world()
+    seen = {}
+    for way in ("together", "one by one"):
+        images = []
+        for number, fields in enumerate([*ODD, *ODD]):
+            named = {"username": f"user {number}", **({"n": 1} if number % 2 else {}), **fields}
+            document = {"_id": ObjectId(), **named, CF: {"rev": 3, "op": new_operation()}}
+            image = Image.from_document(document)
+            keys = {"username": f"key {number}"}
+            images.append(replace(image, keys=keys))
+        # What stands there already: older, newer, a fork, a tombstone below and above.
+        for number, image in enumerate(images):
+            before = replace(
+                image, op=new_operation(), digest=b"another content.", keys={"username": f"k{number}"}
+            )
+            match number % 6:
+                case 1:
+                    await apply(w, replace(before, rev=2))
+                case 2:
+                    await apply(w, replace(before, rev=4))
+                case 3:
+                    await apply(w, before)
+                case 4:
+                    await apply_delete(w, image.id, 2)
+                case 5:
+                    await apply_delete(w, image.id, 3)
+        given = [(w.entity, image, w.entity.to_rows(image.document, image.keys)) for image in images]
+        together = [given] if way == "together" else [[each] for each in given]
+        answers = [
+            answer
+            for some in together
+            for answer in await w.postgres.apply(
+                some, migration="accounts", epoch=w.control.epoch, timeout=PATIENCE
+            )
+        ]
+        rows = [await w.row(image.id) for image in images]
+        shown = [
+            None if row is None else (row.rev, row.digest == image.digest, {**row.document, "_id": 0})
+            for row, image in zip(rows, images, strict=True)
+        ]
+        verdicts = [
+            (verdict, held.rev, held.tombstone, held.digest == image.digest)
+            for (verdict, held), image in zip(answers, images, strict=True)
+        ]
+        seen[way] = (verdicts, shown)
+        w.sql("TRUNCATE users CASCADE")
+    assert seen["together"] == seen["one by one"]
+    assert {verdict for verdict, *_ in seen["together"][0]} == {Applied.APPLIED, Applied.BEHIND}
 
 
 async def test_an_image_is_applied_once_and_then_the_same(open_world):
@@ -301,3 +363,25 @@ async def test_a_late_image_of_a_deleted_record_is_superseded_and_does_not_bring
     assert await w.settler.bring(w.entity, late, w.control, timeout=PATIENCE) is Settled.SUPERSEDED
     await w.assert_equal()
     assert await w.row(made.id) is None
+
+
+async def test_an_insert_that_arrives_again_while_its_tombstone_is_brought_does_not_come_back(
+    open_world, monkeypatch
+):
+    w = await open_world()
+    made = await w.users.insert({"username": "Bob"})
+    late, apply_delete = w.document(made.id), w.postgres.apply_delete
+    await w.users.delete(made.id)
+
+    async def overtaken(*record, **how):
+        monkeypatch.setattr(w.postgres, "apply_delete", apply_delete)
+        answer = await apply_delete(*record, **how)
+        w.documents.insert_one(late)
+        return answer
+
+    monkeypatch.setattr(w.postgres, "apply_delete", overtaken)
+    settled = await w.settler.bring_tombstone(w.entity, made.id, w.control, timeout=PATIENCE)
+    assert settled is Settled.CONFIRMED
+    assert w.document(made.id) is None
+    assert await w.row(made.id) is None
+    await w.assert_equal()

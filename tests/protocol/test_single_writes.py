@@ -3,7 +3,14 @@
 import pytest
 from bson import ObjectId
 
-from crossfade import DuplicateKey, FailureStrategy, NotAllowedInPhase, NotFound, StaleRevision
+from crossfade import (
+    DuplicateKey,
+    FailureStrategy,
+    NotAllowedInPhase,
+    NotFound,
+    OutcomeUnknown,
+    StaleRevision,
+)
 
 from .conftest import BOTH_PRIMARIES
 
@@ -169,3 +176,87 @@ async def test_a_record_deleted_in_phase_0_may_be_made_again(open_world):
     made = await w.users.insert({"username": "Bob"})
     await w.users.delete(made.id)
     assert (await w.users.insert({"_id": made.id, "username": "Bob"})).rev == 3
+
+
+async def test_an_id_that_was_made_and_deleted_meanwhile_is_made_above_that(open_world, monkeypatch):
+    w, other = await open_world(), await open_world()
+    id_, look = ObjectId(), w.mongo.tombstone
+
+    async def overtaken(entity, id_, **how):
+        """Between the look for a tombstone and the insert another worker makes and deletes the record."""
+        found = await look(entity, id_, **how)
+        monkeypatch.setattr(w.mongo, "tombstone", look)
+        await other.users.insert({"_id": id_, "username": "Bob"})
+        await other.users.delete(id_)
+        return found
+
+    monkeypatch.setattr(w.mongo, "tombstone", overtaken)
+    record = await w.users.insert({"_id": id_, "username": "Alice"})
+    assert record.rev == w.notes(id_)["rev"] == 3, "revisions 1 and 2 were told before"
+    await w.reconcile()
+    await w.assert_equal()
+
+
+async def test_nobody_sees_or_writes_upon_an_insert_that_a_delete_overtook(open_world, monkeypatch):
+    """Its revision was told before: until it is made anew above the tombstone, there is no record."""
+    w, other = await open_world(), await open_world()
+    id_, look, insert = ObjectId(), w.mongo.tombstone, w.mongo.insert
+    seen: dict[str, object] = {}
+
+    async def overtaken(entity, id_, **how):
+        """Between the look for a tombstone and the insert another worker makes and deletes the record."""
+        found = await look(entity, id_, **how)
+        monkeypatch.setattr(w.mongo, "tombstone", look)
+        await other.users.insert({"_id": id_, "username": "Bob"})
+        await other.users.delete(id_)
+        return found
+
+    async def watched(entity, document, **how):
+        await insert(entity, document, **how)
+        monkeypatch.setattr(w.mongo, "insert", insert)
+        assert w.document(id_) is not None
+        seen["read"] = await other.users.get(id_)
+        seen["by name"] = await other.users.find_by_key("username", "Alice")
+        seen["found"] = await other.users.find({"username": "Alice"})
+        for name, write in (
+            ("update", lambda: other.users.update(id_, {"n": 1})),
+            ("delete", lambda: other.users.delete(id_)),
+        ):
+            with pytest.raises(NotFound):
+                seen[name] = await write()
+
+    monkeypatch.setattr(w.mongo, "tombstone", overtaken)
+    monkeypatch.setattr(w.mongo, "insert", watched)
+    record = await w.users.insert({"_id": id_, "username": "Alice"})
+    assert seen == {"read": None, "by name": None, "found": []}
+    assert record.rev == 3
+    assert (await other.users.get(id_)).rev == 3
+    await w.reconcile()
+    await w.assert_equal()
+
+
+async def test_an_insert_that_was_lifted_before_its_own_look_does_not_tell_its_old_revision(
+    open_world, monkeypatch
+):
+    w, other = await open_world(), await open_world()
+    id_, look, insert = ObjectId(), w.mongo.tombstone, w.mongo.insert
+
+    async def overtaken(entity, id_, **how):
+        found = await look(entity, id_, **how)
+        monkeypatch.setattr(w.mongo, "tombstone", look)
+        await other.users.insert({"_id": id_, "username": "Bob"})
+        await other.users.delete(id_)
+        return found
+
+    async def lifted(entity, document, **how):
+        await insert(entity, document, **how)
+        monkeypatch.setattr(w.mongo, "insert", insert)
+        await other.reconcile()
+
+    monkeypatch.setattr(w.mongo, "tombstone", overtaken)
+    monkeypatch.setattr(w.mongo, "insert", lifted)
+    with pytest.raises(OutcomeUnknown):
+        await w.users.insert({"_id": id_, "username": "Alice"})
+    assert (await w.users.get(id_)).rev > 2
+    await w.reconcile()
+    await w.assert_equal()

@@ -335,3 +335,26 @@ async def test_a_busy_record_does_not_make_a_writer_forget_that_it_may_have_writ
     assert (await rival.users.get(id_))["n"] == 3
     await w.reconcile()
     await w.assert_equal()
+
+
+async def test_what_others_wrote_upon_an_unanswered_write_is_not_written_over_by_its_repetition(
+    open_world, mongo_proxy, monkeypatch
+):
+    w, other = await open_world(mongo=mongo_proxy), await open_world()
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.settle()
+    again = w.m.writer._again
+
+    async def overtaken(o, cause):
+        """Before the repetition another worker writes upon what the unanswered request wrote."""
+        monkeypatch.setattr(w.m.writer, "_again", again)
+        await other.users.update(made.id, {"n": 3}, where={"n": 2})
+        await again(o, cause)
+
+    monkeypatch.setattr(w.m.writer, "_again", overtaken)
+    mongo_proxy.cut_after_request(when=command("findAndModify"))
+    with pytest.raises(OutcomeUnknown):
+        await w.users.update(made.id, {"n": 2})
+    assert (w.notes(made.id)["rev"], w.document(made.id)["n"]) == (3, 3)
+    await other.reconcile()
+    await other.assert_equal()

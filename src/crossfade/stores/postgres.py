@@ -41,6 +41,11 @@ from crossfade.values import decode_document, digest, encode_document, id_to_tex
 STORE = "postgres"
 SCHEMA_VERSION = "1"
 
+#: Images of one entity that are worth a statement for all of them.
+_MANY = 8
+#: Seconds for the caller to go on before what is left to do behind its back takes the processor from it.
+_CALLER_FIRST = 0.002
+
 _T = TypeVar("_T")
 _NAMED = re.compile(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", re.MULTILINE | re.DOTALL)
 
@@ -103,6 +108,19 @@ class Change:
     tentative: Mapping[str, Any] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A matter of speed alone: whoever stands still for longer than a second loses it, and is not told.
+
+    Attributes:
+        mine: nobody else has it.
+        stay: to be called more often than that, to keep it.
+    """
+
+    mine: bool
+    stay: Callable[[], Coroutine[Any, Any, None]]
+
+
 class PostgresStore:
     """One PostgreSQL database.
 
@@ -150,6 +168,7 @@ class PostgresStore:
         self._lingering: set[asyncio.Task[Any]] = set()
         #: What goes on behind commits that were answered already.
         self.behind: set[asyncio.Task[None]] = set()
+        self._waiting_for_primary = 0
         self._weeding: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -185,7 +204,10 @@ class PostgresStore:
             return task.result()
 
     async def _until(
-        self, reached: asyncio.Future[Any], work: Coroutine[Any, Any, None], timeout: float
+        self,
+        reached: asyncio.Future[Any],
+        work: Coroutine[Any, Any, None] | asyncio.Task[None],
+        timeout: float,
     ) -> asyncio.Task[None]:
         """The same until ``work`` has set ``reached``; the task, which goes on behind the caller's back."""
 
@@ -347,36 +369,108 @@ class PostgresStore:
             Fenced: PostgreSQL is at another epoch; none was applied.
         """
         committed: asyncio.Future[list[tuple[Any, ...]]] = asyncio.get_running_loop().create_future()
-
-        async def work() -> None:
-            statements: list[Statement] = []
-            looks: list[Statement] = []
-            records = []
-            for entity, image, rows in images:
-                own, key = self.statements(entity), id_to_text(image.id)
-                records.append((entity, key))
-                if rows is not None:
-                    statements.append(own.apply(image, rows, migration=migration, epoch=epoch))
-                    looks.append(own.replace_children(image, rows, migration=migration, epoch=epoch))
-                else:
-                    statements += self._delete(entity, key, image.rev, image.op, migration, epoch)
-                    looks.append(own.held_of(key, migration=migration, epoch=epoch))
-            async with self._connection(timeout) as connection:
-                answers = await self._transaction(
-                    connection, migration, statements, looks, records=records, defer=len(images) > 1
-                )
-                committed.set_result(answers)
-                async with asyncio.timeout(timeout):
-                    await self._look_again(connection, migration, records)
-
+        prompt = behind is not None
+        work = self._applying(
+            images, committed, migration=migration, epoch=epoch, timeout=timeout, prompt=prompt
+        )
         if behind is None:
-            await self._bounded(work(), timeout)
+            await self._bounded(work, timeout)
         else:
-            behind.append(await self._until(committed, work(), timeout))
+            behind.append(await self._until(committed, work, timeout))
         return [
             (_verdict(image, *held(answer), deleted=rows is None), held(answer)[0])
             for (_, image, rows), answer in zip(images, committed.result(), strict=True)
         ]
+
+    def apply_ahead(
+        self,
+        entity: Entity,
+        image: Image,
+        rows: Callable[[], Rows],
+        *,
+        migration: str,
+        epoch: int,
+        timeout: float,
+    ) -> Ahead | None:
+        """Begin to apply what a record will be, in a transaction that waits for the primary; see `Ahead`.
+
+        None: so many wait already that others would not get a connection.
+        """
+        if self._waiting_for_primary >= self._pool.max_size // 2:
+            return None
+        loop = asyncio.get_running_loop()
+        committed: asyncio.Future[list[tuple[Any, ...]]] = loop.create_future()
+        decided: asyncio.Future[bool] = loop.create_future()
+
+        async def work() -> None:
+            await self._applying(
+                [(entity, image, rows())], committed,
+                migration=migration, epoch=epoch, timeout=timeout, prompt=True, decided=decided,
+            )  # fmt: skip
+
+        def ended(_: object) -> None:
+            self._waiting_for_primary -= 1
+
+        self._waiting_for_primary += 1
+        task = asyncio.create_task(work())
+        task.add_done_callback(ended)
+        return Ahead(self, image, task, decided, committed, timeout)
+
+    async def _applying(
+        self,
+        images: Sequence[tuple[Entity, Image, Rows | None]],
+        committed: asyncio.Future[list[tuple[Any, ...]]],
+        *,
+        migration: str,
+        epoch: int,
+        timeout: float,
+        prompt: bool,
+        decided: asyncio.Future[bool] | None = None,
+    ) -> None:
+        """The work of `apply`, and of `Ahead`: ``committed`` gets the answers, ``prompt``: and the caller goes on."""
+        statements, looks = self._statements_of(images, migration, epoch)
+        records = [(entity, id_to_text(image.id)) for entity, image, _ in images]
+        async with self._connection(timeout) as connection:
+            if decided is not None and decided.done() and not decided.result():
+                return
+            answers = await self._transaction(
+                connection, migration, statements, looks,
+                records=records, defer=len(images) > 1, commit=decided is None,
+            )  # fmt: skip
+            if decided is not None:
+                # Others wait for this record meanwhile, and have as much time in all.
+                await asyncio.wait({decided}, timeout=timeout / 2)
+                if not decided.done() or not decided.result():
+                    await connection.execute(b"ROLLBACK")
+                    return
+                await connection.execute(b"COMMIT")
+            committed.set_result(answers)
+            if prompt:
+                await asyncio.sleep(_CALLER_FIRST)
+            async with asyncio.timeout(timeout):
+                await self._look_again(connection, migration, records)
+
+    def _statements_of(
+        self, images: Sequence[tuple[Entity, Image, Rows | None]], migration: str, epoch: int
+    ) -> tuple[list[Statement], list[Statement]]:
+        """What applies these images, and what then says, in their order, what is there."""
+        own = self.statements(images[0][0])
+        alike = [(image, rows) for entity, image, rows in images if entity is own.entity and rows is not None]
+        if len(images) >= _MANY and len(alike) == len(images) and own.has_many:
+            put, look = own.apply_many(alike, migration=migration, epoch=epoch)
+            # Their sizes are unknown to a plan that is made once, and a table that is being filled has no statistics.
+            return [(QUERIES["by_index"], {}), put], [look]  # type: ignore[list-item]
+        statements: list[Statement] = []
+        looks: list[Statement] = []
+        for entity, image, rows in images:
+            own, key = self.statements(entity), id_to_text(image.id)
+            if rows is not None:
+                statements.append(own.apply(image, rows, migration=migration, epoch=epoch))
+                looks.append(own.replace_children(image, rows, migration=migration, epoch=epoch))
+            else:
+                statements += self._delete(entity, key, image.rev, image.op, migration, epoch)
+                looks.append(own.held_of(key, migration=migration, epoch=epoch))
+        return statements, looks
 
     async def apply_delete(
         self, entity: Entity, id_: Any, *, rev: int, op: str, migration: str, epoch: int, timeout: float
@@ -419,8 +513,9 @@ class PostgresStore:
         *,
         records: Sequence[tuple[Entity, str]] = (),
         defer: bool = False,
+        commit: bool = True,
     ) -> list[tuple[Any, ...]]:
-        """One transaction in one round trip; the rows of ``looks``.
+        """One transaction in one round trip; the rows of ``looks``. Without ``commit`` it is left open.
 
         ``records`` are locked, so that a delete waits for an image that is still under way: whose writer has given up
         may commit it, and be cancelled before it has looked again.
@@ -433,9 +528,9 @@ class PostgresStore:
             for query, parameters in statements:
                 await connection.execute(query, parameters)
             cursors = [await connection.execute(query, parameters) for query, parameters in looks]
-            await connection.execute(b"COMMIT")
-        rows = [await cursor.fetchone() for cursor in cursors]
-        return [row for row in rows if row is not None]
+            if commit:
+                await connection.execute(b"COMMIT")
+        return [row for cursor in cursors for row in await cursor.fetchall()]
 
     async def _look_again(
         self,
@@ -477,6 +572,34 @@ class PostgresStore:
                 asked = [(each, await connection.execute(*each)) for each in statements]
             # Each sets a portion.
             statements = [each for each, cursor in asked if cursor.rowcount >= PORTION]
+
+    @contextlib.asynccontextmanager
+    async def claim(self, work: str, *, timeout: float) -> AsyncIterator[Claim]:
+        """Try to be the only one at this work; see `Claim`.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: no answer; within the block, from `Claim.stay` too.
+        """
+        got: asyncio.Future[tuple[AsyncConnection[Any], bool]] = asyncio.get_running_loop().create_future()
+        over = asyncio.Event()
+
+        async def hold() -> None:
+            async with self._connection(timeout) as connection:
+                await connection.execute(b"BEGIN")
+                cursor = await connection.execute(QUERIES["claim"], {"work": work})
+                [(mine,)] = await cursor.fetchall()
+                got.set_result((connection, bool(mine)))
+                await over.wait()
+
+        # A task of its own: a server that stands still must not keep whoever lets go of the claim.
+        task = await self._until(got, hold(), timeout)
+        connection, mine = got.result()
+        try:
+            yield Claim(mine, lambda: self._bounded(_executed(connection, b"SELECT"), timeout))
+        finally:
+            over.set()
+            if not (await asyncio.wait({task}, timeout=timeout))[0]:
+                self._abandon(task)
 
     async def held(self, entity: Entity, id_: Any, *, timeout: float) -> Held:
         """What PostgreSQL holds of a record."""
@@ -1073,6 +1196,63 @@ class PostgresStore:
     async def history(self, migration: str, *, timeout: float) -> list[tuple[Any, ...]]:
         """(epoch, phase, changed at UTC, changed by, reason), the oldest first."""
         return await self._ask("history", timeout, migration=migration)
+
+
+class Ahead:
+    """An image that PostgreSQL is given while the primary is still being asked: caller and stores wait at once.
+
+    It stands in an open transaction. Nobody sees it before `commit`, which comes after the primary has decided just
+    this image; whoever decides otherwise, or dies, leaves nothing of it.
+    """
+
+    def __init__(
+        self,
+        store: PostgresStore,
+        image: Image,
+        task: asyncio.Task[None],
+        decided: asyncio.Future[bool],
+        committed: asyncio.Future[list[tuple[Any, ...]]],
+        timeout: float,
+    ) -> None:
+        self._store, self._image, self._task, self._timeout = store, image, task, timeout
+        self._decided, self._committed = decided, committed
+
+    def brings(self, image: Image) -> bool:
+        """Whether what the primary decided is what was foreseen, and may still be committed."""
+        mine = self._image
+        same = (mine.rev, mine.op, mine.digest, mine.keys) == (image.rev, image.op, image.digest, image.keys)
+        return same and not self._decided.done()
+
+    async def commit(self, behind: list[asyncio.Task[None]]) -> tuple[Applied, Held] | None:
+        """Commit it, as `PostgresStore.apply` does; None: the primary took too long, and nothing is there.
+
+        Raises: as `PostgresStore.apply`, and what stood in the way before.
+        """
+        task = self._task
+        if task.done() and not task.cancelled() and isinstance(task.exception(), PoolTimeout):
+            # The others that waited for the primary had all connections: nothing is wrong with the server.
+            self._decided.set_result(False)
+            return None
+        self._decided.set_result(True)
+        await self._store._until(self._committed, task, self._timeout)
+        if not self._committed.done():
+            return None
+        behind.append(task)
+        [answer] = self._committed.result()
+        return _verdict(self._image, *held(answer)), held(answer)[0]
+
+    def drop(self) -> None:
+        """Take it back, unless it was committed; behind the caller's back."""
+        if self._decided.done():
+            return
+        self._decided.set_result(False)
+        self._store.behind.add(self._task)
+        self._task.add_done_callback(self._store._forget)
+        asyncio.get_running_loop().call_later(self._timeout, self._task.cancel)
+
+
+async def _executed(connection: AsyncConnection[Any], statement: bytes) -> None:
+    await connection.execute(statement)
 
 
 async def _or_rolled_back(work: Coroutine[Any, Any, bool]) -> bool:

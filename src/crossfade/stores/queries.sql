@@ -8,6 +8,13 @@
 SELECT pg_advisory_xact_lock_shared(hashtextextended('crossfade:' || %(migration)s, 0)),
        (SELECT count(pg_advisory_xact_lock(hashtextextended(record, 1))::text) FROM unnest(%(records)s::text[]) AS record)
 
+-- name: claim
+SELECT pg_try_advisory_xact_lock(hashtextextended('crossfade:' || %(work)s, 2))
+
+-- name: by_index
+-- For this transaction: whatever a plan guesses, a few hundred records are found by their ids.
+SELECT set_config(name, 'off', true) FROM unnest(ARRAY['enable_hashjoin', 'enable_mergejoin', 'enable_seqscan']) AS name
+
 -- name: lock_exclusive
 SELECT pg_advisory_xact_lock(hashtextextended('crossfade:' || %(migration)s, 0))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from psycopg import sql
-from sqlalchemy import Column, Table
+from sqlalchemy import ARRAY, Column, Table
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Dialect
 
@@ -78,6 +78,7 @@ class _ChildStatements:
     json: tuple[bool, ...]
     drop_others: sql.Composed
     put: sql.Composed
+    action: sql.Composable
     drop_all: bytes
     drop_covered: bytes
     drop_now: bytes
@@ -126,6 +127,7 @@ class RowStatements:
                 sql.Composed(links),
             )
         )
+        self._compose_many(values=self._arrays(table, self.columns), assigned=assigned)
         self._links = [rendered(query) for query in link_some(entity)]
         self._around = [rendered(query) for query in lock_around(entity)]
         held = sql.SQL(
@@ -174,6 +176,63 @@ class RowStatements:
         )
         self._reading: dict[tuple[str, ...], bytes] = {}
 
+    @staticmethod
+    def _arrays(table: Table, columns: Iterable[str]) -> sql.Composed:
+        # Binary: the text form of an array is put together element by element, with regular expressions.
+        return sql.SQL(", ").join(sql.SQL("%b::") + _type(table.c[c]) + sql.SQL("[]") for c in columns)
+
+    def _compose_many(self, *, values: sql.Composed, assigned: sql.Composed) -> None:
+        """The same for many records of one entity; see `apply_many`."""
+        #: A column that holds arrays itself cannot be given as an array of them.
+        self.has_many = not any(isinstance(self.entity.table.c[name].type, ARRAY) for name in self.columns)
+        self._apply_many = rendered(
+            sql.SQL(
+                "INSERT INTO {table} AS t ({columns}) SELECT u.* FROM unnest({values}) AS u ({columns}) "
+                "WHERE EXISTS (SELECT FROM crossfade.control WHERE migration = %s AND epoch = %s) "
+                "AND NOT EXISTS (SELECT FROM crossfade.tombstones AS d "
+                "WHERE d.entity = %s AND d.id = u.id AND d.rev >= u.cf_rev) "
+                "ON CONFLICT (id) DO UPDATE SET {assigned} "
+                "WHERE t.cf_rev < EXCLUDED.cf_rev OR (t.cf_rev = EXCLUDED.cf_rev "
+                "AND t.cf_digest = EXCLUDED.cf_digest AND t.cf_mapping < EXCLUDED.cf_mapping)"
+            ).format(table=self.table, columns=_names(self.columns), values=values, assigned=assigned)
+        )
+        ours = sql.SQL(
+            "images AS (SELECT * FROM unnest(%b::text[], %b::bigint[], %b::uuid[], %b::bytea[]) WITH ORDINALITY "
+            "AS i (id, rev, op, digest, place)), ours AS (SELECT p.id FROM images AS i JOIN {} AS p ON p.id = i.id "
+            "AND p.cf_rev = i.rev AND p.cf_op IS NOT DISTINCT FROM i.op AND p.cf_digest = i.digest)"
+        ).format(self.table)
+        replacing: list[sql.Composable] = [sql.SQL("")]
+        for child, statements in zip(self.entity.children, self._children, strict=True):
+            replacing.append(
+                sql.SQL(
+                    "{gone} AS (DELETE FROM {name} AS c USING ours WHERE c.{owner} = ours.id AND NOT EXISTS "
+                    "(SELECT FROM unnest({keys}) AS k ({key}) WHERE ({mine}) = ({theirs})) RETURNING 1), "
+                    "{put} AS (INSERT INTO {name} AS t ({columns}) SELECT u.* FROM unnest({arrays}) AS u ({columns}) "
+                    "JOIN ours ON ours.id = u.{owner} WHERE (SELECT count(*) FROM {gone}) >= 0 "
+                    "ON CONFLICT ({key}) DO {action})"
+                ).format(
+                    gone=_cte("gone", child),
+                    put=_cte("put", child),
+                    name=identifier(child.table),
+                    owner=sql.Identifier(child.columns[0]),
+                    keys=self._arrays(child.table, statements.key),
+                    arrays=self._arrays(child.table, child.columns),
+                    columns=_names(child.columns),
+                    key=_names(statements.key),
+                    mine=sql.SQL(", ").join(sql.SQL("k.") + sql.Identifier(c) for c in statements.key),
+                    theirs=sql.SQL(", ").join(sql.SQL("c.") + sql.Identifier(c) for c in statements.key),
+                    action=statements.action,
+                )
+            )
+        self._replace_many = rendered(
+            sql.SQL(
+                "WITH {ours}{replacing} SELECT r.cf_rev, r.cf_op, r.cf_digest, r.cf_mapping, "
+                "(SELECT rev FROM crossfade.tombstones AS d WHERE d.entity = %s AND d.id = i.id), "
+                "EXISTS (SELECT FROM crossfade.control WHERE migration = %s AND epoch = %s) "
+                "FROM images AS i LEFT JOIN {table} AS r ON r.id = i.id ORDER BY i.place"
+            ).format(ours=ours, replacing=sql.SQL(", ").join(replacing), table=self.table)
+        )
+
     def reading(self, where: str, *columns: str) -> bytes:
         """The statement that reads images: `select`, and what comes behind it, with ``columns`` for its braces."""
         key = (where, *columns)
@@ -192,11 +251,12 @@ class RowStatements:
         owner = sql.Identifier(columns[0])
         name = identifier(table)
         rest = [column for column in columns if column not in key]
-        arrays = sql.SQL(", ").join(sql.SQL("%s::") + _type(table.c[c]) + sql.SQL("[]") for c in columns)
+        arrays = self._arrays(table, columns)
         #: The parent row as this image left it: only then are its child rows ours to write.
         ours = sql.SQL(
             "p.id = %s AND p.cf_rev = %s AND p.cf_op IS NOT DISTINCT FROM %s::uuid AND p.cf_digest = %s"
         )
+        action = sql.SQL("UPDATE SET ") + assignments(table, rest, "t") if rest else sql.SQL("NOTHING")
         put = sql.SQL(
             "INSERT INTO {name} AS t ({columns}) SELECT u.* FROM unnest({arrays}) AS u, {parent} AS p "
             "WHERE {ours} {after} ON CONFLICT ({key}) DO {action}"
@@ -209,9 +269,9 @@ class RowStatements:
             # Reads what the deletion gives back, so that values are free before they are taken.
             after=sql.SQL("AND (SELECT count(*) FROM {}) >= 0").format(_cte("gone", child)),
             key=_names(key),
-            action=sql.SQL("UPDATE SET ") + assignments(table, rest, "t") if rest else sql.SQL("NOTHING"),
+            action=action,
         )
-        key_arrays = sql.SQL(", ").join(sql.SQL("%s::") + _type(table.c[c]) + sql.SQL("[]") for c in key)
+        key_arrays = self._arrays(table, key)
         drop_others = sql.SQL(
             "DELETE FROM {name} AS c USING {parent} AS p WHERE c.{owner} = p.id AND {ours} AND NOT EXISTS "
             "(SELECT FROM unnest({keys}) AS k ({key}) WHERE ({mine}) = ({theirs})) RETURNING 1"
@@ -237,6 +297,7 @@ class RowStatements:
             tuple(_is_json(table.c[c]) for c in columns),
             drop_others,
             put,
+            action,
             rendered(sql.SQL(drop + "<= %s").format(*around)),
             rendered(sql.SQL(drop_covered).format(*around)),
             rendered(sql.SQL(drop + "= %s").format(*around)),
@@ -261,14 +322,40 @@ class RowStatements:
         guard = [rows.parent[0], image.rev, image.op, image.digest]
         parameters: list[Any] = []
         for child, child_rows in zip(self._children, rows.children, strict=True):
-            arrays: list[list[Any]] = [
-                [row[i].decode() if json and isinstance(row[i], bytes) else row[i] for row in child_rows]
-                for i, json in enumerate(child.json)
-            ]
-            keys = [arrays[child.columns.index(name)] for name in child.key]
-            parameters += [*guard, *keys, *arrays, *guard]
+            parameters += [*guard, *self._child_arrays(child, child_rows), *guard]
         _, look = self.held_of(rows.parent[0], migration=migration, epoch=epoch)
         return self._replace_children, [*parameters, *look]
+
+    def apply_many(
+        self, images: Sequence[tuple[Image, Rows]], *, migration: str, epoch: int
+    ) -> tuple[Statement, Statement]:
+        """`apply` and `replace_children` of many records, no id twice, in one statement each.
+
+        The second gives a row as of `held_of` for each of them, in their order.
+        """
+        parents = [self._parent_values(image, rows) for image, rows in images]
+        columns: list[Any] = [list(column) for column in zip(*parents, strict=True)]
+        put = (self._apply_many, [*columns, migration, epoch, self.entity.name])
+        guard: list[list[Any]] = [
+            [rows.parent[0] for _, rows in images],
+            [image.rev for image, _ in images],
+            [image.op for image, _ in images],
+            [image.digest for image, _ in images],
+        ]
+        parameters: list[Any] = [*guard]
+        for number, child in enumerate(self._children):
+            every = [row for _, rows in images for row in rows.children[number]]
+            parameters += self._child_arrays(child, every)
+        return put, (self._replace_many, [*parameters, self.entity.name, migration, epoch])
+
+    @staticmethod
+    def _child_arrays(child: _ChildStatements, rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """Child rows by column: those of the key, then all."""
+        arrays = [
+            [row[i].decode() if json and isinstance(row[i], bytes) else row[i] for row in rows]
+            for i, json in enumerate(child.json)
+        ]
+        return [*(arrays[child.columns.index(name)] for name in child.key), *arrays]
 
     def insert(self, image: Image, rows: Rows) -> list[Statement]:
         """A new record; PostgreSQL primary only."""

@@ -1,0 +1,1 @@
+"""Ways to break the protocol, and whether the tests notice."""

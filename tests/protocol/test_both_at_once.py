@@ -1,0 +1,190 @@
+"""PostgreSQL gets what the document is going to be while MongoDB is asked, and shows it only once that is decided."""
+
+import asyncio
+
+import pytest
+from bson import ObjectId
+
+from crossfade import DuplicateKey, FailureStrategy, Undone
+from crossfade.testing.failure_points import FailurePoints
+
+from .conftest import eventually
+
+OPEN = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'"
+SHORT_OF_TIME = {"primary_deadline": 10.0, "secondary_deadline": 0.2}
+
+
+async def one_open(w):
+    return w.sql(OPEN) == [(1,)]
+
+
+async def nothing_open(w):
+    return w.sql(OPEN) == [(0,)]
+
+
+async def commands(w, operation):
+    """What an operation asked of MongoDB, up to its answer."""
+    points = FailurePoints(w.cf)
+    await points.run(operation)
+    return [point.call for point in points.points if point.store == "mongo"]
+
+
+async def test_postgres_shows_nothing_before_mongo_has_decided(open_world, mongo_proxy):
+    w = await open_world(mongo=mongo_proxy, primary_deadline=10.0, secondary_deadline=5.0)
+    id_ = ObjectId()
+    mongo_proxy.delay(0.5)
+    inserting = asyncio.create_task(w.users.insert({"username": "Bob"}))
+    await eventually(lambda: one_open(w))
+    assert w.sql("SELECT id FROM users") == []
+    mongo_proxy.delay(0)
+    id_ = (await inserting).id
+    assert (await w.row(id_)).document["username"] == "Bob"
+    await w.assert_equal()
+
+
+async def test_of_what_mongo_refuses_nothing_is_left_in_postgres(open_world):
+    w = await open_world()
+    # Only MongoDB knows this rule's other half: the record was not copied yet.
+    w.documents.insert_one({"username": "Bob", "_cf": {"keys": {"username": "bob"}}})
+    with pytest.raises(DuplicateKey):
+        await w.users.insert({"username": "BOB"})
+    await eventually(lambda: nothing_open(w))
+    assert w.sql("SELECT id FROM users") == []
+
+
+async def test_a_slow_mongo_keeps_nobody_from_the_record_in_postgres(open_world, mongo_proxy):
+    w = await open_world(mongo=mongo_proxy, **SHORT_OF_TIME)
+    mongo_proxy.delay(0.6)
+    inserting = asyncio.create_task(w.users.insert({"username": "Bob"}))
+    await eventually(lambda: one_open(w))
+
+    await eventually(lambda: nothing_open(w))
+    assert not inserting.done()
+    record = await inserting
+    mongo_proxy.delay(0)
+    # The ordinary way, behind MongoDB's answer.
+    assert (await w.row(record.id)).rev == 1
+    await w.assert_equal()
+
+
+async def test_a_stopped_worker_leaves_nothing_open_in_postgres(open_world, mongo_proxy):
+    w = await open_world(mongo=mongo_proxy, **SHORT_OF_TIME)
+    mongo_proxy.delay(5.0)
+    inserting = asyncio.create_task(w.users.insert({"username": "Bob"}))
+    await eventually(lambda: one_open(w))
+    inserting.cancel()
+    await asyncio.wait({inserting})
+    await eventually(lambda: nothing_open(w))
+    assert w.sql("SELECT id FROM users") == []
+    mongo_proxy.delay(0)
+
+
+async def test_a_record_that_is_held_is_written_without_being_asked_for_again(open_world):
+    w = await open_world()
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.settle()
+    held = await w.users.get(made.id)
+    asked = await commands(w, lambda: w.users.update(held.id, {"n": 2}))
+    assert asked == ["users.find_one_and_update"]
+    assert (await w.users.get(made.id)).rev == 2
+    await w.assert_equal()
+
+
+async def test_a_record_that_was_let_go_is_asked_for(open_world):
+    w = await open_world()
+    id_ = (await w.users.insert({"username": "Bob", "n": 1})).id
+    await w.settle()
+    assert await commands(w, lambda: w.users.update(id_, {"n": 2})) == [
+        "users.find_one", "users.find_one_and_update",
+    ]  # fmt: skip
+    await w.assert_equal()
+
+
+async def test_a_write_since_the_read_is_written_upon_and_not_replaced(open_world):
+    reader, writer = await open_world(), await open_world()
+    made = await writer.users.insert({"username": "Bob", "n": 1})
+    held = await reader.users.get(made.id)
+    await writer.users.update(made.id, {"other": 1})
+    record = await reader.users.update(held.id, {"n": 2})
+    assert record.rev == 3
+    for store in (await reader.image(made.id), await reader.row(made.id)):
+        assert (store.rev, store.document["n"], store.document["other"]) == (3, 2, 1)
+    await writer.settle()
+    await reader.assert_equal()
+
+
+async def test_a_foreign_write_since_the_read_stays(open_world):
+    w = await open_world()
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.settle()
+    held = await w.users.get(made.id)
+    w.documents.update_one({"_id": held.id}, {"$set": {"n": 2}})
+    await w.users.update(held.id, {"other": 1})
+    row = await w.row(made.id)
+    assert (row.document["n"], row.document["other"]) == (2, 1)
+    await w.assert_equal()
+
+
+async def test_a_foreign_rename_since_the_read_gets_its_own_key(open_world):
+    w = await open_world()
+    made = await w.users.insert({"username": "Bob"})
+    await w.settle()
+    held = await w.users.get(made.id)
+    w.documents.update_one({"_id": held.id}, {"$set": {"username": "Alice"}})
+    await w.users.update(held.id, {"n": 1})
+    assert w.notes(made.id)["keys"] == {"username": "alice"}
+    assert (await w.users.find_by_key("username", "ALICE")).id == made.id
+    await w.assert_equal()
+
+
+async def test_what_the_application_does_to_its_copy_is_not_in_the_record(open_world):
+    w = await open_world()
+    made = await w.users.insert({"username": "Bob", "n": 1, "tags": ["a"]})
+    await w.settle()
+    held = await w.users.get(made.id)
+    held.document["tags"].append("b")
+    held.document["n"] = 7
+    await w.users.update(held.id, {"other": 1})
+    for store in (await w.image(made.id), await w.row(made.id)):
+        assert (store.document["n"], store.document["tags"]) == (1, ["a"])
+    await w.assert_equal()
+
+
+async def test_two_writers_upon_one_read_are_both_there(open_world):
+    w = await open_world()
+    made = await w.users.insert({"username": "Bob"})
+    await w.settle()
+    held = await w.users.get(made.id)
+    await asyncio.gather(*(w.users.update(held.id, {f"field{n}": n}) for n in range(8)))
+    row = await w.row(made.id)
+    assert [row.document[f"field{n}"] for n in range(8)] == list(range(8))
+    assert row.rev == 9
+    await w.reconcile()
+    await w.assert_equal()
+
+
+async def test_an_open_write_that_was_read_is_not_written_upon(open_world, postgres_proxy):
+    """It may yet be taken back, and takes its own fields alone with it."""
+    w = await open_world(postgres=postgres_proxy, tentative=5.0)
+    reader = await open_world(tentative=5.0)
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.settle()
+    postgres_proxy.swallow_answers()
+    opening = asyncio.create_task(w.users.update(made.id, {"n": 2}, strategy=FailureStrategy.ROLLBACK_BOTH))
+
+    async def is_open():
+        return "tentative" in (w.debt(made.id) or {})
+
+    await eventually(is_open)
+    await reader.m.board.refresh()
+    held = await reader.users.get(made.id)
+    assert (held.rev, held["n"]) == (2, 2)
+    await reader.users.update(held.id, {"other": 1})
+    with pytest.raises(Undone):
+        await opening
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    await reader.reconcile()
+    document = w.document(made.id)
+    assert (document["n"], document["other"]) == (1, 1)
+    await reader.assert_equal()
