@@ -6,7 +6,7 @@ import time
 import pytest
 from bson import ObjectId
 
-from crossfade import Crossfade
+from crossfade import Crossfade, StoreUnavailable
 
 from .conftest import FAST, PATIENCE, World, create_tables, eventually, users_entity
 
@@ -207,3 +207,26 @@ async def test_callers_that_give_up_again_and_again_do_not_block_the_driver_for_
     async with asyncio.timeout(PATIENCE):
         image = await w.mongo.read(w.entity, made.id, timeout=PATIENCE)
     assert image.document["username"] == "Bob"
+
+
+async def test_a_claim_of_a_database_that_does_not_answer_ends(open_world, postgres_proxy):
+    w = await open_world(postgres=postgres_proxy)
+    async with w.postgres.claim("work", timeout=1.0) as claim:
+        assert claim.mine
+        async with w.postgres.claim("work", timeout=1.0) as another:
+            assert not another.mine
+        postgres_proxy.swallow_answers()
+        with pytest.raises(StoreUnavailable):
+            await claim.stay()
+    postgres_proxy.refuse()
+    with pytest.raises(StoreUnavailable):
+        async with w.postgres.claim("work", timeout=0.5):
+            pass
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+
+    async def free_again():
+        async with w.postgres.claim("work", timeout=1.0) as claim:
+            return claim.mine
+
+    await eventually(free_again)

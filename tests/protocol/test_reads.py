@@ -205,6 +205,27 @@ async def test_in_phase_4_with_postgres_down_mongo_serves_marked_stale_but_not_w
         await w.users.get(owed.id)
 
 
+async def test_in_phase_4_with_postgres_down_nobody_is_told_that_a_record_is_absent(
+    open_world, postgres_proxy, mongo_proxy
+):
+    """MongoDB may not have heard of it yet, and neither "none" nor a number can say that it may be old."""
+    reader = await open_world("postgres_primary", postgres=postgres_proxy, primary_deadline=0.5)
+    writer = await open_world("postgres_primary", mongo=mongo_proxy)
+    await reader.m.board.refresh()
+    mongo_proxy.refuse()
+    made = await writer.users.insert({"username": "Bob"})
+    assert reader.document(made.id) is None
+    postgres_proxy.refuse()
+    for read in (
+        reader.users.get(made.id),
+        reader.users.find_by_key("username", "bob"),
+        reader.users.find({"username": "Bob"}),
+        reader.users.count(),
+    ):
+        with pytest.raises(StoreUnavailable):
+            await read
+
+
 async def test_in_phase_3_with_mongo_down_postgres_serves_marked_stale(open_world, mongo_proxy):
     w = await open_world("postgres_read", mongo=mongo_proxy, primary_deadline=0.5)
     made = await w.users.insert({"username": "Bob"})

@@ -1,5 +1,7 @@
 """What a write leaves in both stores, whichever is primary and whatever the strategy."""
 
+import asyncio
+
 import pytest
 from bson import ObjectId
 
@@ -12,7 +14,7 @@ from crossfade import (
     StaleRevision,
 )
 
-from .conftest import BOTH_PRIMARIES
+from .conftest import BOTH_PRIMARIES, eventually
 
 WAYS = [(phase, strategy) for phase in BOTH_PRIMARIES for strategy in (None, FailureStrategy.ROLLBACK_BOTH)]
 ways = pytest.mark.parametrize(
@@ -259,4 +261,51 @@ async def test_an_insert_that_was_lifted_before_its_own_look_does_not_tell_its_o
         await w.users.insert({"_id": id_, "username": "Alice"})
     assert (await w.users.get(id_)).rev > 2
     await w.reconcile()
+    await w.assert_equal()
+
+
+async def test_an_insert_that_a_delete_overtook_and_whose_worker_died_goes_above_the_tombstone(
+    open_world, monkeypatch
+):
+    w, other = await open_world(), await open_world()
+    id_, look, insert, apply = ObjectId(), w.mongo.tombstone, w.mongo.insert, other.postgres.apply
+    brought: list[int] = []
+
+    async def overtaken(entity, id_, **how):
+        found = await look(entity, id_, **how)
+        monkeypatch.setattr(w.mongo, "tombstone", look)
+        await other.users.insert({"_id": id_, "username": "Bob"})
+        await other.users.delete(id_)
+        return found
+
+    async def dies(entity, document, **how):
+        await insert(entity, document, **how)
+        raise asyncio.CancelledError
+
+    async def watched(images, **how):
+        brought.extend(image.rev for _, image, rows in images if rows is not None)
+        return await apply(images, **how)
+
+    monkeypatch.setattr(w.mongo, "tombstone", overtaken)
+    monkeypatch.setattr(w.mongo, "insert", dies)
+    with pytest.raises(asyncio.CancelledError):
+        await w.users.insert({"_id": id_, "username": "Alice"})
+    monkeypatch.setattr(other.postgres, "apply", watched)
+    await other.reconcile()
+    assert brought == [3], "revisions 1 and 2 were told before"
+    assert (await other.users.get(id_)).rev == 3
+    await other.assert_equal()
+
+
+async def test_what_goes_on_in_the_background_is_not_what_the_caller_makes_of_its_copy(open_world):
+    w = await open_world()
+    record = await w.users.insert({"username": "Bob", "tags": ["a"]}, mode="async")
+    record.document["tags"].append("b")
+
+    async def arrived():
+        return await w.row(record.id) is not None
+
+    await eventually(arrived)
+    assert (await w.row(record.id)).document["tags"] == ["a"]
+    await w.settle()
     await w.assert_equal()
