@@ -1,4 +1,5 @@
 import asyncio
+import itertools
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from bson import Binary, Decimal128, Int64, ObjectId, Timestamp
 
 from crossfade import errors
+from crossfade.bulk import pieces
 from crossfade.stores.errors import Fenced
 from crossfade.values import id_to_text
 from scorekeeper.legacy import generate
@@ -47,7 +49,7 @@ async def test_a_killed_run_goes_on_where_it_was(stores, user, chunks, delay):
     run_until_killed(stores, chunks, delay)
     done = len(stores.ids())
     assert chunks * 20 <= done < 600
-    [[position]] = stores.rows("SELECT position FROM crossfade.runs")
+    [[position]] = stores.rows("SELECT position FROM crossfade.ranges")
     assert id_to_text(bson.decode(position)["_id"]) == stores.ids()[-1]
 
     report = await stores.backfill()
@@ -211,17 +213,108 @@ async def test_another_epoch_ends_the_run_and_writes_nothing(stores, user):
     assert (report.resumed, report.counts.inserted) == (0, 5)
 
 
-async def test_only_one_run_at_a_time(stores, user):
+async def test_who_begins_anew_while_another_works_is_refused(stores, user):
     stores.collection.insert_many([user(n) for n in range(3)])
 
     async def second(_entity, _ids):
-        await stores.backfill()
+        await stores.backfill(restart=True)
 
     stores.sql.execute(
         "INSERT INTO crossfade.tombstones (entity, id, rev) VALUES ('users', %s, 0)", [key(user(0))]
     )
     with pytest.raises(errors.Busy, match="another backfill of users"):
         await stores.backfill(on_behind=second)
+
+
+# --- several at once ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE", 20)
+
+
+async def test_several_share_the_pieces_and_nothing_is_counted_twice(stores, user, small_pieces):
+    documents = [user(n) for n in range(300)] + [user(2000 + n, _id=n) for n in range(50)]
+    documents += [user(1000 + n, _id=f"id {n:03d}") for n in range(50)]
+    stores.collection.insert_many(documents)
+    reports = await asyncio.gather(*(stores.backfill(batch_size=7) for _ in range(3)))
+    assert [(r.state, r.counts.read, r.counts.inserted) for r in reports] == [("complete", 400, 400)] * 3
+    assert sorted(stores.ids()) == sorted(key(d) for d in documents)
+    assert stores.rows("SELECT count(*) > 5, bool_and(state = 'complete') FROM crossfade.ranges") == [
+        (True, True)
+    ]
+    verified = await asyncio.gather(*(stores.verify(chunk=9) for _ in range(3)))
+    assert [(r.state, r.counts.documents, r.counts.rows, r.counts.equal) for r in verified] == [
+        ("complete", 400, 400, 400)
+    ] * 3
+
+
+async def test_who_slept_over_its_lease_undoes_its_chunk(stores, user):
+    """Another one has the piece by then: its chunk counts, and not that of the sleeper."""
+    stores.collection.insert_many([user(n) for n in range(30)])
+    slept = asyncio.Event()
+    others = []
+
+    def falls_asleep(target):
+        write_chunk = target.write_chunk
+
+        async def overslept(*arguments, checkpoint, **more):
+            async def late(written):
+                if not slept.is_set():
+                    slept.set()
+                    # Its lease has run out, although its session is there.
+                    stores.sql.execute("UPDATE crossfade.ranges SET leased_until = now() - interval '1 s'")
+                    others.append(asyncio.create_task(stores.backfill(batch_size=10)))
+                    free = "SELECT leased_until < now() FROM crossfade.ranges"
+                    while stores.rows(free) == [(True,)]:  # noqa: ASYNC110 - it is told by the database
+                        await asyncio.sleep(0.02)
+                await checkpoint(written)
+
+            return await write_chunk(*arguments, checkpoint=late, **more)
+
+        target.write_chunk = overslept
+
+    report = await stores.backfill(batch_size=10, hook=falls_asleep)
+    assert (report.state, report.counts.read, report.counts.inserted) == ("complete", 30, 30)
+    [other] = await asyncio.gather(*others)
+    assert other.counts.read == 30
+
+
+async def test_an_idle_worker_waits_for_what_another_has_and_takes_what_it_leaves(stores, user):
+    stores.collection.insert_many([user(n) for n in range(40)])
+    stop, begun = asyncio.Event(), asyncio.Event()
+
+    def leave(_counts):
+        stop.set()
+        begun.set()
+
+    first = asyncio.create_task(stores.backfill(batch_size=10, stop=stop, on_progress=leave))
+    await begun.wait()
+    second = await stores.backfill(batch_size=10)
+    assert (await first).state in ("interrupted", "complete")
+    assert (second.state, second.counts.read, second.counts.inserted) == ("complete", 40, 40)
+
+
+async def test_what_is_asked_of_a_run_is_done_while_it_goes_on(stores, user):
+    stores.collection.insert_many([user(n) for n in range(60)])
+    seen = []
+
+    def steer(counts):
+        seen.append(counts.read)
+        stores.sql.execute("UPDATE crossfade.runs SET steering = '{\"chunk_size\": 25}'")
+
+    await stores.backfill(batch_size=5, on_progress=steer)
+    assert seen[0] == 5
+    assert 25 in [b - a for a, b in itertools.pairwise(seen)]
+    stores.sql.execute("UPDATE crossfade.control SET epoch = 2")
+
+    def stop(_counts):
+        stores.sql.execute("UPDATE crossfade.runs SET steering = '{\"stopped\": true}' WHERE epoch = 2")
+
+    report = await stores.backfill(epoch=2, batch_size=5, on_progress=stop)
+    assert report.state == "interrupted"
+    assert report.counts.read < 60
 
 
 # --- one bad row and its neighbours ---------------------------------------------------------------------

@@ -47,13 +47,13 @@ async def test_a_missing_row_is_found(stores, moved):
 async def test_a_row_too_many_is_found(stores, moved, number):
     stores.collection.delete_one({"_id": moved[number]["_id"]})
     report = await stores.verify(chunk=3)
-    assert findings(report) == [(key(moved[number]), "extra", [])]
+    assert findings(report) == [(key(moved[number]), "tombstone_missing", [])]
 
 
 async def test_rows_of_an_empty_collection_are_all_extra(stores, moved):
     stores.collection.delete_many({})
     report = await stores.verify(chunk=3)
-    assert report.counts.findings["extra"] == 20
+    assert report.counts.findings["tombstone_missing"] == 20
 
 
 async def test_a_row_with_an_odd_id_too_many_is_found(stores, moved, user):
@@ -62,7 +62,10 @@ async def test_a_row_with_an_odd_id_too_many_is_found(stores, moved, user):
     assert not (await stores.verify()).found
     stores.collection.delete_many({"_id": {"$in": [12, "text"]}})
     report = await stores.verify()
-    assert sorted(findings(report)) == [("j:12", "extra", []), ("s:text", "extra", [])]
+    assert sorted(findings(report)) == [
+        ("j:12", "tombstone_missing", []),
+        ("s:text", "tombstone_missing", []),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -90,12 +93,12 @@ async def test_another_order_of_fields_is_another_document(stores, moved):
     old = moved[3]
     stores.collection.replace_one({"_id": old["_id"]}, dict(sorted(old.items(), reverse=True)))
     report = await stores.verify()
-    assert findings(report) == [(key(old), "different", ["(order)"])]
+    assert findings(report) == [(key(old), "foreign_write", ["(order)"])]
 
 
 async def test_a_number_of_another_width_is_another_value(stores, moved):
     stores.collection.update_one({"_id": moved[3]["_id"]}, {"$set": {"__v": 0.0}})
-    assert findings(await stores.verify()) == [(key(moved[3]), "different", ["__v"])]
+    assert findings(await stores.verify()) == [(key(moved[3]), "foreign_write", ["__v"])]
 
 
 async def test_a_row_behind_and_one_ahead_are_told_apart(stores, moved):

@@ -8,16 +8,18 @@ What it promises
     (phase 1 or later), which carries them.
 
 How
-    A thread reads and converts the next chunk while this one is written, so at most two are in memory. The
-    checkpoint, with what is left to do after the commit (look again for tombstones, records to settle one by
-    one), is in the transaction of the rows; a run that was killed does that first when it goes on.
+    The collection is cut into pieces, and whoever leases one (this process, others beside it, others elsewhere)
+    reads it with one long cursor. A thread reads and converts the next chunk while this one is written, so at most
+    two are in memory. The checkpoint, with what is left to do after the commit (look again for tombstones, records
+    to settle one by one), is in the transaction of the rows; whoever goes on with the piece of a worker that was
+    killed does that first.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,16 +27,17 @@ from typing import Any
 import bson
 
 from crossfade.bulk.convert import Chunk, chunks, quiet_collector
-from crossfade.bulk.plan import decode_position, encode_position, queries_after
+from crossfade.bulk.pace import Pace
+from crossfade.bulk.pieces import Pieces, at, plan
+from crossfade.bulk.plan import decode_position, encode_position
 from crossfade.entity import Entity
 from crossfade.errors import ConfigurationError
 from crossfade.stores.bulk_mongo import BulkMongo
-from crossfade.stores.bulk_postgres import BulkPostgres, EntityTables, Run, Written
+from crossfade.stores.bulk_postgres import BulkPostgres, EntityTables, Written
+from crossfade.stores.runs import Piece, Run, Steering
 from crossfade.values import CODEC_OPTIONS, Unmappable, id_to_text
 
 KIND = "backfill"
-#: Documents in a chunk: larger ones were not faster, smaller ones were (measured).
-BATCH_SIZE = 5_000
 #: Bytes of BSON at which a chunk ends before that. Two chunks are in memory, each about three times over.
 BATCH_BYTES = 16 * 1024 * 1024
 #: Documents per round trip: a part of a chunk, so that the server works while this side converts.
@@ -114,20 +117,20 @@ OnProgress = Callable[[Counts], None]
 
 
 class Backfill:
-    """One run of a backfill.
+    """One worker's part in a backfill.
 
     Args:
         entity: what to move.
-        source, target: the stores, for this run alone.
+        source, target: the stores, for this worker alone.
         migration: name of the migration.
         epoch: of the control record, as read by whoever checked that its phase writes to both stores. Another
             one found in PostgreSQL ends the run.
-        batch_size: documents in a chunk.
+        batch_size: documents in a chunk; None: as many as are written in about a second.
         batch_bytes: bytes of BSON at which a chunk ends before that.
         settle_one: reconciles one record by the protocol of single writes (rows that break a rule). What it
             raises parks the record. None: every such record is parked.
         on_behind: lifts or passes over records that the row is ahead of; None: they are only counted.
-        on_progress: called after every chunk.
+        on_progress: called after every chunk with the counts of the run, as far as this worker knows them.
     """
 
     def __init__(
@@ -138,135 +141,134 @@ class Backfill:
         *,
         migration: str,
         epoch: int,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int | None = None,
         batch_bytes: int = BATCH_BYTES,
         settle_one: SettleOne | None = None,
         on_behind: OnBehind | None = None,
         on_progress: OnProgress | None = None,
     ) -> None:
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise ConfigurationError(f"a batch has at least 1 document, not {batch_size}")
         self.entity = entity
         self._source = source
         self._target = target
         self._migration = migration
         self._epoch = epoch
-        self._batch_size = batch_size
+        self._pace = Pace(batch_size)
         self._batch_bytes = batch_bytes
         self._settle_one = settle_one
         self._on_behind = on_behind
         self._on_progress = on_progress
+        #: Of the piece under way; and of the run, as far as this worker has heard.
         self._counts = Counts()
-        self._position: bytes | None = None
-        self._report = Report(entity.name, "interrupted", self._counts)
+        self._total = Counts()
+        self._report = Report(entity.name, "interrupted", self._total)
 
-    async def run(self, *, restart: bool = False, stop: asyncio.Event | None = None) -> Report:
-        """Move everything that is left.
+    async def begin(self, *, restart: bool = False) -> Run:
+        """The unfinished run of this epoch and mapping, or a new one, with its pieces.
+
+        One of an older epoch is not resumed: dual writing may have been off in between, so rows that it has
+        passed may be out of date.
+
+        Raises:
+            crossfade.errors.Busy: ``restart``, or other settings, and somebody is at work.
+        """
+        return await self._target.runs.begin(
+            self._migration, self.entity, KIND, epoch=self._epoch,
+            settings={"mapping": self.entity.mapping_version},
+            pieces=await plan(self._source, self.entity), restart=restart,
+        )  # fmt: skip
+
+    def heard(self, totals: Mapping[str, int]) -> None:
+        """Report as progress what all workers of the run have done (`Runs.totals`)."""
+        _set(self._total, totals)
+        if self._on_progress is not None:
+            self._on_progress(self._total)
+
+    async def run(
+        self, *, restart: bool = False, stop: asyncio.Event | None = None, alone: bool = True
+    ) -> Report:
+        """Move everything that is left and that nobody else is at.
 
         Args:
             restart: begin at the beginning, whatever an earlier run has done.
             stop: once set, the chunk under way is finished and the run ends as "interrupted".
+            alone: also what others are at: wait until they are done, or gone. Else the report may say
+                "interrupted" because of what they have left.
 
         Raises:
-            crossfade.errors.Busy: another process does the same.
+            crossfade.errors.Busy: ``restart``, and another process is at work.
             crossfade.stores.errors.Fenced: the migration went to another epoch.
             crossfade.errors.StoreUnavailable: a store is gone; run it again to go on.
             crossfade.errors.SchemaNotReady: tables are missing.
         """
         loop = asyncio.get_running_loop()
         began = loop.time()
-        await self._target.claim(self._migration, self.entity, KIND)
         tables = await self._target.tables_of(self.entity)
-        run = await self._begin_or_resume(restart)
-        await self._finish_pending(tables, run.pending)
-        self._position = run.position
-        position = decode_position(run.position)
-        documents = self._source.read(
-            self.entity, queries_after, position, batch=min(FETCH_SIZE, self._batch_size)
-        )
-        made = chunks(documents, tables, count=self._batch_size, size=self._batch_bytes)
+        run = await self.begin(restart=restart)
+        _set(self._total, await self._target.runs.totals(run))
+        self._report.resumed = self._total.read
+        pieces = Pieces(self._target.runs, run, self._pace, stop)
         with ThreadPoolExecutor(1, "crossfade-convert") as thread, quiet_collector():
-            done = await self._move(tables, run, made, thread, stop)
-        if done:
+            while (piece := await pieces.next(alone=alone)) is not None:
+                async with pieces.hold(piece):
+                    _set(self._counts, piece.counts)
+                    await self._move(tables, piece, pieces, thread)
+        if await self._target.runs.finish(run):
             self._report.state = "complete"
-            await self._target.finish_run(run, asdict(self._counts))
+        _set(self._total, await self._target.runs.totals(run))
         self._report.seconds = loop.time() - began
         return self._report
 
-    async def _begin_or_resume(self, restart: bool) -> Run:
-        """The unfinished run of this epoch and mapping, or a new one.
-
-        One of an older epoch is not resumed: dual writing may have been off in between, so rows that it has
-        passed may be out of date.
-        """
-        settings = {"mapping": self.entity.mapping_version, "batch_size": self._batch_size}
-        last = await self._target.latest_run(self._migration, self.entity, KIND)
-        if (
-            last is not None
-            and not restart
-            and last.state == "running"
-            and last.epoch == self._epoch
-            and last.settings.get("mapping") == self.entity.mapping_version
-        ):
-            for name, value in last.counts.items():
-                if name in Counts.__slots__:
-                    setattr(self._counts, name, value)
-            self._report.resumed = self._counts.read
-            return last
-        return await self._target.begin_run(
-            self._migration, self.entity, KIND, epoch=self._epoch, settings=settings
-        )
-
     async def _move(
-        self,
-        tables: EntityTables,
-        run: Run,
-        made: Iterator[Chunk],
-        thread: ThreadPoolExecutor,
-        stop: asyncio.Event | None,
-    ) -> bool:
-        """Write chunk after chunk; whether the end was reached."""
+        self, tables: EntityTables, piece: Piece, pieces: Pieces, thread: ThreadPoolExecutor
+    ) -> None:
+        """Write chunk after chunk of a piece, to its end or until it is to stop."""
         loop = asyncio.get_running_loop()
+        await self._finish_pending(tables, piece.pending)
+        within, position = at(piece), decode_position(piece.position)
+        documents = self._source.read(
+            self.entity, within.queries, position, batch=min(FETCH_SIZE, self._pace.count)
+        )
+        made = chunks(documents, tables, count=lambda: self._pace.count, size=self._batch_bytes)
         upcoming = loop.run_in_executor(thread, next, made, None)
         try:
             while (chunk := await upcoming) is not None:
-                if stop is not None and stop.is_set():
-                    return False
+                if pieces.is_to_stop:
+                    return
                 upcoming = loop.run_in_executor(thread, next, made, None)
-                await self._write(tables, run, chunk)
+                began = loop.time()
+                steering = await self._write(tables, piece, chunk)
+                self._pace.took(chunk.read, loop.time() - began, steering)
                 # What little is in cycles (tracebacks) must not add up; there is next to nothing to walk.
                 gc.collect(0)
                 if self._on_progress is not None:
-                    self._on_progress(self._counts)
-            return True
+                    self._on_progress(self._total)
+                await pieces.rest(piece)
+            await pieces.complete(piece, asdict(self._counts))
         finally:
             await asyncio.wait([upcoming])
             upcoming.exception()  # seen here, where another error is on its way already
 
-    async def _write(self, tables: EntityTables, run: Run, chunk: Chunk) -> None:
-        before = asdict(self._counts)
+    async def _write(self, tables: EntityTables, piece: Piece, chunk: Chunk) -> Steering:
+        before, position = asdict(self._counts), piece.position
         pending: bytes | None = None
+        steering = Steering()
+        # A position that stays behind costs reading a few documents again.
+        if chunk.last is not None:
+            position = encode_position(chunk.last[0])
 
-        def checkpoint(written: Written) -> tuple[bytes | None, bytes | None, dict[str, Any]]:
-            nonlocal pending
-            # Counted anew on each try of the transaction.
-            for name, value in before.items():
-                setattr(self._counts, name, value)
+        async def checkpoint(written: Written) -> None:
+            nonlocal pending, steering
+            _set(self._counts, before)  # counted anew on each try of the transaction
             self._count(chunk, written)
             pending = _pending(chunk, written)
-            # A position that stays behind costs reading a few documents again.
-            if chunk.last is not None:
-                self._position = encode_position(chunk.last[0])
-            return self._position, pending, asdict(self._counts)
+            steering = await self._target.runs.checkpoint(
+                piece, position=position, pending=pending, counts=asdict(self._counts)
+            )
 
         written = await self._target.write_chunk(
-            tables,
-            chunk.rows,
-            chunk.bad,
-            migration=self._migration,
-            epoch=self._epoch,
-            run=run,
-            checkpoint=checkpoint,
+            tables, chunk.rows, chunk.bad, migration=self._migration, epoch=self._epoch, checkpoint=checkpoint
         )
         room = SAMPLES - len(self._report.quarantined)
         self._report.quarantined += [
@@ -274,6 +276,9 @@ class Backfill:
             for bad in [*chunk.bad, *written.refused][: max(room, 0)]
         ]
         await self._finish_pending(tables, pending)
+        for name, value in asdict(self._counts).items():
+            setattr(self._total, name, getattr(self._total, name) + value - before[name])
+        return steering
 
     def _count(self, chunk: Chunk, written: Written) -> None:
         counts = self._counts
@@ -309,6 +314,12 @@ class Backfill:
         self._counts.parked += 1
         if len(self._report.parked) < SAMPLES:
             self._report.parked.append({"id": _shown(id_), "rule": rule, "why": why})
+
+
+def _set(counts: Counts, values: Mapping[str, Any]) -> None:
+    """Make counts what was noted of them; names that are not there are 0."""
+    for name in Counts.__slots__:
+        setattr(counts, name, values.get(name, 0))
 
 
 def _pending(chunk: Chunk, written: Written) -> bytes | None:

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import struct
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,12 +153,14 @@ def prepare(raw: bytes, image: Image, rows: Rows, tables: EntityTables) -> Prepa
     )
 
 
-def chunks(documents: Iterable[bytes], tables: EntityTables, *, count: int, size: int) -> Iterator[Chunk]:
-    """Cut a stream of documents into chunks of ``count`` documents, or ``size`` bytes if that comes first."""
+def chunks(
+    documents: Iterable[bytes], tables: EntityTables, *, count: Callable[[], int], size: int
+) -> Iterator[Chunk]:
+    """Cut a stream of documents into chunks of ``count()`` documents, or ``size`` bytes if that comes first."""
     chunk = Chunk()
     for raw in documents:
         chunk.add(raw, tables)
-        if chunk.read >= count or chunk.size >= size:
+        if chunk.read >= count() or chunk.size >= size:
             yield chunk
             chunk = Chunk()
     if chunk.read:

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from crossfade.bulk.convert import bad_document, image_of, quiet_collector
-from crossfade.bulk.plan import queries_after
+from crossfade.bulk.plan import Range
 from crossfade.entity import Entity, Rows
 from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.bulk_postgres import BulkPostgres, EntityTables
@@ -123,7 +123,7 @@ class Rehearsal:
     def _batches(self, tables: EntityTables) -> Iterator[list[tuple[str, str, str]]]:
         """Convert; give the keys of every batch."""
         keys: list[tuple[str, str, str]] = []
-        documents = self._source.read(self.entity, queries_after, None, batch=min(1_000, self._batch_size))
+        documents = self._source.read(self.entity, Range().queries, None, batch=min(1_000, self._batch_size))
         for number, raw in enumerate(documents, 1):
             self._convert(raw, tables, keys)
             if number % self._batch_size == 0:

@@ -3,109 +3,60 @@
 What it promises
     Every document is compared with the document that its rows give back, byte for byte in canonical form, and
     its normalised keys with the key columns; stored digests are checked, never trusted. Every row is asked for
-    its document. So a difference that exists for the whole time of a run is found, in either direction.
+    its document. So a difference that exists for the whole time of a run is found, in either direction. The
+    fast mode compares ids and revisions alone: it finds what is missing, too many or late, and no evidence.
 
     A difference is looked at again after a wait before it counts: with writers at work, the two stores are
     read at two moments. What is owed (debt) or in quarantine is told apart: it differs for a known reason.
 
+    A run that was killed goes on behind its last chunk. What it has passed may have changed since, as it may
+    behind the back of a run that was not.
+
 How
-    Both sides are read in ``_id`` order and merged: ids that are ObjectIds or strings have the same order as
-    their texts do in PostgreSQL. Other ids are looked up. If a server ordered ids in another way, records would
-    be suspected without need, and cleared by the second look, which goes by id. Memory is bounded by a chunk
-    of documents, and by the number of suspects that wait for the second look.
+    The collection is cut into pieces, for several workers. Both sides of a piece are read in ``_id`` order and
+    merged: ids that are ObjectIds or strings have the same order as their texts do in PostgreSQL. Other ids
+    are looked up. If a server ordered ids in another way, records would be suspected without need, and cleared
+    by the second look, which goes by id. Memory is bounded by a chunk of documents, and by the number of
+    suspects that wait for the second look; those are kept with the checkpoint.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import gc
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 from typing import Any
 
-from crossfade.bulk.convert import bad_document, image_of, quiet_collector
-from crossfade.bulk.plan import queries_after
-from crossfade.entity import Entity
-from crossfade.record import Image
-from crossfade.stores.bulk_mongo import BulkMongo
-from crossfade.stores.bulk_postgres import BadDocument, BulkPostgres, EntityTables, StoredRecord
-from crossfade.values import Unmappable, digest_of_bytes, encode_document, text_to_id
+import bson
+from bson import ObjectId
 
-KIND = "verify"
+from crossfade.bulk.convert import quiet_collector
+from crossfade.bulk.findings import Finding, Notes, Source, judge
+from crossfade.bulk.pace import Pace
+from crossfade.bulk.pieces import Pieces, at, plan
+from crossfade.bulk.plan import Range, bracket_of, decode_position, encode_position
+from crossfade.entity import Entity
+from crossfade.stores.bulk_mongo import BulkMongo
+from crossfade.stores.bulk_postgres import BulkPostgres, EntityTables, StoredRecord
+from crossfade.stores.runs import Piece, Run, Steering
+from crossfade.values import (
+    id_to_text,
+    text_to_id,
+)
+
+#: Runs of the full mode, which is evidence, and of the fast one, which is none.
+KIND, FAST = "verify", "verify_fast"
 #: Documents in a chunk, and bytes of BSON at which it ends before that.
 CHUNK_COUNT, CHUNK_BYTES = 2_000, 8 * 1024 * 1024
+#: Ids and revisions in a chunk of the fast mode.
+FAST_COUNT = 20_000
 #: Suspects that are looked at again together.
 SUSPECTS = 500
-#: Findings that a report names; the counts are always whole.
+#: Findings that a report names; the counts are always whole, and ``crossfade.findings`` has them all.
 SAMPLES = 100
-
-
-class Finding(StrEnum):
-    """How a record differs. The first two have a known reason; the others count as mismatches."""
-
-    IN_DEBT = "in_debt"
-    QUARANTINED = "quarantined"
-    #: A document without rows (one that belongs into quarantine and is not there, too).
-    MISSING = "missing"
-    #: Rows without a document.
-    EXTRA = "extra"
-    #: The row is at an older revision than the document, and nothing notes that it is owed.
-    BEHIND = "behind"
-    #: The row is at a newer revision than the document.
-    AHEAD = "ahead"
-    #: Equal in revision, other in content.
-    DIFFERENT = "different"
-    #: A document whose id has a tombstone at or above its revision: it was put back behind Crossfade's back.
-    TOMBSTONED = "tombstoned"
-
-    @property
-    def is_explained(self) -> bool:
-        """Whether it differs for a known reason."""
-        return self in (Finding.IN_DEBT, Finding.QUARANTINED)
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A document as read.
-
-    Attributes:
-        text: id text.
-        image, content: its image and canonical bytes; None when it cannot be understood.
-        bad: then: as it goes to quarantine.
-        size: bytes of BSON.
-    """
-
-    text: str
-    image: Image | None
-    content: bytes | None
-    bad: BadDocument | None
-    size: int
-
-    @classmethod
-    def of(cls, raw: bytes) -> Source:
-        """Of a stored document."""
-        try:
-            image, content = image_of(raw)
-            # Its id text may not exist, too.
-            text = bad_document(raw, Unmappable(""), image).text
-        except Unmappable as problem:
-            bad = bad_document(raw, problem, None)
-            return cls(bad.text, None, None, bad, len(raw))
-        return cls(text, image, content, None, len(raw))
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether its delete has been decided."""
-        return self.image is not None and self.image.deleted
-
-    @property
-    def digest(self) -> bytes:
-        """As a quarantine entry has it."""
-        if self.image is not None:
-            return self.image.digest
-        assert self.bad is not None
-        return self.bad.digest
 
 
 @dataclass(slots=True)
@@ -128,15 +79,16 @@ class Counts:
         """Records that differ for no known reason."""
         return sum(count for name, count in self.findings.items() if not Finding(name).is_explained)
 
-    def to_json(self) -> dict[str, Any]:
-        """As kept with the run, and in reports."""
-        return {
-            "documents": self.documents,
-            "rows": self.rows,
-            "equal": self.equal,
-            "mismatches": self.mismatches,
-            **self.findings,
-        }
+    def stored(self) -> dict[str, int]:
+        """As kept with a piece of the run."""
+        return {"documents": self.documents, "rows": self.rows, "equal": self.equal,
+                "mismatches": self.mismatches, **self.findings}  # fmt: skip
+
+    def set(self, stored: Mapping[str, Any]) -> None:
+        """The reverse of `stored`; names that are not there are 0."""
+        self.documents, self.rows = stored.get("documents", 0), stored.get("rows", 0)
+        self.equal = stored.get("equal", 0)
+        self.findings = {finding.value: stored.get(finding.value, 0) for finding in Finding}
 
 
 @dataclass(slots=True)
@@ -145,19 +97,24 @@ class Report:
 
     Attributes:
         state: "complete" or "interrupted"; only a complete one is evidence.
+        counts: of the whole run, the parts before an interruption included.
+        run: id of the run in ``crossfade.runs``, for ``crossfade.findings`` and ``crossfade.chunks``.
+        resumed: documents that an earlier part of the run had compared.
         samples: id text, finding, and the fields that differ.
-        seconds: that it took.
+        seconds: that this part took.
     """
 
     entity: str
     state: str
     counts: Counts
+    run: str = ""
+    resumed: int = 0
     samples: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
-        return {**asdict(self), "counts": self.counts.to_json(), "found": self.found}
+        return {**asdict(self), "counts": self.counts.stored(), "found": self.found}
 
     @property
     def found(self) -> bool:
@@ -166,111 +123,81 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
-class Notes:
-    """What else is known about a record.
-
-    Attributes:
-        quarantined: digest of the entry in quarantine, or None.
-        tombstone: revision of PostgreSQL's tombstone, or None.
-        delete_owed: MongoDB has a tombstone that PostgreSQL has not confirmed.
-    """
-
-    quarantined: bytes | None = None
-    tombstone: int | None = None
-    delete_owed: bool = False
-
-
-def differing_fields(entity: Entity, source: Source, row: StoredRecord) -> list[str]:
-    """Names of what differs between a document and its rows; [] when they are the same.
-
-    Top-level fields by name; ``(order)`` when only the order of fields differs, ``cf_digest`` when only the
-    stored digest is not that of the content, a key column by its name, ``(unreadable)`` when the rows give no document.
-    """
-    assert source.image is not None
-    try:
-        rebuilt = entity.from_rows(row.parent, row.children)
-        content = encode_document(rebuilt)
-    except (Unmappable, ValueError, KeyError, IndexError, TypeError):
-        return ["(unreadable)"]
-    found: list[str] = []
-    if content != source.content:
-        names = dict.fromkeys([*source.image.document, *rebuilt])
-        found = [name for name in names if _element(source.image.document, name) != _element(rebuilt, name)]
-        found = found or ["(order)"]
-    elif row.digest != digest_of_bytes(content):
-        found = ["cf_digest"]
-    keys = {**entity.keys(source.image.document), **source.image.keys}
-    for rule in entity.unique:
-        if row.parent[entity.parent_columns.index(rule.to)] != keys.get(rule.rule):
-            found.append(rule.to)
-    return found
-
-
-def _element(document: dict[str, Any], name: str) -> bytes | None:
-    return encode_document({"v": document[name]}) if name in document else None
-
-
-def judge(
-    entity: Entity, source: Source | None, row: StoredRecord | None, notes: Notes
-) -> tuple[Finding, list[str]] | None:
-    """How a record differs, and in which fields; None when it does not.
-
-    Args:
-        source: the document, None without one.
-        row: its rows, None without any.
-        notes: what else is known.
-    """
-    image = source.image if source is not None else None
-    if source is None or source.is_gone:
-        if row is None:
-            return None
-        owed = notes.delete_owed or (image is not None and image.debt is not None)
-        return (Finding.IN_DEBT if owed else Finding.EXTRA), []
-    fields = differing_fields(entity, source, row) if row is not None and image is not None else []
-    if row is not None and image is not None and row.rev == image.rev and not fields:
-        return None
-    if notes.quarantined is not None and notes.quarantined == source.digest:
-        return Finding.QUARANTINED, []
-    if image is not None and image.debt is not None:
-        return Finding.IN_DEBT, fields
-    if row is None or image is None:
-        covered = notes.tombstone is not None and image is not None and notes.tombstone >= image.rev
-        return (Finding.TOMBSTONED if covered else Finding.MISSING), []
-    if row.rev == image.rev:
-        return Finding.DIFFERENT, fields
-    return (Finding.BEHIND if row.rev < image.rev else Finding.AHEAD), fields
-
-
-@dataclass(frozen=True, slots=True)
 class _Bracket:
     """Ids whose order is that of their texts: texts above ``first`` and not above ``last``."""
 
+    name: str
     first: str
     last: str
+    place: int
 
     def holds(self, text: str) -> bool:
         return self.first < text <= self.last
 
+    def within(self, piece: Range) -> tuple[str, str] | None:
+        """The part of it that a piece has; None: none."""
+        first, last = self.first, self.last
+        if piece.after is not None:
+            above = bracket_of(piece.after["_id"])
+            if above > self.place:
+                return None
+            first = id_to_text(piece.after["_id"]) if above == self.place else first
+        if piece.last is not None:
+            below = bracket_of(piece.last["_id"])
+            if below < self.place:
+                return None
+            last = id_to_text(piece.last["_id"]) if below == self.place else last
+        return first, last
+
 
 # Hexadecimal digits are below "g"; strings begin with "s:".
-_OBJECT_IDS = _Bracket("", "g")
-_STRINGS = _Bracket("s", "s;")
-_OTHERS = _Bracket("j", "j;")
+_BRACKETS = (
+    _Bracket("ObjectId", "", "g", bracket_of(ObjectId(bytes(12)))),
+    _Bracket("string", "s", "s;", bracket_of("")),
+)
+#: Texts of all other ids.
+_OTHERS = ("j", "j;")
 
 OnProgress = Callable[[Counts], None]
 
 
+@dataclass(slots=True)
+class _Seen:
+    """What a worker carries from chunk to chunk of a piece; kept with its checkpoint.
+
+    Attributes:
+        at: by bracket, the id text up to which rows were compared, and the one where the piece ends.
+        suspects: id texts of records that wait for the second look.
+    """
+
+    at: dict[str, list[str]]
+    suspects: dict[str, None] = field(default_factory=dict)
+
+    def stored(self) -> bytes:
+        return bson.encode({"at": self.at, "suspects": list(self.suspects)})
+
+    @classmethod
+    def of(cls, piece: Piece) -> _Seen:
+        if piece.pending is not None:
+            kept = bson.decode(piece.pending)
+            return cls(kept["at"], dict.fromkeys(kept["suspects"]))
+        parts = {bracket.name: bracket.within(at(piece)) for bracket in _BRACKETS}
+        return cls({name: list(part) for name, part in parts.items() if part is not None})
+
+
 class Verify:
-    """One run of a full verify.
+    """One worker's part in a verify.
 
     Args:
         entity: what to compare.
-        source, target: the stores, for this run alone.
+        source, target: the stores, for this worker alone.
         migration: name of the migration.
         epoch: of the control record, noted with the result: evidence counts only for the epoch's life.
+        fast: compare ids and revisions alone.
         wait: seconds before a difference is looked at again.
         looks: how often it is looked at again before it counts.
-        on_progress: called after every chunk.
+        chunk: documents in a chunk.
+        on_progress: called after every chunk with the counts of the run, as far as this worker knows them.
     """
 
     def __init__(
@@ -281,9 +208,10 @@ class Verify:
         *,
         migration: str,
         epoch: int,
+        fast: bool = False,
         wait: float = 1.0,
         looks: int = 3,
-        chunk: int = CHUNK_COUNT,
+        chunk: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> None:
         self.entity = entity
@@ -291,133 +219,235 @@ class Verify:
         self._target = target
         self._migration = migration
         self._epoch = epoch
+        self._fast = fast
         self._wait = wait
         self._looks = looks
-        self._chunk = chunk
+        self._chunk = chunk or (FAST_COUNT if fast else CHUNK_COUNT)
+        self._pace = Pace(self._chunk)
         self._on_progress = on_progress
+        #: Of the piece under way; and of the run, as far as this worker has heard.
         self._counts = Counts()
-        self._report = Report(entity.name, "interrupted", self._counts)
-        self._suspects: dict[str, Any] = {}
-        self._thread: ThreadPoolExecutor | None = None
+        self._total = Counts()
+        self._report = Report(entity.name, "interrupted", self._total)
+        self._seen = _Seen({})
+        self._findings: dict[str, tuple[Finding, list[str]]] = {}
+        self._checksums: list[tuple[str, str, int, str]] = []
 
-    async def run(self, *, stop: asyncio.Event | None = None) -> Report:
-        """Compare everything; the result is kept in ``crossfade.runs``.
-
-        Args:
-            stop: once set, the run ends as "interrupted" after the chunk under way. A verify does not go on
-                where it ended: what it has passed may have changed.
+    async def begin(self, *, restart: bool = False) -> Run:
+        """The unfinished run of this epoch and mapping, or a new one, with its pieces.
 
         Raises:
-            crossfade.errors.Busy: another process does the same.
-            crossfade.errors.StoreUnavailable: a store is gone.
+            crossfade.errors.Busy: ``restart``, or another mapping, and somebody is at work.
+        """
+        return await self._target.runs.begin(
+            self._migration, self.entity, FAST if self._fast else KIND, epoch=self._epoch,
+            settings={"mapping": self.entity.mapping_version, "full": not self._fast},
+            pieces=await plan(self._source, self.entity), restart=restart,
+        )  # fmt: skip
+
+    def heard(self, totals: Mapping[str, int]) -> None:
+        """Report as progress what all workers of the run have done (`Runs.totals`)."""
+        self._total.set(totals)
+        if self._on_progress is not None:
+            self._on_progress(self._total)
+
+    async def run(
+        self, *, restart: bool = False, stop: asyncio.Event | None = None, alone: bool = True
+    ) -> Report:
+        """Compare everything that is left and that nobody else is at; the result is kept in ``crossfade.runs``.
+
+        Args:
+            restart: begin at the beginning, whatever an earlier run has done.
+            stop: once set, the run ends as "interrupted" after the chunk under way.
+            alone: also what others are at: wait until they are done, or gone.
+
+        Raises:
+            crossfade.errors.Busy: ``restart``, and another process is at work.
+            crossfade.errors.StoreUnavailable: a store is gone; run it again to go on.
             crossfade.errors.SchemaNotReady: tables are missing.
         """
         loop = asyncio.get_running_loop()
         began = loop.time()
-        await self._target.claim(self._migration, self.entity, KIND)
         tables = await self._target.tables_of(self.entity)
-        run = await self._target.begin_run(
-            self._migration,
-            self.entity,
-            KIND,
-            epoch=self._epoch,
-            settings={"mapping": self.entity.mapping_version, "full": True},
-        )
-        with ThreadPoolExecutor(1, "crossfade-verify") as self._thread, quiet_collector():
-            if await self._compare_all(tables, stop):
-                await self._look_again(tables)
-                self._report.state = "complete"
-        state = "complete" if self._report.state == "complete" else "abandoned"
-        await self._target.finish_run(run, self._counts.to_json(), state=state)
+        run = await self.begin(restart=restart)
+        self._total.set(await self._target.runs.totals(run))
+        self._report.resumed = self._total.documents
+        pieces = Pieces(self._target.runs, run, self._pace, stop)
+        with ThreadPoolExecutor(1, "crossfade-verify") as thread, quiet_collector():
+            while (piece := await pieces.next(alone=alone)) is not None:
+                async with pieces.hold(piece):
+                    self._counts.set(piece.counts)
+                    self._findings.clear()
+                    self._checksums.clear()
+                    await self._compare_piece(tables, piece, pieces, thread)
+        if await self._target.runs.finish(run):
+            self._report.state = "complete"
+        self._total.set(await self._target.runs.totals(run))
+        self._report.run = str(run.run)
+        self._report.samples = await self._target.findings(run, limit=SAMPLES)
         self._report.seconds = loop.time() - began
         return self._report
 
     # --- the first look: everything, in order --------------------------------------------------------------
 
-    async def _compare_all(self, tables: EntityTables, stop: asyncio.Event | None) -> bool:
+    async def _compare_piece(
+        self, tables: EntityTables, piece: Piece, pieces: Pieces, thread: ThreadPoolExecutor
+    ) -> None:
         loop = asyncio.get_running_loop()
-        documents = self._source.read(self.entity, queries_after, None, batch=min(1000, self._chunk))
-        made = _chunks(documents, self._chunk)
-        at = {_OBJECT_IDS: _OBJECT_IDS.first, _STRINGS: _STRINGS.first}
-        upcoming = loop.run_in_executor(self._thread, next, made, None)
+        within = at(piece)
+        self._seen = _Seen.of(piece)
+        documents = self._source.read(
+            self.entity, within.queries, decode_position(piece.position), batch=min(1000, self._chunk),
+            notes_only=self._fast,
+        )  # fmt: skip
+        made = _chunks(documents, Source.of_notes if self._fast else Source.of, lambda: self._pace.count)
+        upcoming = loop.run_in_executor(thread, next, made, None)
         try:
             while (chunk := await upcoming) is not None:
-                upcoming = loop.run_in_executor(self._thread, next, made, None)
-                if stop is not None and stop.is_set():
-                    return False
-                self._counts.documents += sum(not source.is_gone for source in chunk)
-                for bracket, after in at.items():
-                    ours = {source.text: source for source in chunk if bracket.holds(source.text)}
-                    if ours:
-                        at[bracket] = max(ours)
-                        await self._compare_range(tables, after, at[bracket], ours)
-                await self._compare_others(
-                    tables, {s.text: s for s in chunk if not any(bracket.holds(s.text) for bracket in at)}
-                )
-                await self._tell(tables)
+                if pieces.is_to_stop:
+                    return
+                upcoming = loop.run_in_executor(thread, next, made, None)
+                began = loop.time()
+                await self._compare_chunk(tables, chunk)
+                steering = await self._checkpoint(tables, piece, chunk)
+                self._pace.took(len(chunk), loop.time() - began, steering)
+                gc.collect(0)
+                await pieces.rest(piece)
         finally:
             await asyncio.wait([upcoming])
             upcoming.exception()  # seen here, where another error is on its way already
-        for bracket, first in at.items():
-            await self._compare_range(tables, first, bracket.last, {})
-        await self._find_extra_others(tables)
-        return True
+        for first, last in self._seen.at.values():
+            await self._compare_range(tables, first, last, {})
+        if within.last is None:
+            await self._find_extra_others(tables)
+        await self._look_again(tables)
+        await self._target.note(piece, self._noted(), self._checksums, lambda: self._complete(pieces, piece))
+        self._report_progress()
+
+    async def _complete(self, pieces: Pieces, piece: Piece) -> None:
+        await pieces.complete(piece, self._counts.stored())
+
+    async def _checkpoint(self, tables: EntityTables, piece: Piece, chunk: list[Source]) -> Steering:
+        if len(self._seen.suspects) >= SUSPECTS:
+            await self._look_again(tables)
+        position = piece.position
+        for source in reversed(chunk):
+            if source.id is not None:
+                position = encode_position(source.id)
+                break
+        steering = Steering()
+
+        async def note() -> None:
+            nonlocal steering
+            steering = await self._target.runs.checkpoint(
+                piece, position=position, pending=self._seen.stored(), counts=self._counts.stored()
+            )
+
+        await self._target.note(piece, self._noted(), self._checksums, note)
+        self._findings.clear()
+        self._checksums.clear()
+        self._report_progress()
+        return steering
+
+    def _noted(self) -> list[tuple[str, str, list[str]]]:
+        return [(text, finding.value, fields) for text, (finding, fields) in self._findings.items()]
+
+    def _report_progress(self) -> None:
+        if self._on_progress is not None:
+            self._on_progress(self._total)
+
+    async def _compare_chunk(self, tables: EntityTables, chunk: list[Source]) -> None:
+        alive = sum(not source.is_gone for source in chunk)
+        self._counts.documents += alive
+        self._total.documents += alive
+        left = chunk
+        for bracket in _BRACKETS:
+            if bracket.name not in self._seen.at:
+                continue
+            ours = {source.text: source for source in left if bracket.holds(source.text)}
+            if ours:
+                first, end = self._seen.at[bracket.name]
+                reached = max(ours)
+                left = [source for source in left if source.text not in ours]
+                await self._compare_range(tables, first, reached, ours)
+                self._seen.at[bracket.name] = [reached, end]
+        await self._compare_others(tables, {source.text: source for source in left})
 
     async def _compare_range(
         self, tables: EntityTables, after: str, last: str, sources: dict[str, Source]
     ) -> None:
         """Merge the documents of a range with its rows; at most a chunk of rows is held at once."""
+        first, seen = after, [source for source in sources.values() if source.image and not source.is_gone]
         while True:
-            rows = await self._target.read_range(tables, after, last, limit=self._chunk)
+            rows = await self._read_range(tables, after, last)
             for row in rows:
                 self._compare(row.text, sources.pop(row.text, None), row)
             self._counts.rows += len(rows)
+            self._total.rows += len(rows)
             if len(rows) < self._chunk:
                 break
             after = rows[-1].text
-            await self._tell(tables)
         for text, source in sources.items():
             self._compare(text, source, None)
+        if seen:
+            self._checksums.append((first, last, len(seen), self._checksum(seen)))
+
+    async def _read_range(self, tables: EntityTables, after: str, last: str) -> Sequence[StoredRecord]:
+        if self._fast:
+            return await self._target.read_revisions(tables, after, last, limit=self._chunk)
+        return await self._target.read_range(tables, after, last, limit=self._chunk)
+
+    def _checksum(self, sources: list[Source]) -> str:
+        lines = []
+        for source in sorted(sources, key=lambda source: source.text):
+            assert source.image is not None
+            lines.append(f"{source.text} {source.image.rev}")
+            if not self._fast:
+                lines[-1] += f" {source.image.digest.hex()}"
+        return hashlib.md5("\n".join(lines).encode(), usedforsecurity=False).hexdigest()
 
     async def _compare_others(self, tables: EntityTables, sources: dict[str, Source]) -> None:
         if not sources:
             return
         rows = await self._target.read_ids(tables, list(sources))
         self._counts.rows += len(rows)
+        self._total.rows += len(rows)
         for text, source in sources.items():
             self._compare(text, source, rows.get(text))
 
     async def _find_extra_others(self, tables: EntityTables) -> None:
         """Rows whose ids are neither ObjectIds nor strings: does each have its document?"""
-        after = _OTHERS.first
-        while rows := await self._target.read_range(tables, after, _OTHERS.last, limit=SUSPECTS):
+        after, last = _OTHERS
+        while rows := await self._target.read_range(tables, after, last, limit=SUSPECTS):
             after = rows[-1].text
             found = {source.text for source in await self._fetch([row.text for row in rows])}
             for row in rows:
                 if row.text not in found:
                     self._counts.rows += 1
-                    self._suspects[row.text] = None
-            await self._tell(tables)
+                    self._total.rows += 1
+                    self._seen.suspects[row.text] = None
 
     def _compare(self, text: str, source: Source | None, row: StoredRecord | None) -> None:
-        # Without the notes, whatever is not plainly equal is a suspect.
-        if judge(self.entity, source, row, Notes()) is not None:
-            self._suspects[text] = None
+        if self._is_suspect(source, row):
+            self._seen.suspects[text] = None
         elif source is not None and not source.is_gone:
             self._counts.equal += 1
+            self._total.equal += 1
 
-    async def _tell(self, tables: EntityTables) -> None:
-        if len(self._suspects) >= SUSPECTS:
-            await self._look_again(tables)
-        if self._on_progress is not None:
-            self._on_progress(self._counts)
+    def _is_suspect(self, source: Source | None, row: StoredRecord | None) -> bool:
+        if not self._fast:
+            # Without the notes, whatever is not plainly equal is a suspect.
+            return judge(self.entity, source, row, Notes()) is not None
+        if source is None or source.is_gone:
+            return row is not None
+        return source.image is None or row is None or row.rev != source.image.rev
 
     # --- the second look: suspects, by id ------------------------------------------------------------------
 
     async def _look_again(self, tables: EntityTables) -> None:
         """Look at the suspects again, after a wait; count those that still differ."""
-        texts = list(self._suspects)
-        self._suspects.clear()
+        texts = list(self._seen.suspects)
+        self._seen.suspects.clear()
         for start in range(0, len(texts), SUSPECTS):
             await self._look_again_at(tables, texts[start : start + SUSPECTS])
 
@@ -425,18 +455,11 @@ class Verify:
         findings: dict[str, tuple[Finding, list[str]]] = {}
         for _ in range(self._looks):
             await asyncio.sleep(self._wait)
-            findings = {}
-            sources = {source.text: source for source in await self._fetch(texts)}
-            rows = await self._target.read_ids(tables, texts)
-            quarantined, buried = await self._target.notes(self.entity, texts)
-            owed = await asyncio.to_thread(self._source.tombstones, self.entity, texts)
-            for text in texts:
-                notes = Notes(quarantined.get(text), buried.get(text), text in owed)
-                found = judge(self.entity, sources.get(text), rows.get(text), notes)
-                if found is not None:
-                    findings[text] = found
-                elif text in sources and not sources[text].is_gone:
-                    self._counts.equal += 1
+            looked = await look_at(self.entity, self._source, self._target, tables, texts)
+            equal = sum(found is None and is_there for found, is_there in looked.values())
+            self._counts.equal += equal
+            self._total.equal += equal
+            findings = {text: found for text, (found, _) in looked.items() if found is not None}
             # What is explained stays explained; only the rest may be on its way.
             for text in [text for text, (finding, _) in findings.items() if finding.is_explained]:
                 self._count(text, *findings.pop(text))
@@ -448,29 +471,50 @@ class Verify:
 
     def _count(self, text: str, finding: Finding, fields: list[str]) -> None:
         self._counts.findings[finding] += 1
-        if len(self._report.samples) < SAMPLES:
-            self._report.samples.append({"id": text, "finding": finding.value, "fields": fields})
+        self._total.findings[finding] += 1
+        self._findings[text] = (finding, fields)
 
     async def _fetch(self, texts: Sequence[str]) -> list[Source]:
-        ids = []
-        for text in texts:
-            try:
-                ids.append(text_to_id(text))
-            except ValueError:
-                continue  # the document's id has no text; its entry in quarantine goes by its digest
-
-        # A thread of its own: the first one is busy with the next chunk.
-        found = await asyncio.to_thread(self._source.fetch, self.entity, ids)
-        return [Source.of(raw) for raw in found]
+        return await _fetch(self.entity, self._source, texts)
 
 
-def _chunks(documents: Iterable[bytes], count: int) -> Iterator[list[Source]]:
+async def look_at(
+    entity: Entity, source: BulkMongo, target: BulkPostgres, tables: EntityTables, texts: Sequence[str]
+) -> dict[str, tuple[tuple[Finding, list[str]] | None, bool]]:
+    """How each of these records differs now (None: not), and whether there is a document; by id text."""
+    sources = {one.text: one for one in await _fetch(entity, source, texts)}
+    rows = await target.read_ids(tables, texts)
+    quarantined, buried = await target.notes(entity, texts)
+    deleted = await asyncio.to_thread(source.tombstones, entity, texts)
+    looked = {}
+    for text in texts:
+        notes = Notes(quarantined.get(text), buried.get(text), text in deleted, deleted.get(text, False))
+        one = sources.get(text)
+        looked[text] = (judge(entity, one, rows.get(text), notes), one is not None and not one.is_gone)
+    return looked
+
+
+async def _fetch(entity: Entity, source: BulkMongo, texts: Sequence[str]) -> list[Source]:
+    ids = []
+    for text in texts:
+        try:
+            ids.append(text_to_id(text))
+        except ValueError:
+            continue  # the document's id has no text; its entry in quarantine goes by its digest
+    # A thread of its own: the first one is busy with the next chunk.
+    found = await asyncio.to_thread(source.fetch, entity, ids)
+    return [Source.of(raw) for raw in found]
+
+
+def _chunks(
+    documents: Iterable[bytes], read: Callable[[bytes], Source], count: Callable[[], int]
+) -> Iterator[list[Source]]:
     chunk: list[Source] = []
     size = 0
     for raw in documents:
-        chunk.append(Source.of(raw))
+        chunk.append(read(raw))
         size += len(raw)
-        if len(chunk) >= count or size >= CHUNK_BYTES:
+        if len(chunk) >= count() or size >= CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
     if chunk:

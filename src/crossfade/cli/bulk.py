@@ -1,4 +1,4 @@
-"""`crossfade backfill`, `verify` and `quarantine`: whole collections at once."""
+"""`crossfade backfill` and `verify`: whole collections at once."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from dotenv import dotenv_values
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -28,12 +28,13 @@ from rich.table import Table
 from rich.text import Text
 
 from crossfade import errors
-from crossfade.bulk import quarantine as entries
-from crossfade.bulk.backfill import BATCH_SIZE, Backfill
+from crossfade.bulk.backfill import Backfill
 from crossfade.bulk.backfill import Counts as BackfillCounts
 from crossfade.bulk.backfill import Report as BackfillReport
+from crossfade.bulk.pieces import in_dependency_order
 from crossfade.bulk.rehearse import Rehearsal
 from crossfade.bulk.rehearse import Report as RehearsalReport
+from crossfade.bulk.verify import Counts as VerifyCounts
 from crossfade.bulk.verify import Report as VerifyReport
 from crossfade.bulk.verify import Verify
 from crossfade.cli.context import (
@@ -48,15 +49,22 @@ from crossfade.cli.context import (
     problems,
     run,
 )
-from crossfade.debt import Settled
+from crossfade.cli.crew import (
+    ExecutorFactory,
+    Order,
+    Outcome,
+    backfill_of,
+    bulk_stores,
+    dask,
+    lead,
+    pool,
+    verify_of,
+)
 from crossfade.entity import Entity
 from crossfade.errors import ConfigurationError, NotAllowedInPhase
 from crossfade.migration import Migration
 from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.bulk_postgres import BulkPostgres
-
-app = typer.Typer(no_args_is_help=True)
-quarantine_app = typer.Typer(help="Documents that cannot be carried over unchanged.", no_args_is_help=True)
 
 EntityOption = Annotated[
     list[str] | None,
@@ -70,19 +78,47 @@ ReportOption = Annotated[
 ]
 
 
-@app.command()
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        max=256,
+        help="Processes at work.",
+        show_default="one for each core, few for few documents",
+    ),
+]
+DaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dask",
+        metavar="ADDRESS",
+        help="Work on this Dask cluster instead (tcp://scheduler:8786); its workers need MONGO_URI and DATABASE_URL "
+        "in their own environment. See docs/scale.md.",
+        show_default=False,
+    ),
+]
+
+
 def backfill(
     entity: EntityOption = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, max=100_000, help="Documents in one transaction.")
-    ] = BATCH_SIZE,
+        int | None,
+        typer.Option(
+            min=1, max=100_000, help="Documents in one transaction.", show_default="as many as take a second"
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Convert everything, write nothing.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin at the beginning.")] = False,
+    workers: WorkersOption = None,
+    dask_address: DaskOption = None,
     report: ReportOption = None,
     application: AppOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Copy every document to PostgreSQL while the application keeps writing. Run again, it goes on.
+
+    The same command on another machine, at the same time, helps.
 
     Exit status: 0 complete, 1 complete, and something needs a person (quarantine, broken rules), 2 wrong use,
     3 a store cannot be reached, 130 interrupted; in both of the last cases run it again.
@@ -95,21 +131,30 @@ def backfill(
             reports = await _rehearse(_chosen(entities, entity), batch_size, as_json=as_json)
         else:
             async with open_migration(application, begin=False) as migration:
-                chosen = _chosen(list(migration.entities.values()), entity)
-                reports = await _backfill(migration, chosen, batch_size, restart=restart, as_json=as_json)
+                _assert_backfill_may_run(migration)
+                job = Job(
+                    "backfill", migration, application, workers, dask_address, batch_size, restart, as_json
+                )
+                reports = await job.run(_chosen(list(migration.entities.values()), entity))
         return _conclude(reports, report, "backfill", as_json=as_json)
 
     run(work, as_json=as_json)
 
 
-@app.command()
 def verify(
     entity: EntityOption = None,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Compare ids and revisions alone; this is no evidence for a switch."),
+    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin at the beginning.")] = False,
+    workers: WorkersOption = None,
+    dask_address: DaskOption = None,
     report: ReportOption = None,
     application: AppOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare every record in both stores, both ways, and keep the result as evidence.
+    """Compare every record in both stores, both ways, and keep the result as evidence. Interrupted, it goes on.
 
     Exit status: 0 nothing differs, or only for a known reason (debt, quarantine), 1 mismatches, 2 wrong use,
     3 a store cannot be reached, 130 interrupted.
@@ -117,155 +162,146 @@ def verify(
 
     async def work() -> Exit:
         async with open_migration(application, begin=False) as migration:
-            chosen = _chosen(list(migration.entities.values()), entity)
-            reports: list[VerifyReport] = []
-            with _stopping() as stop, _bars(as_json) as bars:
-                for one in chosen:
-                    async with _stores() as (source, target):
-                        show = bars(one, await asyncio.to_thread(source.count, one))
-                        made = Verify(
-                            one,
-                            source,
-                            target,
-                            migration=migration.name,
-                            epoch=migration.control.epoch,
-                            on_progress=lambda c, show=show: show(  # type: ignore[misc]
-                                c.documents, f"{c.mismatches} mismatches"
-                            ),
-                        )
-                        reports.append(await made.run(stop=stop))
-                    if stop.is_set():
-                        break
+            kind = "verify_fast" if fast else "verify"
+            job = Job(kind, migration, application, workers, dask_address, None, restart, as_json)
+            reports = await job.run(_chosen(list(migration.entities.values()), entity))
         return _conclude(reports, report, "verify", as_json=as_json)
 
     run(work, as_json=as_json)
-
-
-@quarantine_app.command("list")
-def quarantine_list(
-    entity: Annotated[str | None, typer.Option(help="Only of this entity.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Entries at most.")] = 100,
-    as_json: JsonOption = False,
-) -> None:
-    """List what is in quarantine, the newest first. Exit status 1 if there is anything."""
-
-    async def work() -> Exit:
-        async with _target() as target:
-            found = await entries.list_quarantine(target, entity, limit=limit)
-        if as_json:
-            print(as_json_text({"quarantine": found}))
-        elif found:
-            table = Table("entity", "id", "reason", "field", "bytes", "last seen")
-            for one in found:
-                table.add_row(
-                    *(
-                        escape(str(one[name] if one[name] is not None else ""))
-                        for name in ("entity", "id", "reason")
-                    ),
-                    escape(str(one["field"] or "")),
-                    f"{one['bytes']:,}",
-                    one["last_seen"].isoformat(timespec="seconds"),
-                )
-            console.print(table)
-        else:
-            console.print("nothing is in quarantine")
-        return Exit.FOUND if found else Exit.DONE
-
-    run(work, as_json=as_json)
-
-
-@quarantine_app.command("show")
-def quarantine_show(
-    entity: Annotated[str, typer.Argument(help="Name of the entity.")],
-    id_text: Annotated[str, typer.Argument(metavar="ID", help="As `quarantine list` shows it.")],
-    as_json: JsonOption = False,
-) -> None:
-    """Show one document as it was found."""
-
-    async def work() -> Exit:
-        async with _target() as target:
-            found = await entries.show_quarantined(target, entity, id_text)
-        if found is None:
-            raise ConfigurationError(f"no document {id_text!r} of {entity!r} is in quarantine")
-        if as_json:
-            print(as_json_text(found))
-        else:
-            console.print(f"[bold]{escape(found['reason'])}[/]", highlight=False)
-            console.print(escape(found["document"] or found["hex"]), highlight=False, soft_wrap=True)
-        return Exit.DONE
-
-    run(work, as_json=as_json)
-
-
-app.add_typer(quarantine_app, name="quarantine")
 
 
 def add_to(main: typer.Typer) -> None:
     """Put these commands into the main one."""
     main.command()(backfill)
     main.command()(verify)
-    main.add_typer(quarantine_app, name="quarantine")
 
 
 # --- the work -----------------------------------------------------------------------------------------------
 
 
-async def _backfill(
-    migration: Migration, chosen: Sequence[Entity], batch_size: int, *, restart: bool, as_json: bool
-) -> list[BackfillReport]:
-    control = migration.control
-    if not control.phase.rules.dual or control.phase.rules.primary != "mongo":
+def _assert_backfill_may_run(migration: Migration) -> None:
+    rules = migration.control.phase.rules
+    if not rules.dual or rules.primary != "mongo":
         raise NotAllowedInPhase(
-            f"migration {migration.name!r} is in phase {control.phase.value}: a backfill needs writes to go to both "
-            "stores with MongoDB deciding. Run `crossfade phase set dual_write` first, or try --dry-run"
+            f"migration {migration.name!r} is in phase {migration.control.phase.value}: a backfill needs writes to go "
+            "to both stores with MongoDB deciding. Run `crossfade phase set dual_write` first, or try --dry-run"
         )
 
-    async def settle_one(entity: Entity, id_: Any) -> None:
-        if await migration.settler.settle_one(entity, id_, control) is Settled.PARKED:
-            raise errors.CrossfadeError("PostgreSQL refuses it; see the log for the cause")
 
-    async def on_behind(entity: Entity, ids: Sequence[Any]) -> None:
-        # A row that is ahead has its own debt; a fork is lifted. One at a time: there are few.
-        for id_ in ids:
-            await migration.settler.settle_one(entity, id_, control)
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One command at work: entity after entity, by one process or many.
 
-    reports = []
-    with _stopping() as stop, _bars(as_json) as bars:
-        for entity in chosen:
-            async with _stores() as (source, target):
-                show = bars(entity, await asyncio.to_thread(source.count, entity))
-                made = Backfill(
-                    entity,
-                    source,
-                    target,
-                    migration=migration.name,
-                    epoch=control.epoch,
-                    batch_size=batch_size,
-                    settle_one=settle_one,
-                    on_behind=on_behind,
-                    on_progress=lambda c, show=show: show(c.read, _said(c)),  # type: ignore[misc]
+    Attributes:
+        kind: "backfill", "verify" or "verify_fast".
+        application: as of ``--app``.
+        workers, dask, batch_size, restart, as_json: as of the options.
+    """
+
+    kind: str
+    migration: Migration
+    application: str | None
+    workers: int | None
+    dask: str | None
+    batch_size: int | None
+    restart: bool
+    as_json: bool
+
+    async def run(self, chosen: Sequence[Entity]) -> list[Any]:
+        """The report for each entity, up to the one where it was interrupted."""
+        reports = []
+        with _stopping() as stop, _bars(self.as_json) as bars, self._crew() as (executor, most):
+            for entity in in_dependency_order(chosen):
+                async with bulk_stores() as (source, target):
+                    total = await asyncio.to_thread(source.count, entity)
+                    show = bars(entity, total)
+                    reports.append(await self._one(entity, source, target, executor, most, stop, show))
+                if stop.is_set():
+                    break
+        return reports
+
+    @contextmanager
+    def _crew(self) -> Iterator[tuple[ExecutorFactory, int]]:
+        if self.dask is None:
+            most = self.workers or len(os.sched_getaffinity(0))
+            yield (lambda: pool(most)), most
+            return
+        with dask(self.dask) as (executor, there):
+            yield (lambda: nullcontext(executor)), self.workers or there
+
+    async def _one(
+        self,
+        entity: Entity,
+        source: BulkMongo,
+        target: BulkPostgres,
+        executor: ExecutorFactory,
+        most: int,
+        stop: asyncio.Event,
+        show: Show,
+    ) -> Any:
+        made: Backfill | Verify
+        if self.kind == "backfill":
+            made = backfill_of(
+                self.migration, entity, source, target, batch_size=self.batch_size,
+                on_progress=lambda counts: show(counts.read, _said(counts)),
+            )  # fmt: skip
+        else:
+            made = verify_of(
+                self.migration, entity, source, target, fast=self.kind == "verify_fast",
+                on_progress=lambda counts: show(counts.documents, _said(counts)),
+            )  # fmt: skip
+        begun = await made.begin(restart=self.restart)
+        if not await target.runs.is_busy(begun):
+            # What an earlier command was told is over with it.
+            await target.runs.steer(begun, {"stopped": None, "paused": None})
+        pieces = await target.runs.open_pieces(begun)
+        outcomes: list[Outcome] = []
+        if self.dask is not None or min(most, pieces) > 1:
+
+            async def look() -> None:
+                if stop.is_set():
+                    await target.runs.steer(begun, {"stopped": True})
+                made.heard(await target.runs.totals(begun))
+
+            order = Order(
+                self.kind, self.application, entity.name, self.batch_size,
+                parent=os.getpid() if self.dask is None else None,
+            )  # fmt: skip
+            outcomes = await lead(executor, min(most, pieces), order, look)
+        for outcome in outcomes:
+            if outcome.error:
+                raise (
+                    errors.StoreUnavailable("a store", outcome.error)
+                    if outcome.unreachable
+                    else errors.CrossfadeError(outcome.error)
                 )
-                reports.append(await made.run(restart=restart, stop=stop))
-            if stop.is_set():
-                break
-    return reports
+        # What is left: all of it where it is little, or what a worker left that died.
+        report = await made.run(stop=stop)
+        for outcome in outcomes:
+            for name, samples in outcome.samples.items():
+                getattr(report, name).extend(samples)
+        return report
 
 
-def _said(counts: BackfillCounts) -> str:
+def _said(counts: BackfillCounts | VerifyCounts) -> str:
+    if isinstance(counts, VerifyCounts):
+        return f"{counts.mismatches} mismatches"
     return f"{counts.quarantined} quarantined, {counts.errors} errors"
 
 
-async def _rehearse(chosen: Sequence[Entity], batch_size: int, *, as_json: bool) -> list[RehearsalReport]:
+async def _rehearse(
+    chosen: Sequence[Entity], batch_size: int | None, *, as_json: bool
+) -> list[RehearsalReport]:
     reports = []
     with _stopping() as stop, _bars(as_json) as bars:
         for entity in chosen:
-            async with _stores() as (source, target):
+            async with bulk_stores() as (source, target):
                 show = bars(entity, await asyncio.to_thread(source.count, entity))
                 made = Rehearsal(
                     entity,
                     source,
                     target,
-                    batch_size=batch_size,
+                    batch_size=batch_size or 5_000,
                     on_progress=lambda r, show=show: show(  # type: ignore[misc]
                         r.read, f"{r.quarantined} would be quarantined"
                     ),
@@ -311,8 +347,7 @@ def _conclude(
         for report in reports:
             _show(report)
         if interrupted:
-            goes_on = "goes on behind the last chunk" if command == "backfill" else "begins again"
-            problems.print(f"interrupted; the same command {goes_on}", highlight=False)
+            problems.print(f"interrupted; the same {command} goes on behind the last chunk", highlight=False)
     if interrupted:
         return Exit.INTERRUPTED
     return Exit.FOUND if found else Exit.DONE
@@ -334,7 +369,7 @@ def _numbers(report: BackfillReport | VerifyReport | RehearsalReport) -> dict[st
         odd = {f"kept whole in extra: {field}": count for field, count in report.odd.items()}
         return {**{name: getattr(report, name) for name in names}, **rows, **odd}
     if isinstance(report, VerifyReport):
-        return dict(report.counts.to_json())
+        return report.counts.stored()
     return {name: getattr(report.counts, name) for name in BackfillCounts.__slots__}
 
 
@@ -356,35 +391,6 @@ def _lines(report: BackfillReport | VerifyReport | RehearsalReport) -> Iterator[
 
 
 # --- stores, signals, bars ------------------------------------------------------------------------------------
-
-
-def _address(name: str, example: str) -> str:
-    value = os.environ.get(name) or dotenv_values(".env").get(name)
-    if not value:
-        raise ConfigurationError(f"{name} is not set: for example {example}")
-    return value
-
-
-@asynccontextmanager
-async def _target() -> AsyncIterator[BulkPostgres]:
-    target = await BulkPostgres.connect(
-        _address("DATABASE_URL", "postgresql://app:secret@127.0.0.1:5432/app")
-    )
-    try:
-        yield target
-    finally:
-        await target.close()
-
-
-@asynccontextmanager
-async def _stores() -> AsyncIterator[tuple[BulkMongo, BulkPostgres]]:
-    """Connections for one run: its claim ends with them."""
-    source = BulkMongo(_address("MONGO_URI", "mongodb://127.0.0.1:27017/app"))
-    try:
-        async with _target() as target:
-            yield source, target
-    finally:
-        source.close()
 
 
 @contextmanager

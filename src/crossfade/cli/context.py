@@ -97,6 +97,18 @@ def find_application(app: str | None) -> tuple[str, list[Entity]]:
     return name, list(entities)
 
 
+def address(name: str, example: str) -> str:
+    """A store's address from the environment, or ``.env``.
+
+    Raises:
+        crossfade.errors.ConfigurationError: it is not set.
+    """
+    value = os.environ.get(name) or dotenv_values(".env").get(name)
+    if not value:
+        raise errors.ConfigurationError(f"{name} is not set: for example {example}")
+    return value
+
+
 def _environment() -> None:
     """Let ``.env`` fill what the environment leaves open."""
     for name, value in dotenv_values(".env").items():

@@ -27,6 +27,7 @@ from pymongo.read_preferences import ReadPreference
 
 from crossfade import errors
 from crossfade.entity import Entity
+from crossfade.record import CF
 from crossfade.values import CODEC_OPTIONS
 
 STORE = "mongo"
@@ -116,6 +117,19 @@ class BulkMongo:
         except PyMongoError as cause:
             raise self._unreachable(cause) from cause
 
+    def draw_ids(self, entity: Entity, number: int) -> list[Any]:
+        """About so many ids drawn by chance, in the server's order; [] where it cannot draw any."""
+        collection = self._database[entity.collection].with_options(codec_options=CODEC_OPTIONS)
+        try:
+            drawn = collection.aggregate([{"$sample": {"size": number}}, {"$project": {"_id": 1}}])
+            ids = [note["_id"] for note in drawn]
+            # Which of two ids of any type comes first, only the server knows.
+            return [note["_id"] for note in collection.find({"_id": {"$in": ids}}, {"_id": 1}).sort("_id", 1)]
+        except (OperationFailure, BSONError):
+            return []
+        except PyMongoError as cause:
+            raise self._unreachable(cause) from cause
+
     def read(
         self,
         entity: Entity,
@@ -123,25 +137,28 @@ class BulkMongo:
         position: Mapping[str, Any] | None,
         *,
         batch: int,
+        notes_only: bool = False,
     ) -> Iterator[bytes]:
         """Every document after ``position``, raw, in the server's order of ids.
 
         Args:
             entity: whose collection to read.
-            queries_after: the plan (`crossfade.bulk.plan.queries_after`).
+            queries_after: the plan (`crossfade.bulk.plan.Range.queries`).
             position: ``{"_id": last id done}`` or None.
             batch: documents fetched in one round trip, at most; the server also ends one at 16 MiB.
+            notes_only: nothing but ``_id`` and what Crossfade notes of revision and deletion.
 
         Raises:
             crossfade.errors.StoreUnavailable: no answer, also not after `ATTEMPTS` tries.
         """
         failures = 0
         last: bytes | None = None
+        projection = {f"{CF}.rev": 1, f"{CF}.deleted": 1} if notes_only else None
         while True:
             try:
                 for query in queries_after(position):
                     cursor = self._database[entity.collection].find_raw_batches(
-                        query, sort=[("_id", 1)], batch_size=batch
+                        query, projection, sort=[("_id", 1)], batch_size=batch
                     )
                     for raw_batch in cursor:
                         for raw in split(raw_batch):
@@ -170,14 +187,14 @@ class BulkMongo:
         except PyMongoError as cause:
             raise self._unreachable(cause) from cause
 
-    def tombstones(self, entity: Entity, ids: Iterable[str]) -> set[str]:
-        """Those of these id texts that have a tombstone whose delete PostgreSQL has not confirmed."""
+    def tombstones(self, entity: Entity, ids: Iterable[str]) -> dict[str, bool]:
+        """Those of these id texts that have a tombstone, and whether PostgreSQL has not confirmed it yet."""
         from crossfade.stores.mongo import TOMBSTONES
 
         keys = [{"entity": entity.name, "id": text} for text in ids]
         try:
-            found = self._database[TOMBSTONES].find({"_id": {"$in": keys}, "debt": {"$exists": True}})
-            return {str(note["_id"]["id"]) for note in found}
+            found = self._database[TOMBSTONES].find({"_id": {"$in": keys}})
+            return {str(note["_id"]["id"]): "debt" in note for note in found}
         except PyMongoError as cause:
             raise self._unreachable(cause) from cause
 

@@ -19,20 +19,17 @@ One bad row and its neighbours
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
 import psycopg
 from psycopg import AsyncConnection, sql
 from psycopg.abc import Buffer
 from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.pq import Format, TransactionStatus
+from psycopg.pq import Format
 from sqlalchemy import Table
 
 from crossfade import errors
@@ -41,10 +38,9 @@ from crossfade.stores.copy_format import HEADER, TRAILER, ColumnType, compile_ro
 from crossfade.stores.errors import Fenced
 from crossfade.stores.references import PORTION, followers, identifier, link_range, linked_rows
 from crossfade.stores.rows import assignments
+from crossfade.stores.runs import LEASE, Piece, Run, Runs
 
 STORE = "postgres"
-#: Times a claim is tried, 0.1 s apart: the server takes a moment to notice that a killed process is gone.
-CLAIMS = 20
 #: Times a chunk is tried when the server breaks a deadlock or a snapshot conflict by refusing it.
 ATTEMPTS = 5
 
@@ -113,33 +109,22 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """A row of ``crossfade.runs``; see schema.sql for the columns."""
-
-    run: uuid.UUID
-    epoch: int
-    state: str
-    position: bytes | None
-    pending: bytes | None
-    counts: dict[str, Any]
-    settings: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
 class StoredRecord:
     """A record as PostgreSQL holds it.
 
     Attributes:
         text: id text.
         parent, children: as `Entity.from_rows` takes them.
-        rev, digest: as noted in the row.
+        rev, op, digest, mapping: as noted in the row.
     """
 
     text: str
     parent: tuple[Any, ...]
     children: tuple[tuple[tuple[Any, ...], ...], ...]
     rev: int
-    digest: bytes
+    op: str | None = None
+    digest: bytes = b""
+    mapping: int = 0
 
 
 class _RawJson(Loader):
@@ -263,6 +248,9 @@ class EntityTables:
         self.select_range = sql.SQL(
             "SELECT {} FROM {} WHERE id > %s AND id <= %s ORDER BY id LIMIT %s"
         ).format(columns, table)
+        self.select_revisions = sql.SQL(
+            "SELECT id, cf_rev FROM {} WHERE id > %s AND id <= %s ORDER BY id LIMIT %s"
+        ).format(table)
         self.select_ids = sql.SQL("SELECT {} FROM {} WHERE id = ANY(%s)").format(columns, table)
         self.select_children = [
             sql.SQL("SELECT {} FROM {} WHERE {} = ANY(%s) ORDER BY {}").format(
@@ -315,6 +303,7 @@ class BulkPostgres:
     def __init__(self, connection: AsyncConnection[Any], address: str) -> None:
         self._connection = connection
         self.address = address
+        self.runs = Runs(connection, lambda: translated(address))
 
     @classmethod
     async def connect(cls, url: str, *, connect_timeout: int = 5) -> BulkPostgres:
@@ -342,17 +331,15 @@ class BulkPostgres:
                 autocommit=True,
                 connect_timeout=connect_timeout,
                 application_name="crossfade bulk",
-                options="-c synchronous_commit=on -c timezone=UTC -c client_min_messages=warning -c jit=off",
+                # A worker that stands still must not keep the rows of its chunk for longer than its lease.
+                options="-c synchronous_commit=on -c timezone=UTC -c client_min_messages=warning -c jit=off "
+                f"-c idle_in_transaction_session_timeout={int(LEASE * 1000)}",
             )
         connection.adapters.register_loader("jsonb", _RawJson)
         return cls(connection, address)
 
     async def close(self) -> None:
         """Close the connection; an open transaction is rolled back."""
-        with contextlib.suppress(psycopg.Error):
-            # The server ends a session some time after its client; claims must not outlive the run.
-            if self._connection.info.transaction_status is TransactionStatus.IDLE:
-                await self._connection.execute("SELECT pg_advisory_unlock_all()")
         await self._connection.close()
 
     # --- getting ready -----------------------------------------------------------------------------------
@@ -406,69 +393,6 @@ class BulkPostgres:
         )
         return {name: ColumnType(kind, oid, is_enum) for name, kind, oid, is_enum in await cursor.fetchall()}
 
-    async def claim(self, migration: str, entity: Entity, kind: str) -> None:
-        """Make this the only run of its kind, until the connection ends.
-
-        Raises:
-            crossfade.errors.Busy: another process runs it.
-        """
-        for _ in range(CLAIMS):
-            with translated(self.address):
-                cursor = await self._connection.execute(
-                    "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))",
-                    [f"crossfade:{kind}:{migration}:{entity.name}"],
-                )
-                row = await cursor.fetchone()
-            if row is not None and row[0]:
-                break
-            await asyncio.sleep(0.1)
-        else:
-            raise errors.Busy(f"another {kind} of {entity.name} is running; wait for it or stop it")
-
-    # --- runs --------------------------------------------------------------------------------------------
-
-    async def latest_run(self, migration: str, entity: Entity, kind: str) -> Run | None:
-        """The run of this kind that began last."""
-        with translated(self.address):
-            cursor = await self._connection.execute(
-                "SELECT run, epoch, state, position, pending, counts::text, settings::text FROM crossfade.runs "
-                "WHERE migration = %s AND entity = %s AND kind = %s ORDER BY started_at DESC LIMIT 1",
-                [migration, entity.name, kind],
-            )
-            row = await cursor.fetchone()
-        if row is None:
-            return None
-        run, epoch, state, position, pending, counts, settings = row
-        return Run(run, epoch, state, position, pending, orjson.loads(counts), orjson.loads(settings))
-
-    async def begin_run(
-        self, migration: str, entity: Entity, kind: str, *, epoch: int, settings: dict[str, Any]
-    ) -> Run:
-        """Record a run that begins; earlier ones that were not finished count as given up."""
-        run = Run(uuid.uuid4(), epoch, "running", None, None, {}, settings)
-        with translated(self.address):
-            async with self._connection.transaction():
-                await self._connection.execute(
-                    "UPDATE crossfade.runs SET state = 'abandoned', updated_at = now() "
-                    "WHERE migration = %s AND entity = %s AND kind = %s AND state = 'running'",
-                    [migration, entity.name, kind],
-                )
-                await self._connection.execute(
-                    "INSERT INTO crossfade.runs (run, migration, entity, kind, epoch, state, settings) "
-                    "VALUES (%s, %s, %s, %s, %s, 'running', %s::jsonb)",
-                    [run.run, migration, entity.name, kind, epoch, orjson.dumps(settings).decode()],
-                )
-        return run
-
-    async def finish_run(self, run: Run, counts: dict[str, Any], *, state: str = "complete") -> None:
-        """Record that a run has done all of its work."""
-        with translated(self.address):
-            await self._connection.execute(
-                "UPDATE crossfade.runs SET state = %s, counts = %s::jsonb, pending = NULL, updated_at = now(), "
-                "finished_at = now() WHERE run = %s",
-                [state, orjson.dumps(counts).decode(), run.run],
-            )
-
     # --- writing -----------------------------------------------------------------------------------------
 
     async def write_chunk(
@@ -479,15 +403,15 @@ class BulkPostgres:
         *,
         migration: str,
         epoch: int,
-        run: Run,
-        checkpoint: Callable[[Written], tuple[bytes | None, bytes | None, dict[str, Any]]],
+        checkpoint: Callable[[Written], Awaitable[None]],
     ) -> Written:
         """Write a chunk and its checkpoint in one transaction; what became of the rows.
 
         Args:
             rows: in the order of their ids, no id twice.
             bad: documents for quarantine.
-            checkpoint: from what became of the rows: position, pending work, counts.
+            checkpoint: notes how far the run is, in the same transaction, from what became of the rows. What it raises
+                undoes the chunk.
 
         Raises:
             crossfade.stores.errors.Fenced: PostgreSQL is at another epoch; nothing was written.
@@ -497,7 +421,7 @@ class BulkPostgres:
             for attempt in range(ATTEMPTS):
                 try:
                     async with self._connection.transaction():
-                        return await self._write(tables, rows, bad, migration, epoch, run, checkpoint)
+                        return await self._write(tables, rows, bad, migration, epoch, checkpoint)
                 except _PASSING:
                     if attempt == ATTEMPTS - 1:
                         raise
@@ -510,8 +434,7 @@ class BulkPostgres:
         bad: Sequence[BadDocument],
         migration: str,
         epoch: int,
-        run: Run,
-        checkpoint: Callable[[Written], tuple[bytes | None, bytes | None, dict[str, Any]]],
+        checkpoint: Callable[[Written], Awaitable[None]],
     ) -> Written:
         connection, name = self._connection, tables.entity.name
         # Two statements: the epoch must be read by a snapshot that is taken once the lock is held.
@@ -535,12 +458,7 @@ class BulkPostgres:
                 await connection.execute(create)
             await self._put(tables, rows, written, quarantined=bool(quarantined), whole=True)
         await self._quarantine(name, [*bad, *written.refused])
-        position, pending, counts = checkpoint(written)
-        await connection.execute(
-            "UPDATE crossfade.runs SET position = %s, pending = %s, counts = %s::jsonb, updated_at = now() "
-            "WHERE run = %s",
-            [position, pending, orjson.dumps(counts).decode(), run.run],
-        )
+        await checkpoint(written)
         return written
 
     async def _put(
@@ -752,6 +670,15 @@ class BulkPostgres:
         async with self._snapshot():
             return await self._records(tables, tables.select_range, [after, last, limit])
 
+    async def read_revisions(
+        self, tables: EntityTables, after: str, last: str, *, limit: int
+    ) -> list[StoredRecord]:
+        """The same as `read_range` with nothing but id and revision."""
+        with translated(self.address):
+            cursor = self._connection.cursor(binary=True)
+            await cursor.execute(tables.select_revisions, [after, last, limit])
+            return [StoredRecord(text, (), (), rev) for text, rev in await cursor.fetchall()]
+
     async def read_ids(self, tables: EntityTables, ids: Sequence[str]) -> dict[str, StoredRecord]:
         """The records with these id texts, those that there are."""
         async with self._snapshot():
@@ -780,7 +707,9 @@ class BulkPostgres:
                 row[:width],
                 tuple(tuple(owned.get(row[0], ())) for owned in by_owner),
                 row[width],
+                None if row[width + 1] is None else row[width + 1].hex,
                 bytes(row[width + 2]),
+                row[width + 3],
             )
             for row in parents
         ]
@@ -799,6 +728,49 @@ class BulkPostgres:
             )
             buried = {text: int(rev) for text, rev in await cursor.fetchall()}
         return quarantined, buried
+
+    # --- what a verify notes -------------------------------------------------------------------------------
+
+    async def note(
+        self,
+        piece: Piece,
+        findings: Sequence[tuple[str, str, list[str]]],
+        checksums: Sequence[tuple[str, str, int, str]],
+        checkpoint: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Keep what a verify found in a piece, (id text, finding, fields), and what it saw, in one transaction with its
+        checkpoint: (first, last, documents, checksum) of ``crossfade.chunks``.
+
+        Raises:
+            crossfade.stores.runs.LeaseLost: somebody else has the piece; nothing was kept.
+        """
+        with translated(self.address):
+            async with self._connection.transaction():
+                cursor = self._connection.cursor()
+                await cursor.executemany(
+                    "INSERT INTO crossfade.findings (run, id, finding, fields) VALUES (%s, %s, %s, %s) "
+                    "ON CONFLICT (run, id) DO UPDATE SET finding = EXCLUDED.finding, fields = EXCLUDED.fields",
+                    [(piece.run, *finding) for finding in findings],
+                )
+                await cursor.executemany(
+                    "INSERT INTO crossfade.chunks (run, first, last, documents, checksum) "
+                    "VALUES (%s, %s, %s, %s, %s) ON CONFLICT (run, first, last) DO UPDATE "
+                    "SET documents = EXCLUDED.documents, checksum = EXCLUDED.checksum",
+                    [(piece.run, *each) for each in checksums],
+                )
+                await checkpoint()
+
+    async def findings(self, run: Run, *, limit: int, after: str = "") -> list[dict[str, Any]]:
+        """What a verify found, by id: id text, finding and fields; ``after``: above this id text."""
+        with translated(self.address):
+            cursor = await self._connection.execute(
+                "SELECT id, finding, fields FROM crossfade.findings WHERE run = %s AND id > %s ORDER BY id LIMIT %s",
+                [run.run, after, limit],
+            )
+            return [
+                {"id": id_, "finding": finding, "fields": fields}
+                for id_, finding, fields in await cursor.fetchall()
+            ]
 
     async def quarantine_list(self, entity: str | None, *, limit: int) -> list[dict[str, Any]]:
         """The entries of the quarantine that were seen last, without their documents."""

@@ -39,7 +39,7 @@ from crossfade.stores.rows import RowStatements, Statement, held
 from crossfade.values import decode_document, digest, encode_document, id_to_text, text_to_id
 
 STORE = "postgres"
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 #: Images of one entity that are worth a statement for all of them.
 _MANY = 8

@@ -78,7 +78,7 @@ CREATE TABLE IF NOT EXISTS crossfade.quarantine (
     PRIMARY KEY (entity, id)
 );
 
--- One row per bulk run; the checkpoint is written in the transaction of the rows that it stands for.
+-- One row per bulk run of an entity; the work is in `ranges`.
 CREATE TABLE IF NOT EXISTS crossfade.runs (
     run         uuid PRIMARY KEY,
     migration   text NOT NULL,
@@ -86,15 +86,78 @@ CREATE TABLE IF NOT EXISTS crossfade.runs (
     kind        text NOT NULL,     -- backfill, verify, sweep
     epoch       bigint NOT NULL,   -- evidence counts only for the epoch's life
     state       text NOT NULL,     -- running, complete, abandoned
-    position    bytea,             -- BSON {_id: last id done}; NULL: at the beginning
-    pending     bytea,             -- BSON: what the last chunk left to do after its commit; NULL: nothing
     counts      jsonb NOT NULL DEFAULT '{}',
     settings    jsonb NOT NULL DEFAULT '{}',
+    steering    jsonb NOT NULL DEFAULT '{}',  -- what a person, or the throttle, asks of its workers while it runs
     started_at  timestamptz NOT NULL DEFAULT now(),
     updated_at  timestamptz NOT NULL DEFAULT now(),
     finished_at timestamptz
 );
 CREATE INDEX IF NOT EXISTS runs_by_entity ON crossfade.runs (migration, entity, kind, started_at);
+ALTER TABLE crossfade.runs ADD COLUMN IF NOT EXISTS steering jsonb NOT NULL DEFAULT '{}';
+ALTER TABLE crossfade.runs DROP COLUMN IF EXISTS position, DROP COLUMN IF EXISTS pending;
 
-INSERT INTO crossfade.meta (name, value) VALUES ('schema', '1')
+-- A run is done in pieces of the collection, each by whoever has its lease. The checkpoint is written in the
+-- transaction of the rows that it stands for.
+CREATE TABLE IF NOT EXISTS crossfade.ranges (
+    run          uuid NOT NULL REFERENCES crossfade.runs (run) ON DELETE CASCADE,
+    number       integer NOT NULL,
+    after        bytea,             -- BSON {_id: ...}: the ids above this one; NULL: from the first one on
+    last         bytea,             -- up to and including this one; NULL: to the last one
+    position     bytea,             -- BSON {_id: last id done}; NULL: at the beginning
+    pending      bytea,             -- BSON: what the last chunk left to do after its commit; NULL: nothing
+    counts       jsonb NOT NULL DEFAULT '{}',
+    state        text NOT NULL DEFAULT 'open',  -- open, complete
+    lease        uuid,              -- of whoever works on it; NULL: nobody does
+    leased_by    text,              -- the same for a person: host and process
+    backend      integer,           -- its session: when that is gone, so is the lease
+    leased_until timestamptz,
+    PRIMARY KEY (run, number)
+);
+
+-- Whether somebody works on it. Whose session is gone has lost the lease; one that this user cannot see counts as gone,
+-- which costs a worker its chunk and nothing else.
+CREATE OR REPLACE FUNCTION crossfade.is_leased(r crossfade.ranges) RETURNS boolean LANGUAGE sql VOLATILE AS $$
+    SELECT r.lease IS NOT NULL AND r.leased_until > clock_timestamp()
+       AND EXISTS (SELECT FROM pg_stat_activity AS a WHERE a.pid = r.backend)
+$$;
+
+-- What a verify found to differ, for `crossfade repair` and for a person.
+CREATE TABLE IF NOT EXISTS crossfade.findings (
+    run     uuid NOT NULL REFERENCES crossfade.runs (run) ON DELETE CASCADE,
+    id      text COLLATE "C" NOT NULL,
+    finding text NOT NULL,
+    fields  text[] NOT NULL,
+    seen_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (run, id)
+);
+
+-- What a verify saw chunk by chunk, to be checked with SQL: how many rows have ids above `first` and up to `last`, and
+-- the md5 of their lines `id rev digest` (`id rev` in fast mode), as docs/protocol.md says.
+CREATE TABLE IF NOT EXISTS crossfade.chunks (
+    run       uuid NOT NULL REFERENCES crossfade.runs (run) ON DELETE CASCADE,
+    first     text COLLATE "C" NOT NULL,
+    last      text COLLATE "C" NOT NULL,
+    documents bigint NOT NULL,
+    checksum  text NOT NULL,
+    PRIMARY KEY (run, first, last)
+);
+
+-- Who repaired which record, when, and what it was before and after.
+CREATE TABLE IF NOT EXISTS crossfade.repairs (
+    number     bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    run        uuid,               -- of the verify that found it
+    entity     text NOT NULL,
+    id         text COLLATE "C" NOT NULL,
+    finding    text NOT NULL,
+    action     text NOT NULL,
+    done_by    text NOT NULL,
+    rev_before bigint,             -- the row's; NULL: there was none
+    before     bytea,              -- BSON of the document that the row gave back
+    rev_after  bigint,
+    after      bytea,
+    done_at    timestamptz NOT NULL DEFAULT now()
+);
+
+INSERT INTO crossfade.meta (name, value) VALUES ('schema', '2')
 ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value;

@@ -1,0 +1,208 @@
+"""How a record differs between the stores: one document, its rows, and what else is known (pure)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import bson
+from bson.errors import BSONError
+
+from crossfade.bulk.convert import bad_document, image_of
+from crossfade.entity import Entity
+from crossfade.record import CF, Image
+from crossfade.stores.bulk_mongo import id_of
+from crossfade.stores.bulk_postgres import BadDocument, StoredRecord
+from crossfade.values import CODEC_OPTIONS, Unmappable, digest_of_bytes, encode_document, id_to_text
+
+
+class Finding(StrEnum):
+    """How a record differs. The first two have a known reason; the others count as mismatches."""
+
+    IN_DEBT = "in_debt"
+    QUARANTINED = "quarantined"
+    #: A document without rows (one that belongs into quarantine and is not there, too).
+    MISSING = "missing"
+    #: Rows that nothing accounts for: no document, and a tombstone that should have removed them, or rows that are
+    #: not as Crossfade writes them.
+    EXTRA = "extra"
+    #: Rows as Crossfade wrote them, without document or tombstone: it was deleted behind Crossfade's back.
+    TOMBSTONE_MISSING = "tombstone_missing"
+    #: The document was changed, or replaced whole, behind Crossfade's back: no revision says so.
+    FOREIGN_WRITE = "foreign_write"
+    #: The rows are of an older mapping of the entity.
+    MAPPING_CHANGED = "mapping_changed"
+    #: The row is at an older revision than the document, and nothing notes that it is owed.
+    BEHIND = "behind"
+    #: The row is at a newer revision than the document.
+    AHEAD = "ahead"
+    #: Equal in revision, other in content, and the row is to blame, or nobody knows who is.
+    DIFFERENT = "different"
+    #: A document whose id has a tombstone at or above its revision: it was put back behind Crossfade's back.
+    TOMBSTONED = "tombstoned"
+
+    @property
+    def is_explained(self) -> bool:
+        """Whether it differs for a known reason."""
+        return self in (Finding.IN_DEBT, Finding.QUARANTINED)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A document as read.
+
+    Attributes:
+        text: id text.
+        image, content: its image and canonical bytes; None when it cannot be understood (fast mode: no content).
+        bad: then: as it goes to quarantine.
+        size: bytes of BSON.
+        id: its ``_id``, as far as it can be told.
+    """
+
+    text: str
+    image: Image | None
+    content: bytes | None
+    bad: BadDocument | None
+    size: int
+    id: Any = None
+
+    @classmethod
+    def of(cls, raw: bytes) -> Source:
+        """Of a stored document."""
+        try:
+            image, content = image_of(raw)
+            # Its id text may not exist, too.
+            text = bad_document(raw, Unmappable(""), image).text
+        except Unmappable as problem:
+            bad = bad_document(raw, problem, None)
+            return cls(bad.text, None, None, bad, len(raw), bad.id)
+        return cls(text, image, content, None, len(raw), image.id)
+
+    @classmethod
+    def of_notes(cls, raw: bytes) -> Source:
+        """Of what the fast mode fetches: id and revision, as far as they can be told."""
+        id_ = id_of(raw)
+        try:
+            notes = bson.decode(raw, CODEC_OPTIONS).get(CF) or {}
+            image = Image(
+                id_, {}, int(notes.get("rev", 0)), None, {}, b"", deleted=bool(notes.get("deleted"))
+            )
+            return cls(id_to_text(id_), image, None, None, len(raw), id_)
+        except (Unmappable, ValueError, TypeError, AttributeError, BSONError):
+            return cls("x:" + digest_of_bytes(raw).hex(), None, None, None, len(raw), id_)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its delete has been decided."""
+        return self.image is not None and self.image.deleted
+
+    @property
+    def digest(self) -> bytes:
+        """As a quarantine entry has it."""
+        if self.image is not None:
+            return self.image.digest
+        assert self.bad is not None
+        return self.bad.digest
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """What else is known about a record.
+
+    Attributes:
+        quarantined: digest of the entry in quarantine, or None.
+        tombstone: revision of PostgreSQL's tombstone, or None.
+        deleted: MongoDB has a tombstone.
+        delete_owed: and PostgreSQL has not confirmed it.
+    """
+
+    quarantined: bytes | None = None
+    tombstone: int | None = None
+    deleted: bool = False
+    delete_owed: bool = False
+
+
+def differing_fields(entity: Entity, source: Source, row: StoredRecord) -> list[str]:
+    """Names of what differs between a document and its rows; [] when they are the same.
+
+    Top-level fields by name; ``(order)`` when only the order of fields differs, ``cf_digest`` when only the
+    stored digest is not that of the content, a key column by its name, ``(unreadable)`` when the rows give no document.
+    """
+    assert source.image is not None
+    try:
+        rebuilt = entity.from_rows(row.parent, row.children)
+        content = encode_document(rebuilt)
+    except (Unmappable, ValueError, KeyError, IndexError, TypeError):
+        return ["(unreadable)"]
+    found: list[str] = []
+    if content != source.content:
+        names = dict.fromkeys([*source.image.document, *rebuilt])
+        found = [name for name in names if _element(source.image.document, name) != _element(rebuilt, name)]
+        found = found or ["(order)"]
+    elif row.digest != digest_of_bytes(content):
+        found = ["cf_digest"]
+    keys = {**entity.keys(source.image.document), **source.image.keys}
+    for rule in entity.unique:
+        if row.parent[entity.parent_columns.index(rule.to)] != keys.get(rule.rule):
+            found.append(rule.to)
+    return found
+
+
+def _element(document: dict[str, Any], name: str) -> bytes | None:
+    return encode_document({"v": document[name]}) if name in document else None
+
+
+def is_as_written(entity: Entity, row: StoredRecord) -> bool:
+    """Whether rows give the content that their stored digest is of."""
+    try:
+        content = encode_document(entity.from_rows(row.parent, row.children))
+    except (Unmappable, ValueError, KeyError, IndexError, TypeError):
+        return False
+    return digest_of_bytes(content) == row.digest
+
+
+def judge(
+    entity: Entity, source: Source | None, row: StoredRecord | None, notes: Notes
+) -> tuple[Finding, list[str]] | None:
+    """How a record differs, and in which fields; None when it does not.
+
+    Args:
+        source: the document, None without one.
+        row: its rows, None without any.
+        notes: what else is known.
+    """
+    image = source.image if source is not None else None
+    if source is None or source.is_gone:
+        if row is None:
+            return None
+        if notes.delete_owed or (image is not None and image.debt is not None):
+            return Finding.IN_DEBT, []
+        known = notes.deleted or notes.tombstone is not None or image is not None
+        behind_our_back = not known and is_as_written(entity, row)
+        return (Finding.TOMBSTONE_MISSING if behind_our_back else Finding.EXTRA), []
+    fields = differing_fields(entity, source, row) if row is not None and image is not None else []
+    old = row is not None and row.mapping != entity.mapping_version
+    if row is not None and image is not None and row.rev == image.rev and not fields and not old:
+        return None
+    if notes.quarantined is not None and notes.quarantined == source.digest:
+        return Finding.QUARANTINED, []
+    if image is not None and image.debt is not None:
+        return Finding.IN_DEBT, fields
+    if row is None or image is None:
+        covered = notes.tombstone is not None and image is not None and notes.tombstone >= image.rev
+        return (Finding.TOMBSTONED if covered else Finding.MISSING), []
+    return _of_two(entity, image, row, fields, old=old), fields
+
+
+def _of_two(entity: Entity, image: Image, row: StoredRecord, fields: list[str], *, old: bool) -> Finding:
+    """Why a document and its rows differ, where both are there and nothing explains it."""
+    if row.rev < image.rev:
+        return Finding.BEHIND
+    if old and row.rev == image.rev and row.digest == image.digest:
+        return Finding.MAPPING_CHANGED
+    if row.rev > image.rev:
+        # Replaced whole, by somebody who does not know of revisions; or put back from a backup.
+        return Finding.FOREIGN_WRITE if image.rev == 0 and fields else Finding.AHEAD
+    untouched = row.op == image.op and row.digest != image.digest
+    return Finding.FOREIGN_WRITE if untouched and is_as_written(entity, row) else Finding.DIFFERENT
