@@ -164,8 +164,8 @@ class Backfill:
         self._total = Counts()
         self._report = Report(entity.name, "interrupted", self._total)
 
-    async def begin(self, *, restart: bool = False) -> Run:
-        """The unfinished run of this epoch and mapping, or a new one, with its pieces.
+    async def begin(self, *, restart: bool = False, workers: int = 1) -> Run:
+        """The unfinished run of this epoch and mapping, or a new one, with its pieces for so many workers.
 
         One of an older epoch is not resumed: dual writing may have been off in between, so rows that it has
         passed may be out of date.
@@ -176,7 +176,7 @@ class Backfill:
         return await self._target.runs.begin(
             self._migration, self.entity, KIND, epoch=self._epoch,
             settings={"mapping": self.entity.mapping_version},
-            pieces=await plan(self._source, self.entity), restart=restart,
+            pieces=await plan(self._source, self.entity, workers), restart=restart,
         )  # fmt: skip
 
     def heard(self, totals: Mapping[str, int]) -> None:
@@ -186,11 +186,17 @@ class Backfill:
             self._on_progress(self._total)
 
     async def run(
-        self, *, restart: bool = False, stop: asyncio.Event | None = None, alone: bool = True
+        self,
+        begun: Run | None = None,
+        *,
+        restart: bool = False,
+        stop: asyncio.Event | None = None,
+        alone: bool = True,
     ) -> Report:
         """Move everything that is left and that nobody else is at.
 
         Args:
+            begun: the run to work on; None: as of `begin`.
             restart: begin at the beginning, whatever an earlier run has done.
             stop: once set, the chunk under way is finished and the run ends as "interrupted".
             alone: also what others are at: wait until they are done, or gone. Else the report may say
@@ -205,7 +211,7 @@ class Backfill:
         loop = asyncio.get_running_loop()
         began = loop.time()
         tables = await self._target.tables_of(self.entity)
-        run = await self.begin(restart=restart)
+        run = begun or await self.begin(restart=restart)
         _set(self._total, await self._target.runs.totals(run))
         self._report.resumed = self._total.read
         pieces = Pieces(self._target.runs, run, self._pace, stop)

@@ -15,18 +15,21 @@ from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.references import references_of
 from crossfade.stores.runs import LeaseLost, Piece, Run, Runs
 
-#: Documents in a piece, about, and pieces at most.
+#: Documents in a piece, about, and pieces at most. Several workers have at least so many each, down to so few
+#: documents: who is done early must find something.
 PIECE, MOST_PIECES = 25_000, 1_000
+EACH, SMALLEST = 4, 500
 #: Ids drawn for each bound: a piece is then seldom twice as large as another.
 _DRAWN = 20
 #: Seconds between two questions whether what others are at is done, or free.
 _PATIENCE = 0.25
 
 
-async def plan(source: BulkMongo, entity: Entity) -> list[tuple[bytes | None, bytes | None]]:
-    """Bounds of about equal pieces of a collection, as `Runs.begin` takes them."""
+async def plan(source: BulkMongo, entity: Entity, workers: int) -> list[tuple[bytes | None, bytes | None]]:
+    """Bounds of about equal pieces of a collection for so many workers, as `Runs.begin` takes them."""
     documents = await asyncio.to_thread(source.count, entity)
-    pieces = min(max(documents // PIECE, 1), MOST_PIECES)
+    shared = min(workers * EACH, documents // SMALLEST) if workers > 1 else 1
+    pieces = min(max(documents // PIECE, shared, 1), MOST_PIECES)
     drawn = await asyncio.to_thread(source.draw_ids, entity, pieces * _DRAWN) if pieces > 1 else []
     return [
         (

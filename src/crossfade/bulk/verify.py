@@ -233,8 +233,8 @@ class Verify:
         self._findings: dict[str, tuple[Finding, list[str]]] = {}
         self._checksums: list[tuple[str, str, int, str]] = []
 
-    async def begin(self, *, restart: bool = False) -> Run:
-        """The unfinished run of this epoch and mapping, or a new one, with its pieces.
+    async def begin(self, *, restart: bool = False, workers: int = 1) -> Run:
+        """The unfinished run of this epoch and mapping, or a new one, with its pieces for so many workers.
 
         Raises:
             crossfade.errors.Busy: ``restart``, or another mapping, and somebody is at work.
@@ -242,7 +242,7 @@ class Verify:
         return await self._target.runs.begin(
             self._migration, self.entity, FAST if self._fast else KIND, epoch=self._epoch,
             settings={"mapping": self.entity.mapping_version, "full": not self._fast},
-            pieces=await plan(self._source, self.entity), restart=restart,
+            pieces=await plan(self._source, self.entity, workers), restart=restart,
         )  # fmt: skip
 
     def heard(self, totals: Mapping[str, int]) -> None:
@@ -252,11 +252,17 @@ class Verify:
             self._on_progress(self._total)
 
     async def run(
-        self, *, restart: bool = False, stop: asyncio.Event | None = None, alone: bool = True
+        self,
+        begun: Run | None = None,
+        *,
+        restart: bool = False,
+        stop: asyncio.Event | None = None,
+        alone: bool = True,
     ) -> Report:
         """Compare everything that is left and that nobody else is at; the result is kept in ``crossfade.runs``.
 
         Args:
+            begun: the run to work on; None: as of `begin`.
             restart: begin at the beginning, whatever an earlier run has done.
             stop: once set, the run ends as "interrupted" after the chunk under way.
             alone: also what others are at: wait until they are done, or gone.
@@ -269,7 +275,7 @@ class Verify:
         loop = asyncio.get_running_loop()
         began = loop.time()
         tables = await self._target.tables_of(self.entity)
-        run = await self.begin(restart=restart)
+        run = begun or await self.begin(restart=restart)
         self._total.set(await self._target.runs.totals(run))
         self._report.resumed = self._total.documents
         pieces = Pieces(self._target.runs, run, self._pace, stop)

@@ -78,6 +78,9 @@ ReportOption = Annotated[
 ]
 
 
+#: Documents below which one process is done sooner than others have begun.
+_WORTH_A_CREW = 50_000
+
 WorkersOption = Annotated[
     int | None,
     typer.Option(
@@ -215,7 +218,10 @@ class Job:
                 async with bulk_stores() as (source, target):
                     total = await asyncio.to_thread(source.count, entity)
                     show = bars(entity, total)
-                    reports.append(await self._one(entity, source, target, executor, most, stop, show))
+                    # A process takes seconds to begin; who names a number gets it.
+                    asked = self.workers is not None or self.dask is not None
+                    workers = most if asked or total >= _WORTH_A_CREW else 1
+                    reports.append(await self._one(entity, source, target, executor, workers, stop, show))
                 if stop.is_set():
                     break
         return reports
@@ -235,7 +241,7 @@ class Job:
         source: BulkMongo,
         target: BulkPostgres,
         executor: ExecutorFactory,
-        most: int,
+        workers: int,
         stop: asyncio.Event,
         show: Show,
     ) -> Any:
@@ -250,24 +256,21 @@ class Job:
                 self.migration, entity, source, target, fast=self.kind == "verify_fast",
                 on_progress=lambda counts: show(counts.documents, _said(counts)),
             )  # fmt: skip
-        begun = await made.begin(restart=self.restart)
+        begun = await made.begin(restart=self.restart, workers=workers)
         if not await target.runs.is_busy(begun):
             # What an earlier command was told is over with it.
             await target.runs.steer(begun, {"stopped": None, "paused": None})
-        pieces = await target.runs.open_pieces(begun)
+        workers = min(workers, await target.runs.open_pieces(begun))
         outcomes: list[Outcome] = []
-        if self.dask is not None or min(most, pieces) > 1:
+        if workers > 1 or (self.dask is not None and workers):
 
             async def look() -> None:
                 if stop.is_set():
                     await target.runs.steer(begun, {"stopped": True})
                 made.heard(await target.runs.totals(begun))
 
-            order = Order(
-                self.kind, self.application, entity.name, self.batch_size,
-                parent=os.getpid() if self.dask is None else None,
-            )  # fmt: skip
-            outcomes = await lead(executor, min(most, pieces), order, look)
+            order = Order(self.kind, self.application, entity.name, str(begun.run), self.batch_size)
+            outcomes = await lead(executor, workers, order, look)
         for outcome in outcomes:
             if outcome.error:
                 raise (
@@ -276,7 +279,7 @@ class Job:
                     else errors.CrossfadeError(outcome.error)
                 )
         # What is left: all of it where it is little, or what a worker left that died.
-        report = await made.run(stop=stop)
+        report = await made.run(begun, stop=stop)
         for outcome in outcomes:
             for name, samples in outcome.samples.items():
                 getattr(report, name).extend(samples)

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
@@ -44,15 +45,15 @@ class Order:
         kind: "backfill", "verify" or "verify_fast".
         application: where its entities are, as of ``--app``.
         entity: name of the one.
+        run: id of the run to work on.
         batch_size: documents in a chunk; None: by time.
-        parent: process that it ends with; None: it is on another machine.
     """
 
     kind: str
     application: str | None
     entity: str
+    run: str
     batch_size: int | None = None
-    parent: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +136,6 @@ def verify_of(
 
 def work(order: Order) -> Outcome:
     """Do what an order says, as far as nobody else is at it. For a process, or a thread, of its own."""
-    if order.parent is not None and threading.current_thread() is threading.main_thread():
-        # Whoever presses Ctrl-C means the command, and that says when to stop.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return asyncio.run(_work(order))
     except errors.CrossfadeError as cause:
@@ -145,34 +143,37 @@ def work(order: Order) -> Outcome:
 
 
 async def _work(order: Order) -> Outcome:
-    stop = asyncio.Event()
     async with open_migration(order.application, begin=False) as migration, bulk_stores() as (source, target):
-        entity = migration.entities[order.entity]
-        watching = asyncio.create_task(_end_with(order.parent, stop))
-        try:
-            if order.kind == "backfill":
-                made = backfill_of(migration, entity, source, target, batch_size=order.batch_size)
-                report = await made.run(stop=stop, alone=False)
-                return Outcome({"quarantined": report.quarantined, "parked": report.parked})
-            fast = order.kind == "verify_fast"
-            await verify_of(migration, entity, source, target, fast=fast).run(stop=stop, alone=False)
-            return Outcome()
-        finally:
-            watching.cancel()
+        entity, run = migration.entities[order.entity], await target.runs.get(order.run)
+        if order.kind == "backfill":
+            made = backfill_of(migration, entity, source, target, batch_size=order.batch_size)
+            report = await made.run(run, alone=False)
+            return Outcome({"quarantined": report.quarantined, "parked": report.parked})
+        await verify_of(migration, entity, source, target, fast=order.kind == "verify_fast").run(
+            run, alone=False
+        )
+        return Outcome()
 
 
-async def _end_with(parent: int | None, stop: asyncio.Event) -> None:
-    """A worker whose command was killed must not go on by itself."""
-    while parent is not None and not stop.is_set():
-        if os.getppid() != parent:
-            stop.set()
-        await asyncio.sleep(1.0)
+def _as_worker(parent: int) -> None:
+    """Make a process of a pool end with its command, and with nothing else."""
+    # Whoever presses Ctrl-C means the command, and that says when to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        # The command was killed: nobody would ever tell this process. Any instant is as good as another to die.
+        os._exit(1)
+
+    threading.Thread(target=watch, name="crossfade-parent", daemon=True).start()
 
 
 @contextmanager
 def pool(workers: int) -> Iterator[Executor]:
     """So many processes on this machine."""
-    made = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    spawning = multiprocessing.get_context("spawn")
+    made = ProcessPoolExecutor(workers, mp_context=spawning, initializer=_as_worker, initargs=(os.getpid(),))
     try:
         yield made
     finally:

@@ -14,10 +14,10 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, LiteralString
 
 import orjson
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, sql
 
 from crossfade import errors
 from crossfade.entity import Entity
@@ -100,14 +100,29 @@ class Runs:
         self, migration: str, entity: Entity, kind: str, *, state: str | None = None
     ) -> Run | None:
         """The run of this kind that began last; ``state``: of those in this one."""
+        return await self._run(
+            "migration = %s AND entity = %s AND kind = %s AND (%s::text IS NULL OR state = %s)",
+            [migration, entity.name, kind, state, state],
+        )
+
+    async def get(self, run: str) -> Run:
+        """The run with this id.
+
+        Raises:
+            crossfade.errors.ConfigurationError: there is none.
+        """
+        found = await self._run("run = %s::uuid", [run])
+        if found is None:
+            raise errors.ConfigurationError(f"there is no run {run} in this database: is it the right one?")
+        return found
+
+    async def _run(self, where: LiteralString, parameters: Sequence[Any]) -> Run | None:
+        query = sql.SQL(
+            "SELECT run, epoch, state, counts::text, settings::text FROM crossfade.runs WHERE {} "
+            "ORDER BY started_at DESC LIMIT 1"
+        ).format(sql.SQL(where))
         with self._translated():
-            cursor = await self._connection.execute(
-                "SELECT run, epoch, state, counts::text, settings::text FROM crossfade.runs "
-                "WHERE migration = %s AND entity = %s AND kind = %s AND (%s::text IS NULL OR state = %s) "
-                "ORDER BY started_at DESC LIMIT 1",
-                [migration, entity.name, kind, state, state],
-            )
-            row = await cursor.fetchone()
+            row = await (await self._connection.execute(query, parameters)).fetchone()
         if row is None:
             return None
         run, epoch, found, counts, settings = row

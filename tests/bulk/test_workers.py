@@ -1,0 +1,158 @@
+"""Several processes at one run: a pool, a Dask cluster, and what happens when they are killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.long
+
+MAIN = [sys.executable, "-c", "from crossfade.cli.main import main; main()"]
+#: Instants at which a run is killed; `make soak` has 50.
+KILLS = 50 if os.environ.get("SOAK") else 8
+
+
+@pytest.fixture
+def crossfade(stores, tmp_path):
+    """Runs a command, or begins one (``wait=False``), as a user types it."""
+    stores.sql.execute("DELETE FROM crossfade.control")
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "COLUMNS": "200",
+        "CROSSFADE_APP": "scorekeeper.migration:accounts",
+        "MONGO_URI": stores.mongo_uri,
+        "DATABASE_URL": stores.database_url,
+    }
+
+    def run(*words, wait=True):
+        begun = subprocess.Popen(
+            [*MAIN, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+            env=environment, start_new_session=True,
+        )  # fmt: skip
+        if not wait:
+            return begun
+        out, told = begun.communicate(timeout=150)
+        assert begun.returncode == 0, (words, out, told)
+        return json.loads(out.splitlines()[-1]) if "--json" in words else out
+
+    run.environment = environment
+    return run
+
+
+@pytest.fixture
+def in_dual_write(crossfade):
+    crossfade("init")
+    crossfade("phase", "set", "dual_write")
+    return crossfade
+
+
+def kill_with_its_workers(command):
+    for process in [*psutil.Process(command.pid).children(recursive=True), psutil.Process(command.pid)]:
+        process.send_signal(signal.SIGKILL)
+    command.communicate()
+
+
+def of_users(report):
+    [one] = report["entities"]
+    return one
+
+
+def test_a_pool_of_processes_shares_a_run_and_each_document_is_counted_once(stores, in_dual_write, user):
+    stores.collection.insert_many([user(n) for n in range(6000)])
+    moved = of_users(in_dual_write("backfill", "--entity", "users", "--workers", "2", "--json"))
+    assert (moved["state"], moved["counts"]["read"], moved["counts"]["inserted"]) == (
+        "complete",
+        6000,
+        6000,
+    ), moved
+    assert stores.rows("SELECT count(DISTINCT leased_by) FROM crossfade.ranges") == [(2,)]
+    for mode in ([], ["--fast"]):
+        seen = of_users(in_dual_write("verify", "--entity", "users", "--workers", "2", "--json", *mode))
+        assert (seen["counts"]["documents"], seen["counts"]["rows"], seen["counts"]["equal"]) == (6000,) * 3
+
+
+def test_the_checksums_of_a_verify_are_those_that_sql_gives(stores, in_dual_write, user):
+    stores.collection.insert_many([user(n) for n in range(3000)])
+    in_dual_write("backfill", "--entity", "users")
+    run = of_users(in_dual_write("verify", "--entity", "users", "--workers", "2", "--json"))["run"]
+    chunks = stores.rows("SELECT first, last, documents, checksum FROM crossfade.chunks WHERE run = %s", run)
+    assert sum(documents for _, _, documents, _ in chunks) == 3000
+    for first, last, documents, checksum in chunks:
+        assert stores.rows(
+            "SELECT count(*), md5(string_agg(concat_ws(' ', id, cf_rev, encode(cf_digest, 'hex')), E'\\n' "
+            "ORDER BY id)) FROM users WHERE id > %s AND id <= %s", first, last,
+        ) == [(documents, checksum)]  # fmt: skip
+
+
+def test_a_worker_that_is_killed_leaves_its_piece_to_the_others(stores, in_dual_write, user):
+    stores.collection.insert_many([user(n) for n in range(6000)])
+    command = in_dual_write(
+        "backfill", "--entity", "users", "--workers", "2", "--batch-size", "50", "--json", wait=False
+    )
+    while len(stores.ids()) < 100:
+        time.sleep(0.01)
+    [[name]] = stores.rows("SELECT leased_by FROM crossfade.ranges WHERE lease IS NOT NULL LIMIT 1")
+    os.kill(int(name.rpartition(":")[2]), signal.SIGKILL)
+    out, told = command.communicate(timeout=150)
+    assert command.returncode == 0, told
+    moved = of_users(json.loads(out))
+    assert (moved["state"], moved["counts"]["read"], moved["counts"]["inserted"]) == ("complete", 6000, 6000)
+    assert "a worker died" in told
+
+
+def test_workers_end_with_the_command_that_was_killed(stores, in_dual_write, user):
+    stores.collection.insert_many([user(n) for n in range(6000)])
+    command = in_dual_write(
+        "backfill", "--entity", "users", "--workers", "2", "--batch-size", "5", wait=False
+    )
+    while not stores.ids():
+        time.sleep(0.01)
+    workers = psutil.Process(command.pid).children(recursive=True)
+    command.kill()
+    command.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert alive == []
+    assert len(stores.ids()) < 6000
+
+
+@pytest.mark.parametrize("kind", ["backfill", "verify"])
+def test_killed_again_and_again_a_run_ends_complete_with_nothing_counted_twice(
+    stores, in_dual_write, user, kind
+):
+    number = 4000
+    stores.collection.insert_many([user(n) for n in range(number)])
+    if kind == "verify":
+        in_dual_write("backfill", "--entity", "users")
+    chance = random.Random(kind)
+    words = [kind, "--entity", "users", "--workers", "2"]
+    if kind == "backfill":
+        words += ["--batch-size", "20"]
+    killed = 0
+    for _ in range(KILLS):
+        command = in_dual_write(*words, wait=False)
+        # Begin, work and end all take their time; each is a place to die.
+        time.sleep(chance.uniform(0.3, 3.5))
+        if command.poll() is not None:
+            command.communicate()
+            break
+        kill_with_its_workers(command)
+        killed += 1
+    assert killed > 1
+    done = of_users(in_dual_write(*words, "--json"))
+    assert done["state"] == "complete"
+    counts = done["counts"]
+    if kind == "backfill":
+        assert (counts["read"], counts["inserted"], counts["same"]) in [
+            (number, number, 0),
+            (number, 0, number),
+        ]
+        done = of_users(in_dual_write("verify", "--entity", "users", "--json"))
+        counts = done["counts"]
+    assert (counts["documents"], counts["rows"], counts["equal"]) == (number,) * 3
