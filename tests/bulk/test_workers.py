@@ -156,3 +156,55 @@ def test_killed_again_and_again_a_run_ends_complete_with_nothing_counted_twice(
         done = of_users(in_dual_write("verify", "--entity", "users", "--json"))
         counts = done["counts"]
     assert (counts["documents"], counts["rows"], counts["equal"]) == (number,) * 3
+
+
+# --- on a cluster -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster(in_dual_write, monkeypatch):
+    """A real one: a scheduler and two workers, each a process with the stores' addresses in its environment."""
+    from distributed import LocalCluster
+
+    for name in ("MONGO_URI", "DATABASE_URL"):
+        monkeypatch.setenv(name, in_dual_write.environment[name])
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as made:
+        yield made
+
+
+def test_a_cluster_moves_and_compares_everything(stores, in_dual_write, cluster, user):
+    stores.collection.insert_many([user(n) for n in range(4000)])
+    where = ["--dask", cluster.scheduler_address, "--entity", "users", "--json"]
+    moved = of_users(in_dual_write("backfill", *where))
+    assert (moved["state"], moved["counts"]["read"], moved["counts"]["inserted"]) == ("complete", 4000, 4000)
+    assert stores.rows("SELECT count(DISTINCT leased_by) FROM crossfade.ranges") == [(2,)]
+    seen = of_users(in_dual_write("verify", *where))
+    assert (seen["counts"]["documents"], seen["counts"]["rows"], seen["counts"]["equal"]) == (4000,) * 3
+
+
+def test_a_cluster_goes_on_when_its_workers_are_killed(stores, in_dual_write, cluster, user):
+    stores.collection.insert_many([user(n) for n in range(4000)])
+    command = in_dual_write(
+        "backfill", "--dask", cluster.scheduler_address, "--entity", "users", "--batch-size", "20", "--json",
+        wait=False,
+    )  # fmt: skip
+    for done in (200, 1500):
+        while len(stores.ids()) < done:
+            assert command.poll() is None
+            time.sleep(0.01)
+        at_work = stores.rows(
+            "SELECT DISTINCT leased_by FROM crossfade.ranges AS r WHERE crossfade.is_leased(r) LIMIT 1"
+        )
+        for [name] in at_work:
+            os.kill(int(name.rpartition(":")[2]), signal.SIGKILL)
+    out, told = command.communicate(timeout=150)
+    assert command.returncode == 0, told
+    moved = of_users(json.loads(out.splitlines()[-1]))
+    assert (moved["state"], moved["counts"]["read"], moved["counts"]["inserted"]) == ("complete", 4000, 4000)
+
+
+def test_a_cluster_that_is_not_there_is_one_clear_error(stores, in_dual_write):
+    command = in_dual_write("verify", "--dask", "tcp://127.0.0.1:9", wait=False)
+    _, told = command.communicate(timeout=60)
+    assert command.returncode == 2
+    assert "no Dask scheduler at tcp://127.0.0.1:9" in told
