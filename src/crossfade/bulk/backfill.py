@@ -90,6 +90,7 @@ class Report:
         state: "complete" or "interrupted" (stopped on request after a whole chunk; run it again to go on).
         counts: of the whole run, the parts before an interruption included.
         resumed: documents that an earlier part of the run had read.
+        restored: indexes and foreign keys that had been put aside, and were made anew.
         quarantined: samples: id text, reason and field.
         parked: samples: id text, rule and why.
         seconds: that this part took.
@@ -99,6 +100,7 @@ class Report:
     state: str
     counts: Counts
     resumed: int = 0
+    restored: int = 0
     quarantined: list[dict[str, Any]] = field(default_factory=list)
     parked: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
@@ -131,6 +133,9 @@ class Backfill:
             raises parks the record. None: every such record is parked.
         on_behind: lifts or passes over records that the row is ahead of; None: they are only counted.
         on_progress: called after every chunk with the counts of the run, as far as this worker knows them.
+        loading: where the tables are empty, put aside their foreign keys and further indexes, and make them anew at
+            the end (`crossfade.stores.loading`).
+        on_step: hears what of that is being made.
     """
 
     def __init__(
@@ -146,6 +151,8 @@ class Backfill:
         settle_one: SettleOne | None = None,
         on_behind: OnBehind | None = None,
         on_progress: OnProgress | None = None,
+        loading: bool = False,
+        on_step: Callable[[str], None] | None = None,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ConfigurationError(f"a batch has at least 1 document, not {batch_size}")
@@ -159,6 +166,8 @@ class Backfill:
         self._settle_one = settle_one
         self._on_behind = on_behind
         self._on_progress = on_progress
+        self._may_load = loading
+        self._on_step = on_step or (lambda _: None)
         #: Of the piece under way; and of the run, as far as this worker has heard.
         self._counts = Counts()
         self._total = Counts()
@@ -173,11 +182,16 @@ class Backfill:
         Raises:
             crossfade.errors.Busy: ``restart``, or other settings, and somebody is at work.
         """
-        return await self._target.runs.begin(
+        await self._target.tables_of(self.entity)  # or the error says what is missing
+        loads = self._may_load and await self._target.loading.is_worth_it(self.entity)
+        run = await self._target.runs.begin(
             self._migration, self.entity, KIND, epoch=self._epoch,
-            settings={"mapping": self.entity.mapping_version},
+            settings={"mapping": self.entity.mapping_version}, more={"loading": loads},
             pieces=await plan(self._source, self.entity, workers), restart=restart,
         )  # fmt: skip
+        if run.settings.get("loading"):
+            await self._target.loading.put_aside(self.entity)
+        return run
 
     def heard(self, totals: Mapping[str, int]) -> None:
         """Report as progress what all workers of the run have done (`Runs.totals`)."""
@@ -210,8 +224,8 @@ class Backfill:
         """
         loop = asyncio.get_running_loop()
         began = loop.time()
-        tables = await self._target.tables_of(self.entity)
         run = begun or await self.begin(restart=restart)
+        tables = await self._target.tables_of(self.entity, loading=bool(run.settings.get("loading")))
         _set(self._total, await self._target.runs.totals(run))
         self._report.resumed = self._total.read
         pieces = Pieces(self._target.runs, run, self._pace, stop)
@@ -221,6 +235,8 @@ class Backfill:
                     _set(self._counts, piece.counts)
                     await self._move(tables, piece, pieces, thread)
         if await self._target.runs.finish(run):
+            if alone:
+                self._report.restored = await self._target.loading.restore(self.entity, self._on_step)
             self._report.state = "complete"
         _set(self._total, await self._target.runs.totals(run))
         self._report.seconds = loop.time() - began

@@ -113,6 +113,14 @@ def backfill(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Convert everything, write nothing.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin at the beginning.")] = False,
+    keep_indexes: Annotated[
+        bool,
+        typer.Option(
+            "--keep-indexes",
+            help="Do not put aside foreign keys and further indexes of tables that are empty; they are made anew at "
+            "the end, without standing in anybody's way.",
+        ),
+    ] = False,
     workers: WorkersOption = None,
     dask_address: DaskOption = None,
     report: ReportOption = None,
@@ -136,8 +144,9 @@ def backfill(
             async with open_migration(application, begin=False) as migration:
                 _assert_backfill_may_run(migration)
                 job = Job(
-                    "backfill", migration, application, workers, dask_address, batch_size, restart, as_json
-                )
+                    "backfill", migration, application, workers, dask_address, batch_size, restart, as_json,
+                    keep_indexes,
+                )  # fmt: skip
                 reports = await job.run(_chosen(list(migration.entities.values()), entity))
         return _conclude(reports, report, "backfill", as_json=as_json)
 
@@ -198,7 +207,7 @@ class Job:
     Attributes:
         kind: "backfill", "verify" or "verify_fast".
         application: as of ``--app``.
-        workers, dask, batch_size, restart, as_json: as of the options.
+        workers, dask, batch_size, restart, as_json, keep_indexes: as of the options.
     """
 
     kind: str
@@ -209,6 +218,7 @@ class Job:
     batch_size: int | None
     restart: bool
     as_json: bool
+    keep_indexes: bool = True
 
     async def run(self, chosen: Sequence[Entity]) -> list[Any]:
         """The report for each entity, up to the one where it was interrupted."""
@@ -221,7 +231,9 @@ class Job:
                     # A process takes seconds to begin; who names a number gets it.
                     asked = self.workers is not None or self.dask is not None
                     workers = most if asked or total >= _WORTH_A_CREW else 1
-                    reports.append(await self._one(entity, source, target, executor, workers, stop, show))
+                    reports.append(
+                        await self._one(entity, source, target, executor, workers, total, stop, show)
+                    )
                 if stop.is_set():
                     break
         return reports
@@ -242,6 +254,7 @@ class Job:
         target: BulkPostgres,
         executor: ExecutorFactory,
         workers: int,
+        total: int,
         stop: asyncio.Event,
         show: Show,
     ) -> Any:
@@ -250,6 +263,8 @@ class Job:
             made = backfill_of(
                 self.migration, entity, source, target, batch_size=self.batch_size,
                 on_progress=lambda counts: show(counts.read, _said(counts)),
+                loading=not self.keep_indexes and total >= _WORTH_A_CREW,
+                on_step=lambda step: show(total, f"making {step}"),
             )  # fmt: skip
         else:
             made = verify_of(

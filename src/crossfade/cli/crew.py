@@ -99,6 +99,8 @@ def backfill_of(
     *,
     batch_size: int | None,
     on_progress: Callable[[Any], None] | None = None,
+    loading: bool = False,
+    on_step: Callable[[str], None] | None = None,
 ) -> Backfill:
     """A backfill that settles by the migration's protocol what needs it."""
     control = migration.control
@@ -114,7 +116,7 @@ def backfill_of(
 
     return Backfill(
         entity, source, target, migration=migration.name, epoch=control.epoch, batch_size=batch_size,
-        settle_one=settle_one, on_behind=on_behind, on_progress=on_progress,
+        settle_one=settle_one, on_behind=on_behind, on_progress=on_progress, loading=loading, on_step=on_step,
     )  # fmt: skip
 
 

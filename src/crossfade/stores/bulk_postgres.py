@@ -36,6 +36,7 @@ from crossfade import errors
 from crossfade.entity import META_COLUMNS, Entity
 from crossfade.stores.copy_format import HEADER, TRAILER, ColumnType, compile_row, compile_rows
 from crossfade.stores.errors import Fenced
+from crossfade.stores.loading import Loading
 from crossfade.stores.references import PORTION, followers, identifier, link_range, linked_rows
 from crossfade.stores.rows import assignments
 from crossfade.stores.runs import LEASE, Piece, Run, Runs
@@ -159,8 +160,10 @@ class EntityTables:
         types: dict[str, dict[str, ColumnType]],
         unique: Sequence[_UniqueIndex],
         deferred: bool,
+        loading: bool = False,
     ) -> None:
         self.entity = entity
+        self._loading = loading
         self.columns = (*entity.parent_columns, *META_COLUMNS)
         self.unique = tuple(unique)
         self.deferred = deferred
@@ -168,7 +171,11 @@ class EntityTables:
         parent = types[_key(entity.table)]
         self.write_parent: Callable[[tuple[Any, ...]], bytes] = compile_row([parent[c] for c in self.columns])
         self.write_children: tuple[Callable[[Any], bytes], ...] = tuple(
-            compile_rows([types[_key(child.table)][c] for c in child.columns]) for child in entity.children
+            compile_rows(
+                [types[_key(child.table)][c] for c in child.columns],
+                [child.columns.index(of) for of in followers(child.table)] if loading else [],
+            )
+            for child in entity.children
         )
         self._compose()
 
@@ -208,6 +215,7 @@ class EntityTables:
                     "NOT EXISTS (SELECT FROM crossfade.tombstones AS d "
                     "WHERE d.entity = %s AND d.id = s.id AND d.rev >= s.cf_rev)"
                 ),
+                unchecked=self._loading,
             ),
             stage=stage,
             assigned=assigned,
@@ -221,15 +229,18 @@ class EntityTables:
         self.copy_children: list[sql.Composed] = []
         self.insert_children: list[sql.Composed | None] = []
         for number, child in enumerate(entity.children):
-            into = identifier(child.table)
-            if followers(child.table):
+            into, columns_ = identifier(child.table), child.columns
+            if self._loading:
+                columns_ += tuple(followers(child.table).values())
+                self.insert_children.append(None)
+            elif followers(child.table):
                 into = sql.Identifier(f"crossfade_stage_{entity.name}_{number}")
                 stages.append(into)
                 self.create_stages.append(_create_stage(into, _list(child.columns), identifier(child.table)))
                 self.insert_children.append(linked_rows(child.table, child.columns, into))
             else:
                 self.insert_children.append(None)
-            self.copy_children.append(_copy(into, _list(child.columns)))
+            self.copy_children.append(_copy(into, _list(columns_)))
         self.empty_stages = sql.SQL("TRUNCATE {}").format(sql.SQL(", ").join(stages))
         self.drop_children = [
             sql.SQL("DELETE FROM {} WHERE {} = ANY(%s)").format(child, owner) for child, owner in owners
@@ -243,7 +254,8 @@ class EntityTables:
             "SELECT t.id FROM crossfade.tombstones AS d JOIN {} AS t ON t.id = d.id "
             "WHERE d.entity = %s AND d.id >= %s AND d.id <= %s AND t.cf_rev <= d.rev FOR UPDATE OF t"
         ).format(table)
-        self.links = link_range(entity)
+        #: While a table is loaded, rows come with their links, and those that wait are linked at its end.
+        self.links = [] if self._loading else link_range(entity)
         self.drop_parents = sql.SQL("DELETE FROM {} WHERE id = ANY(%s)").format(table)
         self.select_range = sql.SQL(
             "SELECT {} FROM {} WHERE id > %s AND id <= %s ORDER BY id LIMIT %s"
@@ -304,6 +316,7 @@ class BulkPostgres:
         self._connection = connection
         self.address = address
         self.runs = Runs(connection, lambda: translated(address))
+        self.loading = Loading(connection, lambda: translated(address))
 
     @classmethod
     async def connect(cls, url: str, *, connect_timeout: int = 5) -> BulkPostgres:
@@ -344,8 +357,8 @@ class BulkPostgres:
 
     # --- getting ready -----------------------------------------------------------------------------------
 
-    async def tables_of(self, entity: Entity) -> EntityTables:
-        """What the catalogue says about an entity's tables.
+    async def tables_of(self, entity: Entity, *, loading: bool = False) -> EntityTables:
+        """What the catalogue says about an entity's tables; ``loading``: see `crossfade.stores.loading`.
 
         Raises:
             crossfade.errors.SchemaNotReady: a table or column is missing.
@@ -381,7 +394,7 @@ class BulkPostgres:
                 [[_quoted(t) for t in (entity.table, *(c.table for c in entity.children))]],
             )
             [deferred] = await cursor.fetchone() or (False,)
-            return EntityTables(entity, types, unique, bool(deferred))
+            return EntityTables(entity, types, unique, bool(deferred), loading)
 
     async def _column_types(self, table: Table) -> dict[str, ColumnType]:
         cursor = await self._connection.execute(

@@ -93,14 +93,21 @@ def compile_row(types: Sequence[ColumnType]) -> Callable[[Row], bytes]:
     write: Callable[[Row], bytes] = _compile(
         ["def write(row):", f"    {variables} = row", f"    return {' + '.join(['HEAD', *parts])}"],
         names,
-        types,
+        len(parts),
     )
     return write
 
 
-def compile_rows(types: Sequence[ColumnType]) -> Callable[[Iterable[Row]], bytes]:
-    """A function that writes all rows of one owner, whose first column is the same in all of them."""
+def compile_rows(
+    types: Sequence[ColumnType], repeated: Sequence[int] = ()
+) -> Callable[[Iterable[Row]], bytes]:
+    """A function that writes all rows of one owner, whose first column is the same in all of them.
+
+    Args:
+        repeated: places of columns that are written a second time, behind the others.
+    """
     names, parts = _expressions(types)
+    parts += [parts[place] for place in repeated]
     variables = "".join(f"v{n}, " for n in range(len(types)))
     write: Callable[[Iterable[Row]], bytes] = _compile(
         [
@@ -111,7 +118,7 @@ def compile_rows(types: Sequence[ColumnType]) -> Callable[[Iterable[Row]], bytes
             f"    return b''.join([{' + '.join(['h', *parts[1:]])} for {variables} in rows])",
         ],
         names,
-        types,
+        len(parts),
     )
     return write
 
@@ -139,8 +146,8 @@ def _driver_dump(column: ColumnType) -> Callable[[Any], bytes]:
     return dump
 
 
-def _compile(lines: Sequence[str], names: dict[str, Any], types: Sequence[ColumnType]) -> Any:
-    names["HEAD"] = struct.pack(">h", len(types))
+def _compile(lines: Sequence[str], names: dict[str, Any], fields: int) -> Any:
+    names["HEAD"] = struct.pack(">h", fields)
     # Nothing but the expressions above is in the source.
     exec(compile("\n".join(lines), "<binary COPY>", "exec"), names)  # noqa: S102
     return names["write"]

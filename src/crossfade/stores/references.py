@@ -62,6 +62,17 @@ class Reference:
             ),
         )
 
+    def dangling(self) -> sql.Composed:
+        """Clear the links whose target is not there; for a time without the foreign key."""
+        return sql.SQL(
+            "UPDATE {table} AS c SET {link} = NULL WHERE c.{link} IS NOT NULL "
+            "AND NOT EXISTS (SELECT FROM {target} AS x WHERE x.id = c.{link})"
+        ).format(
+            table=identifier(self.table),
+            link=sql.Identifier(self.column),
+            target=identifier(self.target),
+        )
+
     def waiting(self) -> sql.Composed:
         """How many rows name a record that is not there."""
         return sql.SQL("SELECT count(*) FROM {} WHERE {} IS NULL AND {} IS NOT NULL").format(
@@ -85,9 +96,16 @@ def followers(table: Table) -> dict[str, str]:
 
 
 def linked_rows(
-    table: Table, columns: Sequence[str], stage: sql.Identifier, where: sql.Composable = _EVERYWHERE
+    table: Table,
+    columns: Sequence[str],
+    stage: sql.Identifier,
+    where: sql.Composable = _EVERYWHERE,
+    *,
+    unchecked: bool = False,
 ) -> sql.Composed:
     """INSERT ... SELECT of the rows of a stage (``s``), with every link whose target is there already.
+
+    ``unchecked``: with every link, while no foreign key is there; see `crossfade.stores.loading`.
 
     What is loaded with its link need not be written a second time. The targets are looked up by key, as many as the
     stage names: a table that is being filled has no statistics yet, and a guess could read the whole of it per chunk.
@@ -100,11 +118,14 @@ def linked_rows(
         ).format(ready=_ready(n), target=identifier(link.target), of=sql.Identifier(link.of), stage=stage)
         for n, link in enumerate(links)
     ]
+    ends = [_ready(n) + sql.SQL(".id") for n in range(len(links))]
+    if unchecked:
+        ready, ends = [], [sql.SQL("s.") + sql.Identifier(link.of) for link in links]
     joins = [
         sql.SQL(" LEFT JOIN {ready} ON {ready}.id = s.{of}").format(
             ready=_ready(n), of=sql.Identifier(link.of)
         )
-        for n, link in enumerate(links)
+        for n, link in enumerate(links if ready else ())
     ]
     return sql.SQL(
         "{with_}INSERT INTO {table} AS t ({names}) SELECT {values} FROM {stage} AS s{joins} WHERE {where}"
@@ -115,7 +136,7 @@ def linked_rows(
         values=sql.SQL(", ").join(
             [
                 *(sql.SQL("s.") + sql.Identifier(name) for name in columns),
-                *(_ready(n) + sql.SQL(".id") for n in range(len(links))),
+                *ends,
             ]
         ),
         stage=stage,
@@ -143,7 +164,7 @@ def _link_around(entity: Entity, where: sql.SQL) -> list[sql.Composed]:
     own = [
         found.link(where.format(sql.Identifier(owners[found.table.name]))) for found in references_of(entity)
     ]
-    return own + [found.link(where.format(sql.Identifier(found.of))) for found in _links_to(entity)]
+    return own + [found.link(where.format(sql.Identifier(found.of))) for found in links_to(entity)]
 
 
 def lock_around(entity: Entity) -> list[sql.Composed]:
@@ -160,7 +181,7 @@ def lock_around(entity: Entity) -> list[sql.Composed]:
             sql.Identifier(owners.get(found.table.name, found.column)),
             sql.SQL(", ").join(sql.Identifier(column.name) for column in found.table.primary_key.columns),
         )
-        for found in _links_to(entity)
+        for found in links_to(entity)
     ]
 
 
@@ -169,7 +190,8 @@ def _owners(entity: Entity) -> dict[str, str]:
     return {entity.table.name: "id"} | {child.table.name: child.columns[0] for child in entity.children}
 
 
-def _links_to(entity: Entity) -> list[Reference]:
+def links_to(entity: Entity) -> list[Reference]:
+    """The links, in any entity's tables, to an entity's records."""
     tables = entity.table.metadata.sorted_tables
     return [found for table in tables for found in _links_in(table) if found.target is entity.table]
 

@@ -137,6 +137,7 @@ class Runs:
         epoch: int,
         settings: Mapping[str, Any],
         pieces: Sequence[tuple[bytes | None, bytes | None]],
+        more: Mapping[str, Any] | None = None,
         restart: bool = False,
     ) -> Run:
         """Begin a run, or join the one that somebody else began meanwhile with the same epoch and settings.
@@ -145,12 +146,13 @@ class Runs:
 
         Args:
             pieces: ``after`` and ``last`` of each.
+            more: settings of a new run that do not matter for joining one.
             restart: begin a new one, whatever there is.
 
         Raises:
             crossfade.errors.Busy: ``restart``, and somebody is at work on the present one.
         """
-        run = Run(uuid.uuid4(), epoch, "running", {}, dict(settings))
+        run = Run(uuid.uuid4(), epoch, "running", {}, {**settings, **(more or {})})
         with self._translated():
             async with self._connection.transaction():
                 await self._connection.execute(
@@ -159,7 +161,8 @@ class Runs:
                 )
                 last = await self.latest(migration, entity, kind)
                 if last is not None and last.state == "running":
-                    if not restart and (last.epoch, last.settings) == (epoch, run.settings):
+                    same = all(last.settings.get(name) == value for name, value in settings.items())
+                    if not restart and last.epoch == epoch and same:
                         return last
                     if await self._workers(last.run):
                         raise errors.Busy(

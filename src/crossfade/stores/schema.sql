@@ -122,6 +122,17 @@ CREATE OR REPLACE FUNCTION crossfade.is_leased(r crossfade.ranges) RETURNS boole
        AND EXISTS (SELECT FROM pg_stat_activity AS a WHERE a.pid = r.backend)
 $$;
 
+-- Indexes and foreign keys that a backfill has put aside to load an empty table, until it makes them anew.
+CREATE TABLE IF NOT EXISTS crossfade.aside (
+    entity     text NOT NULL,
+    table_name text NOT NULL,
+    name       text NOT NULL,
+    kind       text NOT NULL,      -- index, reference
+    definition text NOT NULL,
+    since      timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (table_name, name)
+);
+
 -- What a verify found to differ, for `crossfade repair` and for a person.
 CREATE TABLE IF NOT EXISTS crossfade.findings (
     run     uuid NOT NULL REFERENCES crossfade.runs (run) ON DELETE CASCADE,
