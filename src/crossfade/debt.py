@@ -30,6 +30,8 @@ from crossfade.stores.errors import RuleBroken
 from crossfade.stores.postgres import Ahead, Change, Delivery
 from crossfade.values import Unmappable, digest, digest_of_bytes, encode_document, id_to_text, text_to_id
 
+#: Inserts of deliveries that are seen to at once.
+MOST_DELIVERIES = 1_000
 #: How often a record that keeps changing under us is tried again before it is left to the next round.
 ATTEMPTS = 8
 #: Records that may have to change places in one transaction: a chain of renames longer than this is parked.
@@ -480,6 +482,8 @@ class Settler:
             await self.roll_forward(entity, image, control, ends=boot_clock() + timeout)
         if image.deleted:
             return await self.finish_delete(entity, image, control)
+        if image.debt is not None and image.debt.delivery:
+            return await self.end_delivery(entity, id_)  # left from the time before the switch back
         if not await pair.mongo.standing(entity, [image], timeout=timeout):
             # An insert that a delete overtook: settled as it is, it would stand at a revision that was told before.
             return await self.bring_tombstone(entity, id_, control, timeout=timeout)
@@ -529,6 +533,7 @@ class Settler:
                 or image.debt.group
                 or image.debt.parked
                 or owes_more
+                or image.debt.delivery
                 or id_to_text(image.id) in buried
             ):
                 continue
@@ -756,7 +761,7 @@ class Settler:
             return None
         else:
             try:
-                if not await self._put(entity, raw, row, timeout=timeout):
+                if not await self._put(entity, raw, row, control, timeout=timeout):
                     return None
             except RuleBroken as cause:
                 if await self._make_way(entity, row, timeout=timeout) and not last:
@@ -772,10 +777,15 @@ class Settler:
             return None
         return Settled.CONFIRMED
 
-    async def _put(self, entity: Entity, raw: bytes | None, row: Image, *, timeout: float) -> bool:
+    async def _put(
+        self, entity: Entity, raw: bytes | None, row: Image, control: Control, *, timeout: float
+    ) -> bool:
         notes: dict[str, Any] = {"rev": Int64(row.rev), "op": row.op, "digest": row.digest}
         if row.keys:
             notes["keys"] = row.keys
+        if raw is None:
+            # It may arrive when whoever sent it is gone, and the record too: then `end_deliveries` finds it by this.
+            notes["debt"] = Debt(control.epoch, delivery=True).to_document()
         mongo = self.pair.mongo
         if not await mongo.deliver(entity, raw, {**row.document, CF: notes}, timeout=timeout):
             return False
@@ -784,11 +794,49 @@ class Settler:
         # Whoever inserts looks for a tombstone afterwards: the delete may have found nothing to remove.
         buried = await mongo.tombstone(entity, row.id, timeout=timeout)
         if buried is None or buried.rev < row.rev:
+            self.erase_soon(entity, row)
             return True
         mine = await mongo.read_raw(entity, row.id, timeout=timeout)
         if mine is not None and Image.from_raw(mine).op == row.op:
             await mongo.deliver_removal(entity, mine, timeout=timeout)
         return False
+
+    async def end_deliveries(self) -> int:
+        """See to inserts that were delivered and that nobody has confirmed; how many there were.
+
+        A worker sends one and dies; the record is deleted, and its delete delivered, before the insert arrives. Nothing
+        else would ever look at it again.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: one of the stores does not answer.
+        """
+        found = await self.pair.mongo.debts(
+            self.pair.entities.values(), limit=MOST_DELIVERIES, timeout=self.pair.options.primary_deadline
+        )
+        marked = [owed for owed in found if owed.delivery]
+        for owed in marked:
+            await self.end_delivery(self.pair.entities[owed.entity], owed.id)
+        return len(marked)
+
+    async def end_delivery(self, entity: Entity, id_: Any) -> Settled:
+        """Remove a document that was delivered late, after the delete of its record; or its mark, where it stands.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: one of the stores does not answer.
+        """
+        pair, timeout = self.pair, self.pair.options.primary_deadline
+        raw = await pair.mongo.read_raw(entity, id_, timeout=timeout)
+        image = None if raw is None else Image.from_raw(raw)
+        if raw is None or image is None or image.debt is None or not image.debt.delivery or image.op is None:
+            return Settled.GONE
+        held = await pair.postgres.held(entity, id_, timeout=timeout)
+        if held.rev is not None:
+            await pair.mongo.settle(entity, [(id_, image.rev, image.op)], timeout=timeout)
+        elif await pair.postgres.outbox_row(entity, id_, timeout=timeout) is not None:
+            return Settled.OPEN  # the delivery of the delete finds it
+        elif (held.tombstone or -1) >= image.rev:
+            await pair.mongo.deliver_removal(entity, raw, timeout=timeout)
+        return Settled.CONFIRMED
 
     async def _make_way(self, entity: Entity, row: Image, *, timeout: float) -> bool:
         """Free the values of this record that another document still holds; False: one will not give way.

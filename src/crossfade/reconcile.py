@@ -100,8 +100,11 @@ class Reconciler:
                         await self.full_sweep()
                     await self.link()
                     next_full = boot_clock() + options.full_sweep
-                if adopts and options.sweep and boot_clock() >= next_sweep:
-                    await self.sweep()
+                if options.sweep and boot_clock() >= next_sweep:
+                    if adopts:
+                        await self.sweep()
+                    elif control.phase.rules.dual:
+                        await self.settler.end_deliveries()
                     next_sweep = boot_clock() + options.sweep
             except (errors.CrossfadeError, Unmappable) as cause:
                 observe.log().debug(f"Reconciling waits: {cause}", context="Reconcile")
@@ -145,6 +148,7 @@ class Reconciler:
         """
         total = Round()
         total.settled = await self.settler.finish_decided(self.pair.board.control)
+        late = await self._end_deliveries(total)
         began = boot_clock()
         mine: set[tuple[Any, ...]] | None = None
         while True:
@@ -158,7 +162,7 @@ class Reconciler:
             )
             retry_parked = False
             total.settled += done.settled
-            total.parked, total.open, total.failed = done.parked, done.open, done.failed
+            total.parked, total.open, total.failed = done.parked, done.open, done.failed + late
             total.cause = done.cause or total.cause
             if done.elsewhere:
                 await self._until_others_are_done()
@@ -171,6 +175,17 @@ class Reconciler:
                 if not wait_for_open or boot_clock() - began > self.pair.options.tentative * 4 + 10:
                     return total
                 await asyncio.sleep(self.pair.options.poll)
+
+    async def _end_deliveries(self, done: Round) -> int:
+        """See to inserts that were delivered late; how often a store did not answer."""
+        rules = self.pair.board.control.phase.rules
+        if rules.dual and rules.primary == "postgres":
+            try:
+                done.settled += await self.settler.end_deliveries()
+            except (errors.StoreUnavailable, Fenced) as cause:
+                done.cause = str(cause)
+                return 1
+        return 0
 
     async def _settle(
         self, debts: Sequence[Owed | Delivery], control: Control, *, retry_parked: bool
@@ -400,7 +415,7 @@ def _portions(debts: Iterable[Owed | Delivery]) -> tuple[list[list[Owed]], list[
     plain: dict[str, list[Owed]] = {}
     others: list[Owed | Delivery] = []
     for debt in debts:
-        if isinstance(debt, Delivery) or debt.tombstone or debt.tentative or debt.parked is not None:
+        if isinstance(debt, Delivery) or debt.parked is not None or debt.is_odd:
             others.append(debt)
         else:
             plain.setdefault(debt.entity, []).append(debt)

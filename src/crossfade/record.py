@@ -45,16 +45,20 @@ class Debt:
             of a step, "anchor": the record that decides).
         parked: why the secondary refuses it (a rule violated there only), else None.
         group: the other records of an operation of several, as (entity, id text): the secondary gets them together.
+        delivery: MongoDB is the secondary and owes nothing: an insert that was delivered, until it is known to stand.
     """
 
     epoch: int
     tentative: Mapping[str, Any] | None = None
     parked: str | None = None
     group: tuple[tuple[str, str], ...] = ()
+    delivery: bool = False
 
     def to_document(self) -> dict[str, Any]:
         """As kept under ``_cf.debt``."""
         note: dict[str, Any] = {"epoch": Int64(self.epoch)}
+        if self.delivery:
+            note["delivery"] = True
         if self.tentative is not None:
             note["tentative"] = dict(self.tentative)
         if self.parked is not None:
@@ -69,7 +73,13 @@ class Debt:
         if note is None:
             return None
         group = tuple((entity, id_) for entity, id_ in note.get("group", ()))
-        return cls(int(note.get("epoch", 0)), note.get("tentative"), note.get("parked"), group)
+        return cls(
+            int(note.get("epoch", 0)),
+            note.get("tentative"),
+            note.get("parked"),
+            group,
+            bool(note.get("delivery")),
+        )
 
 
 def stamped_keys(notes: Mapping[str, Any]) -> dict[str, str]:

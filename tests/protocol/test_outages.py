@@ -128,7 +128,7 @@ async def test_a_late_delivery_after_a_delete_removes_itself(open_world):
     made = await w.users.insert({"username": "Bob"})
     row = await w.row(made.id)
     await w.users.delete(made.id)
-    assert not await w.settler._put(w.entity, None, row, timeout=PATIENCE)
+    assert not await w.settler._put(w.entity, None, row, w.control, timeout=PATIENCE)
     assert w.document(made.id) is None
 
 
@@ -230,3 +230,46 @@ async def test_a_claim_of_a_database_that_does_not_answer_ends(open_world, postg
             return claim.mine
 
     await eventually(free_again)
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["", "after the switch back"])
+async def test_an_insert_that_is_delivered_after_the_delete_of_its_record_does_not_stay(
+    open_world, monkeypatch, back
+):
+    """Its worker has died before it arrived: nothing in PostgreSQL says that it was ever sent."""
+    w, other = await open_world("postgres_primary"), await open_world("postgres_primary")
+    insert, late = w.mongo.insert, []
+
+    async def dies(entity, document, **how):
+        late.append(lambda: insert(entity, document, **how))
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(w.mongo, "insert", dies)
+    id_ = ObjectId()
+    with pytest.raises(asyncio.CancelledError):
+        await w.users.insert({"_id": id_, "username": "Bob"})
+    await other.reconcile()
+    assert other.document(id_) is not None
+    await other.users.delete(id_)
+    await other.reconcile()
+    assert (other.document(id_), other.outbox()) == (None, [])
+
+    await late[0]()
+    assert other.document(id_) is not None
+    if back:
+        await other.set_phase("postgres_read")
+    await other.reconcile()
+    assert other.document(id_) is None
+    await other.assert_equal()
+
+
+async def test_an_insert_that_was_delivered_loses_its_mark(open_world):
+    w = await open_world("postgres_primary")
+    made = await w.users.insert({"username": "Bob"})
+    await w.settle()
+    assert w.debt(made.id) is None
+    w.documents.update_one({"_id": made.id}, {"$set": {"_cf.debt": {"epoch": 1, "delivery": True}}})
+    await w.reconcile()
+    assert w.debt(made.id) is None
+    assert w.document(made.id) is not None
+    await w.assert_equal()

@@ -89,6 +89,7 @@ class Owed:
         tombstone: the debt is a tombstone's.
         tentative: success has not been told yet.
         parked: why PostgreSQL refuses it, or None.
+        delivery: nothing is owed: an insert that was delivered, and is not known to stand yet.
     """
 
     entity: str
@@ -98,6 +99,12 @@ class Owed:
     tombstone: bool = False
     tentative: bool = False
     parked: str | None = None
+    delivery: bool = False
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether anything else is to be done about it than to bring an image."""
+        return self.tombstone or self.tentative or self.delivery
 
 
 @dataclass(frozen=True, slots=True)
@@ -478,6 +485,7 @@ class MongoStore:
                             cf.get("op"),
                             tentative=debt.tentative is not None,
                             parked=debt.parked,
+                            delivery=debt.delivery,
                         )
                     )
             # Tombstones last: a delete that is being carried out moves its debt from the document to one.
