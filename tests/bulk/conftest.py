@@ -78,11 +78,11 @@ class Bench:
             await target.close()
             await asyncio.to_thread(source.close)
 
-    async def verify(self, **arguments):
+    async def verify(self, *, epoch=1, **arguments):
         source, target = BulkMongo(self.mongo_uri), await BulkPostgres.connect(self.database_url)
         try:
             arguments = {"wait": 0.01, "looks": 2, **arguments}
-            return await Verify(users, source, target, migration=MIGRATION, epoch=1, **arguments).run()
+            return await Verify(users, source, target, migration=MIGRATION, epoch=epoch, **arguments).run()
         finally:
             await target.close()
             await asyncio.to_thread(source.close)
