@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import psutil
@@ -20,8 +22,10 @@ KILLS = 50 if os.environ.get("SOAK") else 8
 
 @pytest.fixture
 def crossfade(stores, tmp_path):
-    """Runs a command, or begins one (``wait=False``), as a user types it."""
+    """Runs a command, or begins one (``wait=False``), as a user types it; ``status``: that it has to end with."""
     stores.sql.execute("DELETE FROM crossfade.control")
+    # Apart from what other tests have running; a socket's path has to be short.
+    own = tempfile.mkdtemp(prefix="cf")
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(tmp_path),
@@ -29,9 +33,10 @@ def crossfade(stores, tmp_path):
         "CROSSFADE_APP": "scorekeeper.migration:accounts",
         "MONGO_URI": stores.mongo_uri,
         "DATABASE_URL": stores.database_url,
+        "XDG_RUNTIME_DIR": own,
     }
 
-    def run(*words, wait=True):
+    def run(*words, wait=True, status=0):
         begun = subprocess.Popen(
             [*MAIN, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
             env=environment, start_new_session=True,
@@ -39,11 +44,12 @@ def crossfade(stores, tmp_path):
         if not wait:
             return begun
         out, told = begun.communicate(timeout=150)
-        assert begun.returncode == 0, (words, out, told)
+        assert begun.returncode == status, (words, out, told)
         return json.loads(out.splitlines()[-1]) if "--json" in words else out
 
     run.environment = environment
-    return run
+    yield run
+    shutil.rmtree(own)
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -55,16 +55,19 @@ from crossfade.cli.crew import (
     Outcome,
     backfill_of,
     bulk_stores,
+    bulk_target,
     dask,
     lead,
     pool,
     verify_of,
 )
+from crossfade.cli.jobs import Live
 from crossfade.entity import Entity
 from crossfade.errors import ConfigurationError, NotAllowedInPhase
 from crossfade.migration import Migration
 from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.bulk_postgres import BulkPostgres
+from crossfade.stores.runs import Steering
 
 EntityOption = Annotated[
     list[str] | None,
@@ -91,6 +94,13 @@ WorkersOption = Annotated[
         show_default="one for each core, few for few documents",
     ),
 ]
+MaxRateOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-rate", min=1, help="Records a second of all workers together; `crossfade rate N` changes it live.",
+        show_default="as many as the stores take",
+    ),
+]  # fmt: skip
 DaskOption = Annotated[
     str | None,
     typer.Option(
@@ -123,6 +133,7 @@ def backfill(
     ] = False,
     workers: WorkersOption = None,
     dask_address: DaskOption = None,
+    max_rate: MaxRateOption = None,
     report: ReportOption = None,
     application: AppOption = None,
     as_json: JsonOption = False,
@@ -145,7 +156,7 @@ def backfill(
                 _assert_backfill_may_run(migration)
                 job = Job(
                     "backfill", migration, application, workers, dask_address, batch_size, restart, as_json,
-                    keep_indexes,
+                    keep_indexes, max_rate,
                 )  # fmt: skip
                 reports = await job.run(_chosen(list(migration.entities.values()), entity))
         return _conclude(reports, report, "backfill", as_json=as_json)
@@ -162,6 +173,7 @@ def verify(
     restart: Annotated[bool, typer.Option("--restart", help="Begin at the beginning.")] = False,
     workers: WorkersOption = None,
     dask_address: DaskOption = None,
+    max_rate: MaxRateOption = None,
     report: ReportOption = None,
     application: AppOption = None,
     as_json: JsonOption = False,
@@ -175,7 +187,9 @@ def verify(
     async def work() -> Exit:
         async with open_migration(application, begin=False) as migration:
             kind = "verify_fast" if fast else "verify"
-            job = Job(kind, migration, application, workers, dask_address, None, restart, as_json)
+            job = Job(
+                kind, migration, application, workers, dask_address, None, restart, as_json, max_rate=max_rate
+            )
             reports = await job.run(_chosen(list(migration.entities.values()), entity))
         return _conclude(reports, report, "verify", as_json=as_json)
 
@@ -207,7 +221,7 @@ class Job:
     Attributes:
         kind: "backfill", "verify" or "verify_fast".
         application: as of ``--app``.
-        workers, dask, batch_size, restart, as_json, keep_indexes: as of the options.
+        workers, dask, batch_size, restart, as_json, keep_indexes, max_rate: as of the options.
     """
 
     kind: str
@@ -219,24 +233,31 @@ class Job:
     restart: bool
     as_json: bool
     keep_indexes: bool = True
+    max_rate: int | None = None
 
     async def run(self, chosen: Sequence[Entity]) -> list[Any]:
         """The report for each entity, up to the one where it was interrupted."""
         reports = []
         with _stopping() as stop, _bars(self.as_json) as bars, self._crew() as (executor, most):
-            for entity in in_dependency_order(chosen):
-                async with bulk_stores() as (source, target):
-                    total = await asyncio.to_thread(source.count, entity)
-                    show = bars(entity, total)
-                    # A process takes seconds to begin; who names a number gets it.
-                    asked = self.workers is not None or self.dask is not None
-                    workers = most if asked or total >= _WORTH_A_CREW else 1
-                    reports.append(
-                        await self._one(entity, source, target, executor, workers, total, stop, show)
-                    )
-                if stop.is_set():
-                    break
+            async with self._live(stop) as live:
+                for entity in in_dependency_order(chosen):
+                    async with bulk_stores() as (source, target):
+                        total = await asyncio.to_thread(source.count, entity)
+                        # A process takes seconds to begin; who names a number gets it.
+                        asked = self.workers is not None or self.dask is not None
+                        workers = most if asked or total >= _WORTH_A_CREW else 1
+                        one = _One(entity, source, target, total, workers, bars(entity, total))
+                        reports.append(await self._one(one, executor, live, stop))
+                    if stop.is_set():
+                        break
         return reports
+
+    @asynccontextmanager
+    async def _live(self, stop: asyncio.Event) -> AsyncIterator[Live]:
+        async with bulk_target() as target:
+            live = Live(self.kind, self.migration.name, target, stop, max_rate=self.max_rate)
+            async with live.listening():
+                yield live
 
     @contextmanager
     def _crew(self) -> Iterator[tuple[ExecutorFactory, int]]:
@@ -248,34 +269,29 @@ class Job:
             yield (lambda: nullcontext(executor)), self.workers or there
 
     async def _one(
-        self,
-        entity: Entity,
-        source: BulkMongo,
-        target: BulkPostgres,
-        executor: ExecutorFactory,
-        workers: int,
-        total: int,
-        stop: asyncio.Event,
-        show: Show,
-    ) -> Any:
+        self, one: _One, executor: ExecutorFactory, live: Live, stop: asyncio.Event
+    ) -> BackfillReport | VerifyReport:
+        entity, source, target, show = one.entity, one.source, one.target, one.show
         made: Backfill | Verify
         if self.kind == "backfill":
             made = backfill_of(
                 self.migration, entity, source, target, batch_size=self.batch_size,
                 on_progress=lambda counts: show(counts.read, _said(counts)),
-                loading=not self.keep_indexes and total >= _WORTH_A_CREW,
-                on_step=lambda step: show(total, f"making {step}"),
+                loading=not self.keep_indexes and one.total >= _WORTH_A_CREW,
+                on_step=lambda step: show(one.total, f"making {step}"),
             )  # fmt: skip
         else:
             made = verify_of(
                 self.migration, entity, source, target, fast=self.kind == "verify_fast",
                 on_progress=lambda counts: show(counts.documents, _said(counts)),
             )  # fmt: skip
-        begun = await made.begin(restart=self.restart, workers=workers)
+        begun = await made.begin(restart=self.restart, workers=one.workers)
         if not await target.runs.is_busy(begun):
             # What an earlier command was told is over with it.
-            await target.runs.steer(begun, {"stopped": None, "paused": None})
-        workers = min(workers, await target.runs.open_pieces(begun))
+            await target.runs.steer(begun, dict.fromkeys(Steering.__slots__))
+        totals = await target.runs.totals(begun)
+        await live.follow(entity.name, begun, one.total, totals.get("read", totals.get("documents", 0)))
+        workers = min(one.workers, await target.runs.open_pieces(begun))
         outcomes: list[Outcome] = []
         if workers > 1 or (self.dask is not None and workers):
 
@@ -294,11 +310,23 @@ class Job:
                     else errors.CrossfadeError(outcome.error)
                 )
         # What is left: all of it where it is little, or what a worker left that died.
-        report = await made.run(begun, stop=stop)
+        report: Any = await made.run(begun, stop=stop)
         for outcome in outcomes:
             for name, samples in outcome.samples.items():
                 getattr(report, name).extend(samples)
-        return report
+        return cast(BackfillReport | VerifyReport, report)
+
+
+@dataclass(frozen=True, slots=True)
+class _One:
+    """What a job does with one entity: its stores, how many documents about, and for how many workers."""
+
+    entity: Entity
+    source: BulkMongo
+    target: BulkPostgres
+    total: int
+    workers: int
+    show: Show
 
 
 def _said(counts: BackfillCounts | VerifyCounts) -> str:
