@@ -502,6 +502,31 @@ class Settler:
                     await pair.postgres.release(each, [one.id], timeout=timeout)
         return brought[0]
 
+    async def adopt_delete(self, entity: Entity, id_: Any, rev: int, control: Control) -> bool:
+        """Make a delete behind our back one of ours: the row at ``rev`` goes; False: it is there again, or changed.
+
+        Raises:
+            crossfade.errors.StoreUnavailable, Fenced: what was begun stays in debt.
+        """
+        pair, timeout = self.pair, self.pair.options.bulk_deadline
+        if await pair.mongo.read_raw(entity, id_, timeout=timeout) is not None:
+            return False
+        if (await pair.postgres.held(entity, id_, timeout=timeout)).rev != rev:
+            return False
+        await pair.mongo.bury(entity, id_, rev=rev + 1, op=new_operation(), owed=True, timeout=timeout)
+        await self.bring_tombstone(entity, id_, control, timeout=timeout)
+        return True
+
+    async def deliver_anew(self, entity: Entity, id_: Any, control: Control) -> Settled:
+        """Give a row the next revision and bring it to MongoDB, whatever stands there (PostgreSQL primary).
+
+        Raises:
+            crossfade.errors.StoreUnavailable: what was begun stays in the outbox.
+        """
+        await self._lift_row(entity, id_, above=0, control=control)
+        owed = Delivery(entity.name, id_, 0, "", None, None, None)
+        return await self.deliver(owed, control, timeout=self.pair.options.primary_deadline)
+
     async def settle_many(
         self, entity: Entity, ids: Sequence[Any], control: Control
     ) -> tuple[set[str], set[str]]:

@@ -139,7 +139,7 @@ async def _verified(migration: Migration) -> Statement:
                 "verify",
                 False,
                 f"{differences} records of {name} differ",
-                "crossfade verify --report FILE; crossfade reconcile --full",
+                "crossfade repair",
             )
     return Statement("verify", True, "fresh and clean")
 

@@ -24,7 +24,7 @@ from crossfade.board import Pair, boot_clock, debt_key, end
 from crossfade.control import STEADY, Control
 from crossfade.debt import Settled, Settler
 from crossfade.entity import Entity
-from crossfade.record import Image, new_operation
+from crossfade.record import Image
 from crossfade.stores.errors import Fenced
 from crossfade.stores.mongo import Owed
 from crossfade.stores.postgres import Claim, Delivery
@@ -398,16 +398,7 @@ class Reconciler:
             if gone:
                 await asyncio.sleep(1.0)  # a write in flight may have put the row first: look again
             for id_, rev in gone:
-                if await pair.mongo.read_raw(entity, id_, timeout=timeout) is not None:
-                    continue
-                now = await pair.postgres.held(entity, id_, timeout=timeout)
-                if now.rev != rev:
-                    continue
-                await pair.mongo.bury(
-                    entity, id_, rev=rev + 1, op=new_operation(), owed=True, timeout=timeout
-                )
-                await self.settler.bring_tombstone(entity, id_, control, timeout=timeout)
-                adopted += 1
+                adopted += await self.settler.adopt_delete(entity, id_, rev, control)
 
 
 def _portions(debts: Iterable[Owed | Delivery]) -> tuple[list[list[Owed]], list[Owed | Delivery]]:

@@ -45,6 +45,7 @@ def crossfade(stores, tmp_path):
             return begun
         out, told = begun.communicate(timeout=150)
         assert begun.returncode == status, (words, out, told)
+        assert out or "--json" not in words, told
         return json.loads(out.splitlines()[-1]) if "--json" in words else out
 
     run.environment = environment
@@ -72,7 +73,9 @@ def of_users(report):
 
 def test_a_pool_of_processes_shares_a_run_and_each_document_is_counted_once(stores, in_dual_write, user):
     stores.collection.insert_many([user(n) for n in range(6000)])
-    moved = of_users(in_dual_write("backfill", "--entity", "users", "--workers", "2", "--json"))
+    # In small chunks, so that the second one has begun before the first one is through.
+    words = ["--entity", "users", "--workers", "2", "--batch-size", "20", "--json"]
+    moved = of_users(in_dual_write("backfill", *words))
     assert (moved["state"], moved["counts"]["read"], moved["counts"]["inserted"]) == (
         "complete",
         6000,

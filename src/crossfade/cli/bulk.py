@@ -150,7 +150,7 @@ def backfill(
         reports: Sequence[BackfillReport | RehearsalReport]
         if dry_run:
             _, entities = find_application(application)
-            reports = await _rehearse(_chosen(entities, entity), batch_size, as_json=as_json)
+            reports = await _rehearse(chosen_entities(entities, entity), batch_size, as_json=as_json)
         else:
             async with open_migration(application, begin=False) as migration:
                 _assert_backfill_may_run(migration)
@@ -158,7 +158,7 @@ def backfill(
                     "backfill", migration, application, workers, dask_address, batch_size, restart, as_json,
                     keep_indexes, max_rate,
                 )  # fmt: skip
-                reports = await job.run(_chosen(list(migration.entities.values()), entity))
+                reports = await job.run(chosen_entities(list(migration.entities.values()), entity))
         return _conclude(reports, report, "backfill", as_json=as_json)
 
     run(work, as_json=as_json)
@@ -190,7 +190,7 @@ def verify(
             job = Job(
                 kind, migration, application, workers, dask_address, None, restart, as_json, max_rate=max_rate
             )
-            reports = await job.run(_chosen(list(migration.entities.values()), entity))
+            reports = await job.run(chosen_entities(list(migration.entities.values()), entity))
         return _conclude(reports, report, "verify", as_json=as_json)
 
     run(work, as_json=as_json)
@@ -238,7 +238,7 @@ class Job:
     async def run(self, chosen: Sequence[Entity]) -> list[Any]:
         """The report for each entity, up to the one where it was interrupted."""
         reports = []
-        with _stopping() as stop, _bars(self.as_json) as bars, self._crew() as (executor, most):
+        with stopping() as stop, bars(self.as_json) as bar, self._crew() as (executor, most):
             async with self._live(stop) as live:
                 for entity in in_dependency_order(chosen):
                     async with bulk_stores() as (source, target):
@@ -246,7 +246,7 @@ class Job:
                         # A process takes seconds to begin; who names a number gets it.
                         asked = self.workers is not None or self.dask is not None
                         workers = most if asked or total >= _WORTH_A_CREW else 1
-                        one = _One(entity, source, target, total, workers, bars(entity, total))
+                        one = _One(entity, source, target, total, workers, bar(entity, total))
                         reports.append(await self._one(one, executor, live, stop))
                     if stop.is_set():
                         break
@@ -339,10 +339,10 @@ async def _rehearse(
     chosen: Sequence[Entity], batch_size: int | None, *, as_json: bool
 ) -> list[RehearsalReport]:
     reports = []
-    with _stopping() as stop, _bars(as_json) as bars:
+    with stopping() as stop, bars(as_json) as bar:
         for entity in chosen:
             async with bulk_stores() as (source, target):
-                show = bars(entity, await asyncio.to_thread(source.count, entity))
+                show = bar(entity, await asyncio.to_thread(source.count, entity))
                 made = Rehearsal(
                     entity,
                     source,
@@ -358,7 +358,12 @@ async def _rehearse(
     return reports
 
 
-def _chosen(entities: Sequence[Entity], names: Sequence[str] | None) -> list[Entity]:
+def chosen_entities(entities: Sequence[Entity], names: Sequence[str] | None) -> list[Entity]:
+    """Those that ``--entity`` names, or all.
+
+    Raises:
+        crossfade.errors.ConfigurationError: there is none of a name.
+    """
     by_name = {entity.name: entity for entity in entities}
     unknown = [name for name in names or () if name not in by_name]
     if unknown:
@@ -440,7 +445,7 @@ def _lines(report: BackfillReport | VerifyReport | RehearsalReport) -> Iterator[
 
 
 @contextmanager
-def _stopping() -> Iterator[asyncio.Event]:
+def stopping() -> Iterator[asyncio.Event]:
     """An event that the first Ctrl-C (or SIGTERM) sets; the second one ends the command at once."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -470,7 +475,7 @@ Show = Callable[[int, str], None]
 
 
 @contextmanager
-def _bars(as_json: bool) -> Iterator[Callable[[Entity, int], Show]]:
+def bars(as_json: bool) -> Iterator[Callable[[Entity, int], Show]]:
     """A progress bar per entity, on the error output: how far, how fast, how long still, what was found."""
     progress = Progress(
         TextColumn("[bold]{task.description}"),

@@ -19,7 +19,7 @@ def _show_version(asked: bool) -> None:
 def build() -> typer.Typer:
     """All commands."""
     from crossfade import observe
-    from crossfade.cli import bulk, demo, jobs, phases, quarantine, servers, settling
+    from crossfade.cli import bulk, demo, jobs, phases, quarantine, repair, servers, settling
     from crossfade.cli.context import Exit, fail
 
     app = typer.Typer(
@@ -45,6 +45,7 @@ def build() -> typer.Typer:
     phases.add_to(app)
     settling.add_to(app)
     bulk.add_to(app)
+    repair.add_to(app)
     jobs.add_to(app)
     app.add_typer(quarantine.app, name="quarantine")
     demo.add_to(app)

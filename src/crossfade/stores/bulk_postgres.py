@@ -785,6 +785,28 @@ class BulkPostgres:
                 for id_, finding, fields in await cursor.fetchall()
             ]
 
+    async def begin_repair(
+        self, run: Run, entity: Entity, text: str, finding: str, action: str, by: str, before: StoredRecord | None,
+        content: bytes | None,
+    ) -> int:  # fmt: skip
+        """Note a repair that is about to be done; its number, for `end_repair`."""
+        with translated(self.address):
+            cursor = await self._connection.execute(
+                "INSERT INTO crossfade.repairs (run, entity, id, finding, action, done_by, rev_before, before) "
+                "VALUES (%s, %s, %s, %s, %s, %s, %s, %s) RETURNING number",
+                [run.run, entity.name, text, finding, action, by, before and before.rev, content],
+            )
+            [(number,)] = await cursor.fetchall()
+        return int(number)
+
+    async def end_repair(self, number: int, after: StoredRecord | None, content: bytes | None) -> None:
+        """Note what a repair has made of the row."""
+        with translated(self.address):
+            await self._connection.execute(
+                "UPDATE crossfade.repairs SET rev_after = %s, after = %s WHERE number = %s",
+                [after and after.rev, content, number],
+            )
+
     async def quarantine_list(self, entity: str | None, *, limit: int) -> list[dict[str, Any]]:
         """The entries of the quarantine that were seen last, without their documents."""
         with translated(self.address):

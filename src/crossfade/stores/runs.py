@@ -105,6 +105,11 @@ class Runs:
             [migration, entity.name, kind, state, state],
         )
 
+    async def newer(self, one: Run, other: Run) -> Run:
+        """Which of two runs began later."""
+        found = await self._run("run = ANY(%s)", [[one.run, other.run]])
+        return other if found is not None and found.run == other.run else one
+
     async def get(self, run: str) -> Run:
         """The run with this id.
 
