@@ -101,13 +101,14 @@ def test_every_kind_is_found_by_its_name_and_mended_or_kept(stores, in_dual_writ
 def test_what_the_application_wrote_since_is_not_undone(stores, in_dual_write, different):  # noqa: F811
     in_dual_write("verify", "--entity", "users", "--json", status=1)
     # Written and settled by then, as the application would.
-    stores.collection.update_one({"username": "Name3"}, {"$set": {"role": "owner"}})
+    stores.collection.update_one({"username": "Name3"}, {"$set": {"passwordHash": "new"}})
     in_dual_write("reconcile", "--full")
     report = of_users(in_dual_write("repair", "--entity", "users", "--apply", "--json"))
     # A sweep trusts stored digests, so it does not see what was changed under one.
     assert report["repaired"] == {"different": 1}
     assert report["equal"] == report["looked_at"] - 1
-    assert stores.rows("SELECT role FROM users WHERE id = %s", different["foreign_write"]) == [("owner",)]
+    [[stored]] = stores.rows("SELECT password_hash FROM users WHERE id = %s", different["foreign_write"])
+    assert stored == "new"
 
 
 def test_with_postgres_primary_the_rows_decide(stores, in_dual_write, user):  # noqa: F811
