@@ -170,7 +170,7 @@ async def _nothing_quarantined(migration: Migration) -> Statement:
     return Statement(
         "quarantine",
         not number,
-        f"{number} records in quarantine",
+        f"{number} records in quarantine that nobody has waived",
         "crossfade quarantine list" if number else "",
     )
 

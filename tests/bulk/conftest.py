@@ -1,4 +1,10 @@
 import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from datetime import UTC, datetime
 from importlib import resources
 
@@ -106,3 +112,52 @@ def stores(mongo_uri, database_url):
 def make_user():
     """The function `user`; test modules cannot import it from here."""
     return user
+
+
+MAIN = [sys.executable, "-c", "from crossfade.cli.main import main; main()"]
+
+
+@pytest.fixture
+def crossfade(stores, tmp_path):
+    """Runs a command, or begins one (``wait=False``), as a user types it; ``status``: that it has to end with."""
+    stores.sql.execute("DELETE FROM crossfade.control")
+    # Apart from what other tests have running; a socket's path has to be short.
+    own = tempfile.mkdtemp(prefix="cf")
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "COLUMNS": "200",
+        "CROSSFADE_APP": "scorekeeper.migration:accounts",
+        "MONGO_URI": stores.mongo_uri,
+        "DATABASE_URL": stores.database_url,
+        "XDG_RUNTIME_DIR": own,
+    }
+
+    def run(*words, wait=True, status=0):
+        begun = subprocess.Popen(
+            [*MAIN, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+            env=environment, start_new_session=True,
+        )  # fmt: skip
+        if not wait:
+            return begun
+        out, told = begun.communicate(timeout=150)
+        assert begun.returncode == status, (words, out, told)
+        assert out or "--json" not in words, told
+        return json.loads(out.splitlines()[-1]) if "--json" in words else out
+
+    run.environment = environment
+    yield run
+    shutil.rmtree(own)
+
+
+@pytest.fixture
+def in_dual_write(crossfade):
+    crossfade("init")
+    crossfade("phase", "set", "dual_write")
+    return crossfade
+
+
+def of_users(report):
+    """What a command's report says of its one entity."""
+    [one] = report["entities"]
+    return one

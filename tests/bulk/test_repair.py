@@ -6,7 +6,7 @@ from bson import Int64
 
 from crossfade.values import id_to_text
 
-from .test_workers import crossfade, in_dual_write, of_users  # noqa: F401 - fixtures
+from .conftest import of_users
 
 pytestmark = pytest.mark.long
 
@@ -19,7 +19,7 @@ def key(document):
 
 
 @pytest.fixture
-def different(stores, in_dual_write, user):  # noqa: F811
+def different(stores, in_dual_write, user):
     """{finding: id text} of records that differ in each way, among others that do not; verified."""
     documents = [user(n) for n in range(24)]
     stores.collection.insert_many(documents)
@@ -58,7 +58,7 @@ def counted(report, name):
     return {finding: number for finding, number in report[name].items() if number}
 
 
-def test_every_kind_is_found_by_its_name_and_mended_or_kept(stores, in_dual_write, different):  # noqa: F811
+def test_every_kind_is_found_by_its_name_and_mended_or_kept(stores, in_dual_write, different):
     verified = of_users(in_dual_write("verify", "--entity", "users", "--json", status=1))
     assert {one["finding"]: one["id"] for one in verified["samples"]} == different
 
@@ -98,7 +98,7 @@ def test_every_kind_is_found_by_its_name_and_mended_or_kept(stores, in_dual_writ
     assert (audit["missing"][2], audit["extra"][3]) == (None, None)
 
 
-def test_what_the_application_wrote_since_is_not_undone(stores, in_dual_write, different):  # noqa: F811
+def test_what_the_application_wrote_since_is_not_undone(stores, in_dual_write, different):
     in_dual_write("verify", "--entity", "users", "--json", status=1)
     # Written and settled by then, as the application would.
     stores.collection.update_one({"username": "Name3"}, {"$set": {"passwordHash": "new"}})
@@ -111,7 +111,7 @@ def test_what_the_application_wrote_since_is_not_undone(stores, in_dual_write, d
     assert stored == "new"
 
 
-def test_with_postgres_primary_the_rows_decide(stores, in_dual_write, user):  # noqa: F811
+def test_with_postgres_primary_the_rows_decide(stores, in_dual_write, user):
     documents = [user(n) for n in range(6)]
     stores.collection.insert_many(documents)
     in_dual_write("backfill")
@@ -131,7 +131,7 @@ def test_with_postgres_primary_the_rows_decide(stores, in_dual_write, user):  # 
     assert stores.collection.find_one({"_id": documents[2]["_id"]})["username"] == "Name2"
 
 
-def test_without_a_verify_there_is_nothing_to_go_by(stores, in_dual_write, user):  # noqa: F811
+def test_without_a_verify_there_is_nothing_to_go_by(stores, in_dual_write, user):
     stores.collection.insert_one(user(1))
     report = of_users(in_dual_write("repair", "--entity", "users", "--json", status=1))
     assert report["state"] == "never verified"

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from .test_workers import crossfade, in_dual_write  # noqa: F401 - fixtures
-
 pytestmark = pytest.mark.long
 
 NUMBER = 3000
 
 
 @pytest.fixture
-def begin(stores, in_dual_write, user):  # noqa: F811
+def begin(stores, in_dual_write, user):
     """Begins a backfill that takes a while, and waits until it is at work."""
     stores.collection.insert_many([user(n) for n in range(NUMBER)])
     begun = []
@@ -44,7 +42,7 @@ def only(told):
     return job
 
 
-def test_a_job_pauses_goes_on_and_stops(stores, in_dual_write, begin):  # noqa: F811
+def test_a_job_pauses_goes_on_and_stops(stores, in_dual_write, begin):
     command = begin("--batch-size", "5")
     assert only(in_dual_write("pause", "--json"))["state"] == "paused"
     time.sleep(0.5)
@@ -67,7 +65,7 @@ def test_a_job_pauses_goes_on_and_stops(stores, in_dual_write, begin):  # noqa: 
     assert len(stores.ids()) == NUMBER
 
 
-def test_what_a_job_was_told_does_not_outlive_its_command(stores, in_dual_write, begin):  # noqa: F811
+def test_what_a_job_was_told_does_not_outlive_its_command(stores, in_dual_write, begin):
     command = begin("--batch-size", "5")
     in_dual_write("rate", "1")
     in_dual_write("pause")
@@ -77,7 +75,7 @@ def test_what_a_job_was_told_does_not_outlive_its_command(stores, in_dual_write,
     assert len(stores.ids()) == NUMBER
 
 
-def test_a_rate_holds_for_all_workers_together(stores, in_dual_write, begin):  # noqa: F811
+def test_a_rate_holds_for_all_workers_together(stores, in_dual_write, begin):
     began = time.monotonic()
     command = begin("--workers", "2", "--batch-size", "50", "--max-rate", "500")
     until(lambda: len(stores.ids()) >= 1500)
@@ -87,7 +85,7 @@ def test_a_rate_holds_for_all_workers_together(stores, in_dual_write, begin):  #
     assert len(stores.ids()) == NUMBER
 
 
-def test_a_size_of_chunks_takes_effect(stores, in_dual_write, begin):  # noqa: F811
+def test_a_size_of_chunks_takes_effect(stores, in_dual_write, begin):
     command = begin("--batch-size", "5", "--max-rate", "50")
     assert only(in_dual_write("chunk-size", "700", "--json"))["chunk_size"] == 700
     in_dual_write("rate", "none")
@@ -102,7 +100,7 @@ def test_a_size_of_chunks_takes_effect(stores, in_dual_write, begin):  # noqa: F
     assert max(steps) >= 700
 
 
-def test_a_line_that_is_not_understood_changes_nothing_and_is_answered(stores, in_dual_write, begin):  # noqa: F811
+def test_a_line_that_is_not_understood_changes_nothing_and_is_answered(stores, in_dual_write, begin):
     begin("--batch-size", "5", "--max-rate", "50")
     [path] = Path(in_dual_write.environment["XDG_RUNTIME_DIR"]).glob("crossfade/job-*.sock")
     assert path.stat().st_mode & 0o777 == 0o600
@@ -120,7 +118,7 @@ def test_a_line_that_is_not_understood_changes_nothing_and_is_answered(stores, i
     assert only(in_dual_write("jobs", "--json"))["max_rate"] == 50
 
 
-def test_of_two_jobs_one_has_to_be_named(stores, in_dual_write, begin):  # noqa: F811
+def test_of_two_jobs_one_has_to_be_named(stores, in_dual_write, begin):
     one = begin("--batch-size", "5", "--max-rate", "50")
     begin("--batch-size", "5", "--max-rate", "50")
     until(lambda: len(in_dual_write("jobs", "--json")["jobs"]) == 2)

@@ -3,72 +3,24 @@
 import json
 import os
 import random
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 
 import psutil
 import pytest
 
+from .conftest import of_users
+
 pytestmark = pytest.mark.long
 
-MAIN = [sys.executable, "-c", "from crossfade.cli.main import main; main()"]
 #: Instants at which a run is killed; `make soak` has 50.
 KILLS = 50 if os.environ.get("SOAK") else 8
-
-
-@pytest.fixture
-def crossfade(stores, tmp_path):
-    """Runs a command, or begins one (``wait=False``), as a user types it; ``status``: that it has to end with."""
-    stores.sql.execute("DELETE FROM crossfade.control")
-    # Apart from what other tests have running; a socket's path has to be short.
-    own = tempfile.mkdtemp(prefix="cf")
-    environment = {
-        "PATH": os.environ["PATH"],
-        "HOME": str(tmp_path),
-        "COLUMNS": "200",
-        "CROSSFADE_APP": "scorekeeper.migration:accounts",
-        "MONGO_URI": stores.mongo_uri,
-        "DATABASE_URL": stores.database_url,
-        "XDG_RUNTIME_DIR": own,
-    }
-
-    def run(*words, wait=True, status=0):
-        begun = subprocess.Popen(
-            [*MAIN, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
-        if not wait:
-            return begun
-        out, told = begun.communicate(timeout=150)
-        assert begun.returncode == status, (words, out, told)
-        assert out or "--json" not in words, told
-        return json.loads(out.splitlines()[-1]) if "--json" in words else out
-
-    run.environment = environment
-    yield run
-    shutil.rmtree(own)
-
-
-@pytest.fixture
-def in_dual_write(crossfade):
-    crossfade("init")
-    crossfade("phase", "set", "dual_write")
-    return crossfade
 
 
 def kill_with_its_workers(command):
     for process in [*psutil.Process(command.pid).children(recursive=True), psutil.Process(command.pid)]:
         process.send_signal(signal.SIGKILL)
     command.communicate()
-
-
-def of_users(report):
-    [one] = report["entities"]
-    return one
 
 
 def test_a_pool_of_processes_shares_a_run_and_each_document_is_counted_once(stores, in_dual_write, user):

@@ -811,12 +811,15 @@ class BulkPostgres:
         """The entries of the quarantine that were seen last, without their documents."""
         with translated(self.address):
             cursor = await self._connection.execute(
-                "SELECT entity, id, reason, field, rev, first_seen, last_seen, octet_length(document) "
+                "SELECT entity, id, reason, field, rev, first_seen, last_seen, octet_length(document), "
+                "CASE WHEN waived_digest = digest THEN waived_by END, "
+                "CASE WHEN waived_digest = digest THEN waived_reason END "
                 "FROM crossfade.quarantine WHERE %(entity)s::text IS NULL OR entity = %(entity)s "
                 "ORDER BY last_seen DESC, entity, id LIMIT %(limit)s",
                 {"entity": entity, "limit": limit},
             )
-            names = ("entity", "id", "reason", "field", "rev", "first_seen", "last_seen", "bytes")
+            names = ("entity", "id", "reason", "field", "rev", "first_seen", "last_seen", "bytes", "waived_by",
+                     "waived_reason")  # fmt: skip
             return [dict(zip(names, row, strict=True)) for row in await cursor.fetchall()]
 
     async def quarantine_document(self, entity: str, text: str) -> tuple[str, bytes] | None:
@@ -828,6 +831,34 @@ class BulkPostgres:
             )
             row = await cursor.fetchone()
         return None if row is None else (row[0], bytes(row[1]))
+
+    async def quarantine_waive(self, entity: str, text: str, by: str | None, reason: str | None) -> bool:
+        """Note that a person accepts this document's absence; ``by`` None: take that back. False: no such entry."""
+        with translated(self.address):
+            cursor = await self._connection.execute(
+                "UPDATE crossfade.quarantine SET waived_digest = CASE WHEN %(by)s::text IS NOT NULL THEN digest END, "
+                "waived_by = %(by)s, waived_reason = %(reason)s, "
+                "waived_at = CASE WHEN %(by)s::text IS NOT NULL THEN now() END "
+                "WHERE entity = %(entity)s AND id = %(id)s",
+                {"entity": entity, "id": text, "by": by, "reason": reason},
+            )
+        return cursor.rowcount == 1
+
+    async def quarantine_after(
+        self, entity: str, after: str, *, limit: int
+    ) -> list[tuple[str, dict[str, Any], bytes]]:
+        """Entries of an entity above this id text, by id: (id text, what is known of it, document)."""
+        with translated(self.address):
+            cursor = await self._connection.execute(
+                "SELECT id, reason, field, rev, first_seen, last_seen, waived_digest IS NOT DISTINCT FROM digest, "
+                "document FROM crossfade.quarantine WHERE entity = %s AND id > %s ORDER BY id LIMIT %s",
+                [entity, after, limit],
+            )
+            names = ("reason", "field", "rev", "first_seen", "last_seen", "waived")
+            return [
+                (text, dict(zip(names, about, strict=True)), bytes(document))
+                for text, *about, document in await cursor.fetchall()
+            ]
 
 
 def _quoted(table: Table) -> str:

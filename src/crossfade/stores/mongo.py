@@ -764,5 +764,6 @@ class MongoStore:
 
 def _exactly(seen: bytes) -> dict[str, Any]:
     """A filter that matches only the document that was seen: every field, value and their order."""
-    document = RawBSONDocument(seen, _RAW)
+    # Its id, whatever else of it does not decode; and its bytes.
+    document = RawBSONDocument(seen, _RAW.with_options(unicode_decode_error_handler="replace"))
     return {"_id": document["_id"], "$expr": {"$eq": ["$$ROOT", {"$literal": document}]}}

@@ -137,7 +137,8 @@ SELECT id, digest FROM crossfade.quarantine WHERE entity = %(entity)s AND id = A
 SELECT e FROM unnest(%(entities)s::text[]) AS e WHERE EXISTS (SELECT FROM crossfade.quarantine WHERE entity = e)
 
 -- name: counts
-SELECT (SELECT count(*) FROM crossfade.quarantine WHERE entity = ANY(%(entities)s)),
+SELECT (SELECT count(*) FROM crossfade.quarantine
+        WHERE entity = ANY(%(entities)s) AND waived_digest IS DISTINCT FROM digest),
        (SELECT count(*) FROM crossfade.conflicts WHERE entity = ANY(%(entities)s))
 
 -- name: last_runs

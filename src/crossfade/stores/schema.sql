@@ -78,6 +78,12 @@ CREATE TABLE IF NOT EXISTS crossfade.quarantine (
     PRIMARY KEY (entity, id)
 );
 
+-- A person accepts that a document is not carried: by name, and as long as it is this one.
+ALTER TABLE crossfade.quarantine ADD COLUMN IF NOT EXISTS waived_digest bytea,
+    ADD COLUMN IF NOT EXISTS waived_by text,
+    ADD COLUMN IF NOT EXISTS waived_reason text,
+    ADD COLUMN IF NOT EXISTS waived_at timestamptz;
+
 -- One row per bulk run of an entity; the work is in `ranges`.
 CREATE TABLE IF NOT EXISTS crossfade.runs (
     run         uuid PRIMARY KEY,
