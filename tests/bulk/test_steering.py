@@ -125,3 +125,14 @@ def test_of_two_jobs_one_has_to_be_named(stores, in_dual_write, begin):
     assert str(one.pid) in in_dual_write("pause", "--json", status=2)["error"]
     assert only(in_dual_write("pause", "--pid", str(one.pid), "--json"))["pid"] == one.pid
     assert "no such job" in in_dual_write("pause", "--pid", "1", "--json", status=1)["error"]
+
+
+def test_a_store_that_answers_late_slows_a_job_down(stores, in_dual_write, begin, postgres_proxy):
+    in_dual_write.environment["DATABASE_URL"] = postgres_proxy.uri
+    postgres_proxy.delay(0.05)
+    begin("--batch-size", "50", "--max-latency", "20")
+    job = until(lambda: (told := only(in_dual_write("jobs", "--json")))["throttled"] and told)
+    assert "PostgreSQL answers in" in job["throttled"]
+    assert until(lambda: (told := only(in_dual_write("jobs", "--json")))["duty"] < 1 and told)
+    postgres_proxy.delay(0)
+    until(lambda: len(stores.ids()) == NUMBER)

@@ -34,6 +34,7 @@ from crossfade.bulk.backfill import Report as BackfillReport
 from crossfade.bulk.pieces import in_dependency_order
 from crossfade.bulk.rehearse import Rehearsal
 from crossfade.bulk.rehearse import Report as RehearsalReport
+from crossfade.bulk.throttle import Throttle
 from crossfade.bulk.verify import Counts as VerifyCounts
 from crossfade.bulk.verify import Report as VerifyReport
 from crossfade.bulk.verify import Verify
@@ -55,7 +56,6 @@ from crossfade.cli.crew import (
     Outcome,
     backfill_of,
     bulk_stores,
-    bulk_target,
     dask,
     lead,
     pool,
@@ -101,6 +101,24 @@ MaxRateOption = Annotated[
         show_default="as many as the stores take",
     ),
 ]  # fmt: skip
+MaxLatencyOption = Annotated[
+    int,
+    typer.Option(
+        "--max-latency",
+        min=0,
+        metavar="MS",
+        help="Slow down when a store takes longer for a small read; 0: never.",
+    ),
+]
+MaxLagOption = Annotated[
+    int,
+    typer.Option(
+        "--max-lag",
+        min=0,
+        metavar="SECONDS",
+        help="Slow down when a replica of PostgreSQL is further behind; 0: never.",
+    ),
+]
 DaskOption = Annotated[
     str | None,
     typer.Option(
@@ -134,6 +152,8 @@ def backfill(
     workers: WorkersOption = None,
     dask_address: DaskOption = None,
     max_rate: MaxRateOption = None,
+    max_latency: MaxLatencyOption = 100,
+    max_lag: MaxLagOption = 10,
     report: ReportOption = None,
     application: AppOption = None,
     as_json: JsonOption = False,
@@ -156,7 +176,7 @@ def backfill(
                 _assert_backfill_may_run(migration)
                 job = Job(
                     "backfill", migration, application, workers, dask_address, batch_size, restart, as_json,
-                    keep_indexes, max_rate,
+                    keep_indexes, max_rate, max_latency, max_lag,
                 )  # fmt: skip
                 reports = await job.run(chosen_entities(list(migration.entities.values()), entity))
         return _conclude(reports, report, "backfill", as_json=as_json)
@@ -174,6 +194,8 @@ def verify(
     workers: WorkersOption = None,
     dask_address: DaskOption = None,
     max_rate: MaxRateOption = None,
+    max_latency: MaxLatencyOption = 100,
+    max_lag: MaxLagOption = 10,
     report: ReportOption = None,
     application: AppOption = None,
     as_json: JsonOption = False,
@@ -188,8 +210,9 @@ def verify(
         async with open_migration(application, begin=False) as migration:
             kind = "verify_fast" if fast else "verify"
             job = Job(
-                kind, migration, application, workers, dask_address, None, restart, as_json, max_rate=max_rate
-            )
+                kind, migration, application, workers, dask_address, None, restart, as_json,
+                max_rate=max_rate, max_latency=max_latency, max_lag=max_lag,
+            )  # fmt: skip
             reports = await job.run(chosen_entities(list(migration.entities.values()), entity))
         return _conclude(reports, report, "verify", as_json=as_json)
 
@@ -221,7 +244,8 @@ class Job:
     Attributes:
         kind: "backfill", "verify" or "verify_fast".
         application: as of ``--app``.
-        workers, dask, batch_size, restart, as_json, keep_indexes, max_rate: as of the options.
+        workers, dask, batch_size, restart, as_json, keep_indexes, max_rate, max_latency, max_lag: as of the
+            options.
     """
 
     kind: str
@@ -234,6 +258,8 @@ class Job:
     as_json: bool
     keep_indexes: bool = True
     max_rate: int | None = None
+    max_latency: int = 100
+    max_lag: int = 10
 
     async def run(self, chosen: Sequence[Entity]) -> list[Any]:
         """The report for each entity, up to the one where it was interrupted."""
@@ -254,10 +280,16 @@ class Job:
 
     @asynccontextmanager
     async def _live(self, stop: asyncio.Event) -> AsyncIterator[Live]:
-        async with bulk_target() as target:
+        async with bulk_stores() as (source, target):
             live = Live(self.kind, self.migration.name, target, stop, max_rate=self.max_rate)
-            async with live.listening():
-                yield live
+            throttle = Throttle(self.max_latency / 1000, self.max_lag)
+            throttling = asyncio.create_task(live.throttle(throttle, source))
+            try:
+                async with live.listening():
+                    yield live
+            finally:
+                throttling.cancel()
+                await asyncio.wait([throttling])
 
     @contextmanager
     def _crew(self) -> Iterator[tuple[ExecutorFactory, int]]:

@@ -22,13 +22,17 @@ import typer
 from rich.table import Table
 
 from crossfade import errors
+from crossfade.bulk.throttle import LEAST, Throttle
 from crossfade.cli.context import Exit, JsonOption, as_json_text, console, fail
+from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.bulk_postgres import BulkPostgres
 from crossfade.stores.runs import Run
 
 WORDS = "status, pause, resume, rate N, chunk-size N, stop"
 #: Bytes that the path of a unix socket may have.
 _LONGEST = 107
+#: Seconds between two looks at how fast the stores answer.
+_PROBE = 0.5
 #: Seconds that a command waits for a job's answer.
 _PATIENCE = 10.0
 
@@ -60,6 +64,7 @@ class Live:
         self._asking = asyncio.Lock()
         self._run: Run | None = None
         self._entity, self._total, self._done, self._began = "", 0, 0, time.monotonic()
+        self._throttled = ""
         #: What a person has asked for; it holds for the entities that follow, too.
         self._wanted: dict[str, Any] = {} if max_rate is None else {"rate": max_rate}
 
@@ -100,6 +105,27 @@ class Live:
                 await writer.drain()
         writer.close()
 
+    async def throttle(self, throttle: Throttle, source: BulkMongo) -> None:
+        """Slow the workers down when the stores answer late, until it is cancelled."""
+        asked: tuple[float, int | None] = (1.0, None)
+        while True:
+            await asyncio.sleep(_PROBE)
+            try:
+                mongo = await asyncio.to_thread(source.probe)
+                async with self._asking:
+                    postgres, lag = await self._target.runs.probe()
+                    throttle.heard({"MongoDB": mongo, "PostgreSQL": postgres}, lag)
+                    self._throttled = throttle.reason
+                    wanted = (max(round(throttle.duty, 1), LEAST), throttle.chunk_size)
+                    if wanted == asked or self._run is None:
+                        continue
+                    # What a person has asked for wins.
+                    chunk = {} if "chunk_size" in self._wanted else {"chunk_size": wanted[1]}
+                    await self._target.runs.steer(self._run, {"duty": wanted[0], **chunk})
+                    asked = wanted
+            except errors.StoreUnavailable:
+                continue  # the workers meet it themselves, and say so
+
     async def answer(self, line: str) -> dict[str, Any]:
         """Do what a line asks for; the status then, or what is wrong with the line."""
         word, _, value = line.partition(" ")
@@ -137,6 +163,8 @@ class Live:
             "workers": steering.workers,
             "max_rate": steering.rate,
             "chunk_size": steering.chunk_size,
+            "duty": steering.duty,
+            "throttled": self._throttled or None,
             "counts": totals,
         }
 
@@ -212,7 +240,9 @@ def _show(answers: list[dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
         print(as_json_text({"jobs": answers}))
         return
-    table = Table("pid", "job", "state", "done", "of", "rate", "left", "workers", "at most", "chunk")
+    table = Table(
+        "pid", "job", "state", "done", "of", "rate", "left", "workers", "at most", "chunk", "throttled"
+    )
     for one in answers:
         left, most = one.get("seconds_left"), one.get("max_rate")
         table.add_row(
@@ -220,6 +250,7 @@ def _show(answers: list[dict[str, Any]], *, as_json: bool) -> None:
             f"{one.get('done', 0):,}", f"{one.get('total', 0):,}", f"{one.get('rate', 0):,}/s",
             "" if left is None else f"{left:,} s", str(one.get("workers", "")),
             "" if most is None else f"{most:,.0f}/s", str(one.get("chunk_size") or "by time"),
+            f"{one['duty']:.0%} of the time: {one['throttled']}" if one.get("throttled") else "",
         )  # fmt: skip
     console.print(table)
 

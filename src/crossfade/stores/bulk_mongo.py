@@ -110,6 +110,17 @@ class BulkMongo:
         """Close the connections."""
         self._client.close()
 
+    def probe(self) -> float:
+        """Seconds that a small read took."""
+        from crossfade.stores.mongo import CONTROL
+
+        began = time.perf_counter()
+        try:
+            self._database[CONTROL].find_one({"_id": "-"})
+        except PyMongoError as cause:
+            raise self._unreachable(cause) from cause
+        return time.perf_counter() - began
+
     def count(self, entity: Entity) -> int:
         """About how many documents there are; for a progress bar only."""
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -328,6 +329,18 @@ class Runs:
                 "WHERE run = %s",
                 [orjson.dumps(dict(fields)).decode(), run.run],
             )
+
+    async def probe(self) -> tuple[float, float]:
+        """Seconds that a small read took, and that the slowest replica is behind (0 without one)."""
+        began = time.perf_counter()
+        with self._translated():
+            await self._connection.execute("SELECT FROM crossfade.control LIMIT 1")
+            took = time.perf_counter() - began
+            cursor = await self._connection.execute(
+                "SELECT coalesce(extract(epoch FROM max(replay_lag)), 0)::float8 FROM pg_stat_replication"
+            )
+            [(lag,)] = await cursor.fetchall()
+        return took, lag
 
     async def steering(self, run: Run) -> Steering:
         """What is asked of the workers of a run now."""

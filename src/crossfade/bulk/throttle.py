@@ -1,0 +1,66 @@
+"""How much of their time the workers of a run may work, by how fast the stores answer others (pure).
+
+Additive increase, multiplicative decrease, as for what shares a line: when a store answers later than it should, the
+workers rest for a good part of their time at once; when it answers in time again, they come back little by little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+#: Least part of the time, so that a run ends however slow a store has become.
+LEAST = 0.05
+_DOWN, _UP = 0.7, 0.05
+#: Weight of the latest answer: one slow answer is no trouble yet.
+_LATEST = 0.4
+#: Records in a chunk while workers rest: what holds locks is to be short, too.
+SMALL_CHUNK = 500
+
+
+class Throttle:
+    """Decides from how long small reads took.
+
+    Args:
+        latency: seconds in which each store should answer; 0: as long as it takes.
+        lag: seconds that replicas may be behind; 0: however long.
+
+    Attributes:
+        duty: part of the time that workers may work, from `LEAST` to 1.
+        reason: why it is less than 1, for a person; "" when it is not.
+    """
+
+    def __init__(self, latency: float, lag: float) -> None:
+        self._latency, self._lag = latency, lag
+        self._smoothed: dict[str, float] = {}
+        self.duty = 1.0
+        self.reason = ""
+
+    def heard(self, took: Mapping[str, float], lag: float = 0.0) -> None:
+        """Learn from one look at the stores.
+
+        Args:
+            took: seconds that each took to answer, by name.
+            lag: seconds that the slowest replica is behind.
+        """
+        for name, seconds in took.items():
+            before = self._smoothed.get(name, seconds)
+            self._smoothed[name] = before + _LATEST * (seconds - before)
+        reasons = [
+            f"{name} answers in {seconds * 1000:.0f} ms, at most {self._latency * 1000:.0f} ms are wanted"
+            for name, seconds in self._smoothed.items()
+            if 0 < self._latency < seconds
+        ]
+        if 0 < self._lag < lag:
+            reasons.append(f"a replica is {lag:.0f} s behind, at most {self._lag:.0f} s are wanted")
+        if reasons:
+            self.duty = max(self.duty * _DOWN, LEAST)
+            self.reason = "; ".join(reasons)
+        else:
+            self.duty = min(self.duty + _UP, 1.0)
+            if self.duty == 1.0:
+                self.reason = ""
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Records in a chunk while it slows the workers down; None: as they like."""
+        return SMALL_CHUNK if self.duty < 1.0 else None

@@ -1,0 +1,55 @@
+"""How much the workers may work, by how fast the stores answer."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crossfade.bulk.pace import Pace
+from crossfade.bulk.throttle import LEAST, SMALL_CHUNK, Throttle
+from crossfade.stores.runs import Steering
+
+seconds = st.floats(0, 10)
+
+
+@given(st.lists(st.tuples(seconds, seconds, seconds)), st.floats(0, 1), st.floats(0, 60))
+def test_the_workers_always_work_a_part_of_their_time(looks, latency, lag):
+    throttle = Throttle(latency, lag)
+    for mongo, postgres, behind in looks:
+        throttle.heard({"MongoDB": mongo, "PostgreSQL": postgres}, behind)
+        assert LEAST <= throttle.duty <= 1
+        assert bool(throttle.reason) == (throttle.duty < 1)
+        assert throttle.chunk_size == (SMALL_CHUNK if throttle.duty < 1 else None)
+
+
+def test_a_store_that_answers_late_slows_them_down_and_they_come_back_when_it_does_not():
+    throttle = Throttle(0.1, 10)
+    for _ in range(10):
+        throttle.heard({"MongoDB": 0.002, "PostgreSQL": 0.5})
+    assert throttle.duty < 0.1
+    assert throttle.reason == "PostgreSQL answers in 500 ms, at most 100 ms are wanted"
+    for _ in range(40):
+        throttle.heard({"MongoDB": 0.002, "PostgreSQL": 0.01})
+    assert (throttle.duty, throttle.reason) == (1.0, "")
+
+
+def test_one_slow_answer_is_no_trouble_yet():
+    throttle = Throttle(0.1, 10)
+    throttle.heard({"PostgreSQL": 0.01})
+    throttle.heard({"PostgreSQL": 0.2})
+    assert throttle.duty == 1.0
+
+
+def test_a_replica_that_falls_behind_counts_too():
+    throttle = Throttle(0, 10)
+    throttle.heard({"PostgreSQL": 9.0}, 11)
+    assert throttle.reason == "a replica is 11 s behind, at most 10 s are wanted"
+
+
+@pytest.mark.parametrize(("duty", "rest"), [(1.0, 0.0), (0.5, 1.0), (0.25, 3.0)])
+def test_who_may_work_half_of_the_time_rests_as_long_as_it_worked(duty, rest):
+    pace = Pace()
+    pace.took(1000, 1.0, Steering(duty=duty))
+    rested = 0.0
+    while part := pace.rest():
+        rested += part
+    assert rested == pytest.approx(rest)
