@@ -106,7 +106,8 @@ def test_killed_again_and_again_a_run_ends_complete_with_nothing_counted_twice(
             break
         kill_with_its_workers(command)
         killed += 1
-    assert killed > KILLS // 2
+    # A verify is done in few large chunks.
+    assert killed > (KILLS // 2 if kind == "backfill" else 2)
     done = of_users(in_dual_write(*words, "--json"))
     assert done["state"] == "complete"
     counts = done["counts"]
