@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -24,7 +24,7 @@ from crossfade import errors, observe
 from crossfade.board import Pair, boot_clock, end
 from crossfade.control import Control
 from crossfade.entity import Entity, Rows, UniqueRule
-from crossfade.record import CF, Applied, Debt, Held, Image, new_operation
+from crossfade.record import CF, Applied, Debt, DebtKey, Held, Image, new_operation
 from crossfade.steps import Placed, Stepper
 from crossfade.stores.errors import RuleBroken
 from crossfade.stores.postgres import Ahead, Change, Delivery
@@ -79,9 +79,7 @@ class _Confirmed:
     """A debt to be erased, once what goes on ``behind`` the commit that confirmed it has succeeded."""
 
     entity: Entity
-    id: Any
-    rev: int
-    op: str
+    key: DebtKey
     behind: tuple[asyncio.Task[None], ...]
 
     def looked_again(self) -> bool:
@@ -117,9 +115,9 @@ class Settler:
 
         ``behind``: see `PostgresStore.apply`. If that fails, the debt stands.
         """
-        if image.op is not None:
+        if (key := image.debt_key) is not None:
             with contextlib.suppress(asyncio.QueueFull):
-                self._queue.put_nowait(_Confirmed(entity, image.id, image.rev, image.op, tuple(behind)))
+                self._queue.put_nowait(_Confirmed(entity, key, tuple(behind)))
 
     async def _erase(self) -> None:
         while True:
@@ -140,9 +138,9 @@ class Settler:
                     self._queue.task_done()
 
     async def _erase_batch(self, batch: Sequence[_Confirmed]) -> None:
-        by_entity: dict[str, list[tuple[Any, int, str]]] = {}
+        by_entity: dict[str, list[DebtKey]] = {}
         for one in batch:
-            by_entity.setdefault(one.entity.name, []).append((one.id, one.rev, one.op))
+            by_entity.setdefault(one.entity.name, []).append(one.key)
         for name, settled in by_entity.items():
             await self.pair.mongo.settle(
                 self.pair.entities[name], settled, timeout=self.pair.options.primary_deadline
@@ -495,9 +493,9 @@ class Settler:
         placed = await self.with_group(entity, image)
         brought = await self.bring_together(placed, control, timeout=timeout)
         for (each, one), settled in zip(placed, brought, strict=True):
-            if settled is Settled.CONFIRMED and one.op is not None:
+            if settled is Settled.CONFIRMED and (key := one.debt_key) is not None:
                 await self.stepper.erase_marks(each, one)
-                await pair.mongo.settle(each, [(one.id, one.rev, one.op)], timeout=timeout)
+                await pair.mongo.settle(each, [key], timeout=timeout)
                 with contextlib.suppress(errors.CrossfadeError):
                     await pair.postgres.release(each, [one.id], timeout=timeout)
         return brought[0]
@@ -565,11 +563,11 @@ class Settler:
             with contextlib.suppress(Unmappable):
                 ready.append((entity, image, entity.to_rows(image.document, image.keys)))
         confirmed = await self._apply_many(ready, control, timeout=timeout)
-        settled = [(image.id, image.rev, image.op) for image in confirmed if image.op is not None]
+        settled = [key for image in confirmed if (key := image.debt_key) is not None]
         await pair.mongo.settle(entity, settled, timeout=timeout)
         with contextlib.suppress(errors.CrossfadeError):
-            await pair.postgres.release(entity, [id_ for id_, _, _ in settled], timeout=timeout)
-        return {id_to_text(id_) for id_, _, _ in settled}, elsewhere
+            await pair.postgres.release(entity, [key.id for key in settled], timeout=timeout)
+        return {id_to_text(key.id) for key in settled}, elsewhere
 
     async def _apply_many(
         self, images: Sequence[tuple[Entity, Image, Rows]], control: Control, *, timeout: float
@@ -808,9 +806,10 @@ class Settler:
         notes: dict[str, Any] = {"rev": Int64(row.rev), "op": row.op, "digest": row.digest}
         if row.keys:
             notes["keys"] = row.keys
+        # It may arrive when whoever sent it is gone, and the record too: then `end_deliveries` finds it by this.
+        mark = Debt(control.epoch, delivery=True, sending=new_operation())
         if raw is None:
-            # It may arrive when whoever sent it is gone, and the record too: then `end_deliveries` finds it by this.
-            notes["debt"] = Debt(control.epoch, delivery=True).to_document()
+            notes["debt"] = mark.to_document()
         mongo = self.pair.mongo
         if not await mongo.deliver(entity, raw, {**row.document, CF: notes}, timeout=timeout):
             return False
@@ -819,7 +818,7 @@ class Settler:
         # Whoever inserts looks for a tombstone afterwards: the delete may have found nothing to remove.
         buried = await mongo.tombstone(entity, row.id, timeout=timeout)
         if buried is None or buried.rev < row.rev:
-            self.erase_soon(entity, row)
+            self.erase_soon(entity, replace(row, debt=mark))
             return True
         mine = await mongo.read_raw(entity, row.id, timeout=timeout)
         if mine is not None and Image.from_raw(mine).op == row.op:
@@ -852,11 +851,12 @@ class Settler:
         pair, timeout = self.pair, self.pair.options.primary_deadline
         raw = await pair.mongo.read_raw(entity, id_, timeout=timeout)
         image = None if raw is None else Image.from_raw(raw)
-        if raw is None or image is None or image.debt is None or not image.debt.delivery or image.op is None:
+        key = None if image is None else image.debt_key
+        if raw is None or image is None or image.debt is None or not image.debt.delivery or key is None:
             return Settled.GONE
         held = await pair.postgres.held(entity, id_, timeout=timeout)
         if held.rev is not None:
-            await pair.mongo.settle(entity, [(id_, image.rev, image.op)], timeout=timeout)
+            await pair.mongo.settle(entity, [key], timeout=timeout)
         elif await pair.postgres.outbox_row(entity, id_, timeout=timeout) is not None:
             return Settled.OPEN  # the delivery of the delete finds it
         elif (held.tombstone or -1) >= image.rev:

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from bson import ObjectId
 from bson.int64 import Int64
@@ -46,6 +46,8 @@ class Debt:
         parked: why the secondary refuses it (a rule violated there only), else None.
         group: the other records of an operation of several, as (entity, id text): the secondary gets them together.
         delivery: MongoDB is the secondary and owes nothing: an insert that was delivered, until it is known to stand.
+        sending: of an insert, which of its sendings made this document. One that was not answered is sent again, and
+            may arrive when the record has been deleted: what was confirmed of another sending does not settle it.
     """
 
     epoch: int
@@ -53,6 +55,7 @@ class Debt:
     parked: str | None = None
     group: tuple[tuple[str, str], ...] = ()
     delivery: bool = False
+    sending: str | None = None
 
     def to_document(self) -> dict[str, Any]:
         """As kept under ``_cf.debt``."""
@@ -65,6 +68,8 @@ class Debt:
             note["parked"] = self.parked
         if self.group:
             note["group"] = [list(member) for member in self.group]
+        if self.sending is not None:
+            note["sending"] = self.sending
         return note
 
     @classmethod
@@ -79,7 +84,17 @@ class Debt:
             note.get("parked"),
             group,
             bool(note.get("delivery")),
+            note.get("sending"),
         )
+
+
+class DebtKey(NamedTuple):
+    """What a confirmed debt is erased by: all of it must stand there still."""
+
+    id: Any
+    rev: int
+    op: str
+    sending: str | None
 
 
 def stamped_keys(notes: Mapping[str, Any]) -> dict[str, str]:
@@ -230,6 +245,12 @@ class Image:
     def is_newborn(self) -> bool:
         """Whether it is as its insert made it, and still in debt: nobody may have told of it yet."""
         return self.op is not None and self.op == self.born and self.debt is not None
+
+    @property
+    def debt_key(self) -> DebtKey | None:
+        """What its debt is erased by; None of a document that Crossfade never wrote."""
+        sending = None if self.debt is None else self.debt.sending
+        return None if self.op is None else DebtKey(self.id, self.rev, self.op, sending)
 
     @classmethod
     def from_raw(cls, raw: bytes) -> Image:

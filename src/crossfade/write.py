@@ -304,11 +304,12 @@ class Writer:
             stored = {**document, CF: marks | {"born": o.op}}
             image = Image.from_document(dict(stored))
             with self._ahead(entity, image, o) as ahead:
-                if await self._insert_until_decided(entity, stored, o):
+                made = await self._insert_until_decided(entity, stored, image, o)
+                if made is not None:
                     if id_given and await self._was_buried_meanwhile(entity, stored, o):
                         continue
                     self._say(o, "MongoDB write successful")
-                    return await self._then_postgres(entity, image, o, ahead)
+                    return await self._then_postgres(entity, made, o, ahead)
         raise errors.Busy(f"[{o.context}] this record of {entity.name} is being deleted again and again")
 
     async def _was_buried_meanwhile(self, entity: Entity, stored: Mapping[str, Any], o: _Operation) -> bool:
@@ -332,10 +333,15 @@ class Writer:
             ) from cause
         raise _written_since(entity, o)
 
-    async def _insert_until_decided(self, entity: Entity, stored: dict[str, Any], o: _Operation) -> bool:
-        """Insert, repeated until it is decided; False: a decided delete of this id stood in the way."""
+    async def _insert_until_decided(
+        self, entity: Entity, stored: dict[str, Any], image: Image, o: _Operation
+    ) -> Image | None:
+        """Insert, repeated until it is decided: the image that was made; None: a decided delete stood in the way."""
         unknown = False
+        debt = stored[CF].get("debt")
         while True:
+            if debt is not None:
+                debt["sending"] = new_operation()
             try:
                 await self.pair.mongo.insert(entity, stored, timeout=o.left())
             except Unanswered as cause:
@@ -354,7 +360,7 @@ class Writer:
                     if unknown:
                         raise _written_since(entity, o) from cause
                     if mine is not None and await self._roll_delete_forward(entity, mine, o):
-                        return False
+                        return None
                     rule = (
                         "_id"
                         if mine is not None
@@ -362,17 +368,21 @@ class Writer:
                     )
                     self._say(o, f"MongoDB write refused: the rule {rule!r} is broken")
                     raise errors.DuplicateKey(entity.name, rule) from cause
+                # An earlier sending has made it.
+                if debt is not None:
+                    debt["sending"] = None if mine.debt is None else mine.debt.sending
+            made = replace(image, debt=Debt.from_document(debt))
             if not unknown:
-                return True
+                return made
             # Somebody may have deleted what a request that was not answered had made.
             try:
-                echo = await self.settler.is_echo(entity, Image.from_document(dict(stored)))
+                echo = await self.settler.is_echo(entity, made)
             except errors.StoreUnavailable as cause:
                 await self._again(o, cause)
                 continue
             if echo:
                 raise _written_since(entity, o)
-            return True
+            return made
 
     async def _roll_delete_forward(self, entity: Entity, there: Image, o: _Operation) -> bool:
         """Bury and remove a document whose delete is decided, so that its id is free; False: it is not."""

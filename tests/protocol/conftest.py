@@ -266,7 +266,7 @@ class World:
         """Both stores hold the same records at the same revisions, and nothing is owed."""
         assert await self.owed() == ()
         found, rows = await self.contents()
-        assert found == rows
+        assert found == rows, [self.notes(text_to_id(text)) for text in set(found) ^ set(rows)]
         for text, rev in self.sql("SELECT id, rev FROM crossfade.tombstones"):
             there = found.get(text)
             assert there is None or there[0] > rev, "a record stands at or under its tombstone"

@@ -10,7 +10,7 @@ import pytest
 from bson import ObjectId
 
 from crossfade.debt import Settled
-from crossfade.record import CF, Applied, Image, new_operation
+from crossfade.record import CF, Applied, DebtKey, Image, new_operation
 from crossfade.stores.errors import Fenced
 from crossfade.values import id_to_text
 
@@ -250,16 +250,16 @@ async def test_a_row_above_a_delete_is_journaled_and_goes(open_world):
     await w.assert_equal()
 
 
-async def test_settling_matches_revision_and_operation(open_world):
+async def test_settling_matches_revision_operation_and_sending(open_world):
     w = await open_world()
     made = await w.users.insert({"username": "Bob"})
     await w.settle()
-    w.documents.update_one({"_id": made.id}, {"$set": {f"{CF}.debt": {"epoch": 1}}})
-    op = w.notes(made.id)["op"]
-    for rev, operation in ((1, new_operation()), (2, op)):
-        await w.mongo.settle(w.entity, [(made.id, rev, operation)], timeout=PATIENCE)
+    w.documents.update_one({"_id": made.id}, {"$set": {f"{CF}.debt": {"epoch": 1, "sending": "a"}}})
+    right = DebtKey(made.id, 1, w.notes(made.id)["op"], "a")
+    for wrong in ({"rev": 2}, {"op": new_operation()}, {"sending": "b"}, {"sending": None}):
+        await w.mongo.settle(w.entity, [right._replace(**wrong)], timeout=PATIENCE)
         assert w.debt(made.id) is not None
-    await w.mongo.settle(w.entity, [(made.id, 1, op)], timeout=PATIENCE)
+    await w.mongo.settle(w.entity, [right], timeout=PATIENCE)
     assert w.debt(made.id) is None
 
 

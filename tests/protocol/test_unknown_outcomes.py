@@ -1,6 +1,7 @@
 """A store that acted and did not say so: the write is decided by repeating it, never guessed, never doubled."""
 
 import asyncio
+import copy
 
 import pytest
 from bson import ObjectId
@@ -295,6 +296,56 @@ async def test_a_repeated_insert_does_not_bring_back_what_was_deleted_before_the
     if phase != "mongo_only":
         await w.reconcile()
         await w.assert_equal()
+
+
+def hold(store, name):
+    """Let no call of this method through before it is told to."""
+    original, go = getattr(store, name), asyncio.Event()
+
+    async def held(*args, **how):
+        await go.wait()
+        return await original(*args, **how)
+
+    setattr(store, name, held)
+    return go
+
+
+def keep_underway(store):
+    """The next insert is not answered: its request is still on its way."""
+    original, underway = store.insert, []
+
+    async def lost(entity, document, **how):
+        underway.append(copy.deepcopy(document))
+        store.insert = original
+        raise Unanswered("mongo", "no answer")
+
+    store.insert = lost
+    return underway
+
+
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_read", "postgres_primary"])
+async def test_what_was_confirmed_of_one_sending_of_an_insert_does_not_settle_another(open_world, phase):
+    """The record is deleted before its debt is erased, and then the other sending arrives."""
+    w, other = await open_world(phase), await open_world(phase)
+    erase = hold(w.mongo, "settle")
+    if phase == "postgres_primary":
+        made = await w.users.insert({"username": "Bob"})
+        # Another worker saw the outbox row, too.
+        underway = keep_underway(other.mongo)
+        with pytest.raises(StoreUnavailable):
+            await other.settler._put(w.entity, None, await w.row(made.id), w.control, timeout=PATIENCE)
+    else:
+        underway = keep_underway(w.mongo)
+        made = await w.users.insert({"username": "Bob"})
+    await other.users.delete(made.id)
+    assert w.document(made.id) is None
+    w.documents.insert_one(*underway)
+    erase.set()
+    await w.settle()
+    assert w.notes(made.id)["debt"]
+    await w.reconcile()
+    assert w.document(made.id) is None
+    await w.assert_equal()
 
 
 async def test_a_name_taken_while_an_answer_was_lost_leaves_the_outcome_unknown(open_world):

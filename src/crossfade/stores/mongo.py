@@ -46,7 +46,7 @@ from pymongo.write_concern import WriteConcern
 
 from crossfade import errors
 from crossfade.entity import Entity
-from crossfade.record import CF, Debt, Image, new_operation
+from crossfade.record import CF, Debt, DebtKey, Image, new_operation
 from crossfade.stores.bulk_mongo import id_of
 from crossfade.stores.errors import RuleBroken, Unanswered
 from crossfade.values import CODEC_OPTIONS, Unmappable, decode_document, id_to_text, text_to_id
@@ -422,18 +422,24 @@ class MongoStore:
 
     # --- debts -------------------------------------------------------------------------------------------
 
-    async def settle(
-        self, entity: Entity, settled: Sequence[tuple[Any, int, str]], *, timeout: float
-    ) -> None:
-        """Erase the debts of these (id, revision, operation id), where they still stand at both."""
+    async def settle(self, entity: Entity, settled: Sequence[DebtKey], *, timeout: float) -> None:
+        """Erase these debts, where they still stand."""
         if not settled:
             return
         # One command with every pair in its filter: a server takes several times as long over a command each.
         for at in range(0, len(settled), _PAIRS):
             portion = settled[at : at + _PAIRS]
             still = {
-                "_id": {"$in": [id_ for id_, _, _ in portion]},
-                "$or": [{"_id": id_, f"{CF}.rev": Int64(rev), f"{CF}.op": op} for id_, rev, op in portion],
+                "_id": {"$in": [key.id for key in portion]},
+                "$or": [
+                    {
+                        "_id": key.id,
+                        f"{CF}.rev": Int64(key.rev),
+                        f"{CF}.op": key.op,
+                        f"{CF}.debt.sending": {"$eq": key.sending},
+                    }
+                    for key in portion
+                ],
                 f"{CF}.debt.tentative": {"$exists": False},
                 # What it owes to other records, and a mark that nobody needs any more, is found by its debt.
                 f"{CF}.steps": {"$exists": False},
