@@ -13,7 +13,7 @@ seconds = st.floats(0, 10)
 
 @given(st.lists(st.tuples(seconds, seconds, seconds)), st.floats(0, 1), st.floats(0, 60))
 def test_the_workers_always_work_a_part_of_their_time(looks, latency, lag):
-    throttle = Throttle(latency, lag)
+    throttle = Throttle(latency, lag, 0)
     for mongo, postgres, behind in looks:
         throttle.heard({"MongoDB": mongo, "PostgreSQL": postgres}, behind)
         assert LEAST <= throttle.duty <= 1
@@ -22,7 +22,7 @@ def test_the_workers_always_work_a_part_of_their_time(looks, latency, lag):
 
 
 def test_a_store_that_answers_late_slows_them_down_and_they_come_back_when_it_does_not():
-    throttle = Throttle(0.1, 10)
+    throttle = Throttle(0.1, 10, 0)
     for _ in range(10):
         throttle.heard({"MongoDB": 0.002, "PostgreSQL": 0.5})
     assert throttle.duty < 0.1
@@ -33,16 +33,24 @@ def test_a_store_that_answers_late_slows_them_down_and_they_come_back_when_it_do
 
 
 def test_one_slow_answer_is_no_trouble_yet():
-    throttle = Throttle(0.1, 10)
+    throttle = Throttle(0.1, 10, 0)
     throttle.heard({"PostgreSQL": 0.01})
     throttle.heard({"PostgreSQL": 0.2})
     assert throttle.duty == 1.0
 
 
 def test_a_replica_that_falls_behind_counts_too():
-    throttle = Throttle(0, 10)
+    throttle = Throttle(0, 10, 0)
     throttle.heard({"PostgreSQL": 9.0}, 11)
     assert throttle.reason == "a replica is 11 s behind, at most 10 s are wanted"
+
+
+def test_debts_that_pile_up_count_too():
+    throttle = Throttle(0, 0, 10_000)
+    throttle.heard({}, 0, 10_000)
+    assert throttle.duty == 1.0
+    throttle.heard({}, 0, throttle.enough_debts)
+    assert throttle.reason == "more than 10,000 records are in debt"
 
 
 @pytest.mark.parametrize(("duty", "rest"), [(1.0, 0.0), (0.5, 1.0), (0.25, 3.0)])

@@ -1,7 +1,8 @@
-"""How much of their time the workers of a run may work, by how fast the stores answer others (pure).
+"""How much of their time the workers of a run may work, by how the stores serve others meanwhile (pure).
 
 Additive increase, multiplicative decrease, as for what shares a line: when a store answers later than it should, the
-workers rest for a good part of their time at once; when it answers in time again, they come back little by little.
+workers rest for a good part of their time at once; when it answers in time again, they come back little by little. So
+it is when the secondary falls behind what the application writes, which is the depth of the debts.
 """
 
 from __future__ import annotations
@@ -23,24 +24,26 @@ class Throttle:
     Args:
         latency: seconds in which each store should answer; 0: as long as it takes.
         lag: seconds that replicas may be behind; 0: however long.
+        debts: records that may be in debt; 0: however many.
 
     Attributes:
         duty: part of the time that workers may work, from `LEAST` to 1.
         reason: why it is less than 1, for a person; "" when it is not.
     """
 
-    def __init__(self, latency: float, lag: float) -> None:
-        self._latency, self._lag = latency, lag
+    def __init__(self, latency: float, lag: float, debts: int) -> None:
+        self._latency, self._lag, self._debts = latency, lag, debts
         self._smoothed: dict[str, float] = {}
         self.duty = 1.0
         self.reason = ""
 
-    def heard(self, took: Mapping[str, float], lag: float = 0.0) -> None:
+    def heard(self, took: Mapping[str, float], lag: float = 0.0, debts: int = 0) -> None:
         """Learn from one look at the stores.
 
         Args:
             took: seconds that each took to answer, by name.
             lag: seconds that the slowest replica is behind.
+            debts: records in debt; beyond what is wanted the number need not be exact.
         """
         for name, seconds in took.items():
             before = self._smoothed.get(name, seconds)
@@ -52,6 +55,8 @@ class Throttle:
         ]
         if 0 < self._lag < lag:
             reasons.append(f"a replica is {lag:.0f} s behind, at most {self._lag:.0f} s are wanted")
+        if 0 < self._debts < debts:
+            reasons.append(f"more than {self._debts:,} records are in debt")
         if reasons:
             self.duty = max(self.duty * _DOWN, LEAST)
             self.reason = "; ".join(reasons)
@@ -59,6 +64,11 @@ class Throttle:
             self.duty = min(self.duty + _UP, 1.0)
             if self.duty == 1.0:
                 self.reason = ""
+
+    @property
+    def enough_debts(self) -> int:
+        """How far debts need to be counted."""
+        return self._debts + 1 if self._debts else 0
 
     @property
     def chunk_size(self) -> int | None:

@@ -119,6 +119,15 @@ MaxLagOption = Annotated[
         help="Slow down when a replica of PostgreSQL is further behind; 0: never.",
     ),
 ]
+MaxDebtsOption = Annotated[
+    int,
+    typer.Option(
+        "--max-debts",
+        min=0,
+        metavar="N",
+        help="Slow down when more records are in debt: the application's own writes come first; 0: never.",
+    ),
+]
 DaskOption = Annotated[
     str | None,
     typer.Option(
@@ -154,6 +163,7 @@ def backfill(
     max_rate: MaxRateOption = None,
     max_latency: MaxLatencyOption = 100,
     max_lag: MaxLagOption = 10,
+    max_debts: MaxDebtsOption = 10_000,
     report: ReportOption = None,
     application: AppOption = None,
     as_json: JsonOption = False,
@@ -176,7 +186,7 @@ def backfill(
                 _assert_backfill_may_run(migration)
                 job = Job(
                     "backfill", migration, application, workers, dask_address, batch_size, restart, as_json,
-                    keep_indexes, max_rate, max_latency, max_lag,
+                    keep_indexes, max_rate, max_latency, max_lag, max_debts,
                 )  # fmt: skip
                 reports = await job.run(chosen_entities(list(migration.entities.values()), entity))
         return _conclude(reports, report, "backfill", as_json=as_json)
@@ -196,6 +206,7 @@ def verify(
     max_rate: MaxRateOption = None,
     max_latency: MaxLatencyOption = 100,
     max_lag: MaxLagOption = 10,
+    max_debts: MaxDebtsOption = 10_000,
     report: ReportOption = None,
     application: AppOption = None,
     as_json: JsonOption = False,
@@ -211,7 +222,7 @@ def verify(
             kind = "verify_fast" if fast else "verify"
             job = Job(
                 kind, migration, application, workers, dask_address, None, restart, as_json,
-                max_rate=max_rate, max_latency=max_latency, max_lag=max_lag,
+                max_rate=max_rate, max_latency=max_latency, max_lag=max_lag, max_debts=max_debts,
             )  # fmt: skip
             reports = await job.run(chosen_entities(list(migration.entities.values()), entity))
         return _conclude(reports, report, "verify", as_json=as_json)
@@ -244,8 +255,8 @@ class Job:
     Attributes:
         kind: "backfill", "verify" or "verify_fast".
         application: as of ``--app``.
-        workers, dask, batch_size, restart, as_json, keep_indexes, max_rate, max_latency, max_lag: as of the
-            options.
+        workers, dask, batch_size, restart, as_json, keep_indexes, max_rate, max_latency, max_lag, max_debts: as
+            of the options.
     """
 
     kind: str
@@ -260,6 +271,7 @@ class Job:
     max_rate: int | None = None
     max_latency: int = 100
     max_lag: int = 10
+    max_debts: int = 10_000
 
     async def run(self, chosen: Sequence[Entity]) -> list[Any]:
         """The report for each entity, up to the one where it was interrupted."""
@@ -282,8 +294,9 @@ class Job:
     async def _live(self, stop: asyncio.Event) -> AsyncIterator[Live]:
         async with bulk_stores() as (source, target):
             live = Live(self.kind, self.migration.name, target, stop, max_rate=self.max_rate)
-            throttle = Throttle(self.max_latency / 1000, self.max_lag)
-            throttling = asyncio.create_task(live.throttle(throttle, source))
+            throttle = Throttle(self.max_latency / 1000, self.max_lag, self.max_debts)
+            entities = list(self.migration.entities.values())
+            throttling = asyncio.create_task(live.throttle(throttle, source, entities))
             try:
                 async with live.listening():
                     yield live

@@ -13,7 +13,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +24,7 @@ from rich.table import Table
 from crossfade import errors
 from crossfade.bulk.throttle import LEAST, Throttle
 from crossfade.cli.context import Exit, JsonOption, as_json_text, console, fail
+from crossfade.entity import Entity
 from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.bulk_postgres import BulkPostgres
 from crossfade.stores.runs import Run
@@ -105,16 +106,17 @@ class Live:
                 await writer.drain()
         writer.close()
 
-    async def throttle(self, throttle: Throttle, source: BulkMongo) -> None:
-        """Slow the workers down when the stores answer late, until it is cancelled."""
+    async def throttle(self, throttle: Throttle, source: BulkMongo, entities: Sequence[Entity]) -> None:
+        """Slow the workers down when the stores answer late or fall behind, until it is cancelled."""
         asked: tuple[float, int | None] = (1.0, None)
         while True:
             await asyncio.sleep(_PROBE)
             try:
                 mongo = await asyncio.to_thread(source.probe)
+                owed = await asyncio.to_thread(source.debts, entities, throttle.enough_debts)
                 async with self._asking:
-                    postgres, lag = await self._target.runs.probe()
-                    throttle.heard({"MongoDB": mongo, "PostgreSQL": postgres}, lag)
+                    postgres, lag, deliveries = await self._target.runs.probe(throttle.enough_debts)
+                    throttle.heard({"MongoDB": mongo, "PostgreSQL": postgres}, lag, owed + deliveries)
                     self._throttled = throttle.reason
                     wanted = (max(round(throttle.duty, 1), LEAST), throttle.chunk_size)
                     if wanted == asked or self._run is None:

@@ -121,6 +121,19 @@ class BulkMongo:
             raise self._unreachable(cause) from cause
         return time.perf_counter() - began
 
+    def debts(self, entities: Iterable[Entity], enough: int) -> int:
+        """How many documents of these entities PostgreSQL is owed, counted up to ``enough``."""
+        found = 0
+        try:
+            for entity in entities:
+                if found < enough:
+                    found += self._database[entity.collection].count_documents(
+                        {f"{CF}.debt": {"$exists": True}}, limit=enough - found
+                    )
+        except PyMongoError as cause:
+            raise self._unreachable(cause) from cause
+        return found
+
     def count(self, entity: Entity) -> int:
         """About how many documents there are; for a progress bar only."""
         try:

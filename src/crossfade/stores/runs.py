@@ -330,8 +330,13 @@ class Runs:
                 [orjson.dumps(dict(fields)).decode(), run.run],
             )
 
-    async def probe(self) -> tuple[float, float]:
-        """Seconds that a small read took, and that the slowest replica is behind (0 without one)."""
+    async def probe(self, enough: int) -> tuple[float, float, int]:
+        """How PostgreSQL does.
+
+        Returns:
+            Seconds that a small read took; that the slowest replica is behind (0 without one); and how many records
+            MongoDB is owed, counted up to ``enough``.
+        """
         began = time.perf_counter()
         with self._translated():
             await self._connection.execute("SELECT FROM crossfade.control LIMIT 1")
@@ -340,7 +345,11 @@ class Runs:
                 "SELECT coalesce(extract(epoch FROM max(replay_lag)), 0)::float8 FROM pg_stat_replication"
             )
             [(lag,)] = await cursor.fetchall()
-        return took, lag
+            cursor = await self._connection.execute(
+                "SELECT count(*) FROM (SELECT FROM crossfade.outbox LIMIT %s) AS o", [enough]
+            )
+            [(deliveries,)] = await cursor.fetchall()
+        return took, lag, deliveries
 
     async def steering(self, run: Run) -> Steering:
         """What is asked of the workers of a run now."""
