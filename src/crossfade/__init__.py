@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from crossfade.migration import Crossfade, EntityHandle, Migration, Operation
     from crossfade.phase import Phase
+    from crossfade.query import any_of, contains
     from crossfade.record import Record
     from crossfade.strategy import FailureStrategy
 
@@ -64,7 +65,9 @@ __all__ = [
     "StoreUnavailable",
     "UndoPending",
     "Undone",
+    "any_of",
     "column",
+    "contains",
     "list_child",
     "normalised",
     "record_columns",
@@ -104,6 +107,7 @@ _HOMES = {
     ),
     "crossfade.migration": ("Crossfade", "EntityHandle", "Migration", "Operation"),
     "crossfade.phase": ("Phase",),
+    "crossfade.query": ("any_of", "contains"),
     "crossfade.record": ("Record",),
     "crossfade.strategy": ("FailureStrategy",),
 }

@@ -873,7 +873,7 @@ class Settler:
             if key is None:
                 continue
             for query in ({f"{CF}.keys.{rule.rule}": key}, {rule.field: row.document.get(rule.field)}):
-                for rival in await self.pair.mongo.find(entity, query, limit=2, timeout=timeout):
+                for rival in await self.pair.mongo.look_up(entity, [query], timeout=timeout):
                     if rival.id != row.id and not await self._set_aside(
                         entity, rule, key, rival, timeout=timeout
                     ):

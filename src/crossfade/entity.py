@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from bson.dbref import DBRef
+from bson.decimal128 import Decimal128
 from sqlalchemy import Enum, String, Table
 
 from crossfade.columns import (
@@ -67,6 +68,7 @@ from crossfade.values import (
 
 __all__ = [
     "META_COLUMNS",
+    "MISSING",
     "REFERENCE_TO",
     "Child",
     "DocumentId",
@@ -243,6 +245,29 @@ class Entity:
             if key is not None:
                 keys[rule.rule] = key
         return keys
+
+    def column_value(self, field: str, value: Any) -> Any:
+        """What the column of a mapped field holds where the field has this value; None: nothing.
+
+        Raises:
+            Unmappable: the column must have a value, and there is none for this one.
+        """
+        return self._column_value(self._mapped_field(field), {field: value})[0]
+
+    def sought(self, field: str, value: Any) -> Any:
+        """The value by which the column of a mapped field finds the rows whose field equals ``value``.
+
+        `MISSING` where the column holds no such value: the field is in `extra` then. A number is found in any width.
+        """
+        mapped = self._mapped_field(field)
+        exact = mapped.exact(value)
+        if exact is not MISSING or isinstance(value, bool | str):
+            return exact
+        nearest = mapped.kind.nearest(value) if isinstance(value, int | float | Decimal128) else None
+        return nearest if nearest is not None and self._takes(mapped, nearest) else MISSING
+
+    def _mapped_field(self, field: str) -> _Mapped:
+        return next(mapped for mapped in self._mapped if mapped.field == field)
 
     # -- checks of the declaration -----------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from crossfade.control import Control, ControlRecord
 from crossfade.debt import Settler, unique_key
 from crossfade.entity import Entity
 from crossfade.phase import Phase
+from crossfade.query import Query, Where, alternatives, query
 from crossfade.read import Reader
 from crossfade.reconcile import Reconciler
 from crossfade.record import Record, Step
@@ -73,18 +74,44 @@ class EntityHandle:
         """The record that holds ``value`` under a unique rule: as spelt if there is one, else normalised."""
         return await self._migration.reader.find_by_key(self.entity, rule, value)
 
-    async def find(self, where: Mapping[str, Any] | None = None, *, limit: int = 100) -> list[Record]:
-        """Up to ``limit`` records whose fields equal these values, by id."""
-        return await self._migration.reader.find(self.entity, where or {}, limit=limit)
+    async def get_many(self, ids: Iterable[Any]) -> list[Record]:
+        """The records of these ids that there are, in the order of the ids, none twice; in one round trip."""
+        return await self._migration.reader.get_many(self.entity, ids)
 
-    async def find_one(self, where: Mapping[str, Any]) -> Record | None:
-        """One record whose fields equal these values, or None."""
+    async def find(
+        self,
+        where: Where | None = None,
+        *,
+        order_by: str = "_id",
+        after: Sequence[Any] | None = None,
+        limit: int = 100,
+        skip: int = 0,
+    ) -> list[Record]:
+        """The first ``limit`` records that match, the same from both stores; see `crossfade.query` for conditions.
+
+        ``where``: fields with a value, `any_of` or `contains`; all of them hold. Of a list of such mappings all those
+        of at least one.
+        ``order_by``: a field, with ``-`` before it for the last first; the id decides among equals. Null and missing
+        come before everything.
+        ``after``: begin behind this place: the value of the order's field and the id of the last record seen, or its id
+        alone in a tuple where the order is by id. Takes as long however far it is, and misses nothing when records come
+        or go; ``skip`` leaves out so many first, and takes the longer the more.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: no store that may answer did.
+            crossfade.errors.ConfigurationError: an argument cannot be; PostgreSQL decides, and has no column for a key.
+        """
+        asked = query(where, order_by=order_by, after=after, limit=limit, skip=skip)
+        return await self._migration.reader.find(self.entity, asked)
+
+    async def find_one(self, where: Where) -> Record | None:
+        """One record that matches, or None; see `find`."""
         found = await self.find(where, limit=1)
         return found[0] if found else None
 
-    async def count(self, where: Mapping[str, Any] | None = None) -> int:
-        """How many records have fields that equal these values."""
-        return await self._migration.reader.count(self.entity, where or {})
+    async def count(self, where: Where | None = None) -> int:
+        """How many records match; see `find`."""
+        return await self._migration.reader.count(self.entity, Query(alternatives(where)))
 
     async def update(
         self,

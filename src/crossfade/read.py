@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from crossfade.breaker import Breaker
 from crossfade.control import Control
 from crossfade.entity import Entity, UniqueRule
 from crossfade.phase import Phase
+from crossfade.query import Query
 from crossfade.record import CF, Image, Record
 from crossfade.stores.errors import Fenced
 from crossfade.values import Unmappable, id_to_text
@@ -57,9 +58,34 @@ class Reader:
             return await self.pair.postgres.read(entity, id_, timeout=timeout)
 
         found, source, stale = await self._first(
-            entity, mongo, postgres, options.primary_deadline, id_=id_, missing=lambda image: image is None
+            entity, mongo, postgres, options.primary_deadline, ids=(id_,), missing=lambda image: image is None
         )
         return None if found is None else self.pair.seen.record(entity, found, source, stale=stale)
+
+    async def get_many(self, entity: Entity, ids: Iterable[Any]) -> list[Record]:
+        """The records of these ids that there are, in the order of the ids, none twice."""
+        places = {id_to_text(id_): id_ for id_ in ids}
+        if not places:
+            return []
+        wanted = list(places.values())
+
+        async def mongo(timeout: float) -> list[Image]:
+            found = await self.pair.mongo.read_many(entity, wanted, timeout=timeout)
+            return await self.pair.mongo.standing(entity, found, timeout=timeout)
+
+        async def postgres(timeout: float) -> list[Image]:
+            return await self.pair.postgres.read_many(entity, wanted, timeout=timeout)
+
+        found, source, stale = await self._first(
+            entity, mongo, postgres, self.pair.options.primary_deadline, ids=wanted,
+            missing=lambda images: len(images) < len(wanted),
+        )  # fmt: skip
+        images = {id_to_text(image.id): image for image in found}
+        return [
+            self.pair.seen.record(entity, images[place], source, stale=stale)
+            for place in places
+            if place in images
+        ]
 
     async def find_by_key(self, entity: Entity, rule_name: str, value: str) -> Record | None:
         """The record that holds ``value`` under a unique rule: exactly as spelt, else normalised; or None."""
@@ -94,37 +120,37 @@ class Reader:
         if not found and phase is Phase.MONGO_ONLY:
             # Before `crossfade init` has stamped them, old documents have no normalised key.
             likeness = {"$regex": f"^\\s*{re.escape(value.strip())}\\s*$", "$options": "i"}
-            found = await self.pair.mongo.find(entity, {rule.field: likeness}, limit=1, timeout=timeout)
+            found = await self.pair.mongo.look_up(entity, [{rule.field: likeness}], timeout=timeout)
         found = await self.pair.mongo.standing(entity, found, timeout=timeout)
         exact = [image for image in found if image.document.get(rule.field) == value]
         return next(iter(exact or found), None)
 
-    async def find(self, entity: Entity, where: Mapping[str, Any], *, limit: int) -> list[Record]:
-        """Up to ``limit`` records whose fields equal these values, by id."""
+    async def find(self, entity: Entity, query: Query) -> list[Record]:
+        """The records that a query asks for, in its order."""
 
         async def mongo(timeout: float) -> list[Image]:
-            found = await self.pair.mongo.find(entity, where, limit=limit, timeout=timeout)
+            found = await self.pair.mongo.find(entity, query, timeout=timeout)
             return await self.pair.mongo.standing(entity, found, timeout=timeout)
 
         async def postgres(timeout: float) -> list[Image]:
-            return await self.pair.postgres.find(entity, where, limit=limit, timeout=timeout)
+            return await self.pair.postgres.find(entity, query, timeout=timeout)
 
         found, source, stale = await self._first(
-            entity, mongo, postgres, self.pair.options.primary_deadline, where=where
+            entity, mongo, postgres, self.pair.options.primary_deadline, query=query
         )
         return [self.pair.seen.record(entity, image, source, stale=stale) for image in found]
 
-    async def count(self, entity: Entity, where: Mapping[str, Any]) -> int:
-        """How many records have fields that equal these values."""
+    async def count(self, entity: Entity, query: Query) -> int:
+        """How many records match a query's conditions."""
 
         async def mongo(timeout: float) -> int:
-            return await self.pair.mongo.count(entity, where, timeout=timeout)
+            return await self.pair.mongo.count(entity, query.where, timeout=timeout)
 
         async def postgres(timeout: float) -> int:
-            return await self.pair.postgres.count(entity, where, timeout=timeout)
+            return await self.pair.postgres.count(entity, query.where, timeout=timeout)
 
         number, _, _ = await self._first(
-            entity, mongo, postgres, self.pair.options.primary_deadline, where=where
+            entity, mongo, postgres, self.pair.options.primary_deadline, query=query
         )
         return number
 
@@ -135,8 +161,8 @@ class Reader:
         postgres: Callable[[float], Awaitable[_T]],
         deadline: float,
         *,
-        id_: Any = None,
-        where: Mapping[str, Any] | None = None,
+        ids: Sequence[Any] = (),
+        query: Query | None = None,
         missing: Callable[[_T], bool] | None = None,
     ) -> tuple[_T, str, bool]:
         """Ask the stores in the order that the phase and the board allow: (answer, source, stale)."""
@@ -144,8 +170,8 @@ class Reader:
         control = self.pair.board.control
         try:
             if control.phase.rules.primary == "postgres":
-                return await self._postgres_primary(entity, control, mongo, postgres, deadline, id_)
-            return await self._mongo_primary(entity, control, mongo, postgres, deadline, id_, where, missing)
+                return await self._postgres_primary(entity, control, mongo, postgres, deadline, ids)
+            return await self._mongo_primary(entity, control, mongo, postgres, deadline, ids, query, missing)
         except Unmappable as cause:
             raise errors.Quarantined(f"a document of {entity.name} cannot be read: {cause}") from cause
         finally:
@@ -158,11 +184,11 @@ class Reader:
         mongo: Callable[[float], Awaitable[_T]],
         postgres: Callable[[float], Awaitable[_T]],
         deadline: float,
-        id_: Any,
-        where: Mapping[str, Any] | None,
+        ids: Sequence[Any],
+        query: Query | None,
         missing: Callable[[_T], bool] | None,
     ) -> tuple[_T, str, bool]:
-        reason = self._not_postgres(entity, control, id_, where)
+        reason = self._not_postgres(entity, control, ids, query)
         if reason is None:
             try:
                 answer = await self._guarded(postgres)
@@ -176,9 +202,9 @@ class Reader:
         try:
             answer = await mongo(deadline)
         except _FAILED:
-            if not control.postgres_first or control.unreadable or self._on_board(entity, id_):
+            if not control.postgres_first or control.unreadable or self._on_board(entity, ids):
                 raise
-            if where is not None and not self.pair.postgres.can_find(entity, where):
+            if not self._has_columns(entity, query):
                 raise
             answer = await self._guarded(postgres)
             if not _can_be_marked(answer):
@@ -195,13 +221,13 @@ class Reader:
         mongo: Callable[[float], Awaitable[_T]],
         postgres: Callable[[float], Awaitable[_T]],
         deadline: float,
-        id_: Any,
+        ids: Sequence[Any],
     ) -> tuple[_T, str, bool]:
         try:
             answer = await postgres(deadline if self.breaker.state == "closed" else 0.25)
         except _FAILED as cause:
             self.breaker.failed()
-            if not control.phase.rules.dual or self._on_board(entity, id_):
+            if not control.phase.rules.dual or self._on_board(entity, ids):
                 # MongoDB is known to lack an acknowledged write of this record.
                 raise
             try:
@@ -218,7 +244,7 @@ class Reader:
         return answer, "postgres", False
 
     def _not_postgres(
-        self, entity: Entity, control: Control, id_: Any, where: Mapping[str, Any] | None
+        self, entity: Entity, control: Control, ids: Sequence[Any], query: Query | None
     ) -> str | None:
         """Why PostgreSQL may not be asked first; None: it may."""
         board = self.pair.board
@@ -229,22 +255,25 @@ class Reader:
             return "board too old"
         if control.unreadable is not None:
             return "secondary unreadable"
-        if id_ is None:
+        if not ids:
             if entity.name in look.owed_entities:
                 return "entity in debt"
-            if where is not None and not self.pair.postgres.can_find(entity, where):
+            if not self._has_columns(entity, query):
                 return "no column"
-        elif entity.name in look.overflown or (entity.name, id_to_text(id_)) in look.ids:
+        elif self._on_board(entity, ids):
             return "in debt"
         return None if self.breaker.allows() else "postgres down"
 
-    def _on_board(self, entity: Entity, id_: Any) -> bool:
+    def _has_columns(self, entity: Entity, query: Query | None) -> bool:
+        return query is None or self.pair.postgres.can_find(entity, query.where, query.order)
+
+    def _on_board(self, entity: Entity, ids: Sequence[Any]) -> bool:
         look = self.pair.board.look
         if look is None or entity.name in look.overflown:
             return True
-        if id_ is None:
+        if not ids:
             return entity.name in look.owed_entities
-        return (entity.name, id_to_text(id_)) in look.ids
+        return any((entity.name, id_to_text(id_)) in look.ids for id_ in ids)
 
     def _absence_is_final(self, entity: Entity, control: Control) -> bool:
         """Backfilled (phase 3 wants that), nobody writes to MongoDB alone, and nothing is owed."""

@@ -441,7 +441,7 @@ class Writer:
                 checks.append({rule.field: fields[rule.field]})
             for query in checks:
                 timeout = self.pair.options.primary_deadline
-                for other in await self.pair.mongo.find(entity, query, limit=2, timeout=timeout):
+                for other in await self.pair.mongo.look_up(entity, [query], timeout=timeout):
                     if other.id != id_:
                         return rule.rule
         return cause.constraint or "unique"

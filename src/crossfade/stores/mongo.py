@@ -46,8 +46,10 @@ from pymongo.write_concern import WriteConcern
 
 from crossfade import errors
 from crossfade.entity import Entity
+from crossfade.query import Query
 from crossfade.record import CF, Debt, DebtKey, Image, new_operation
 from crossfade.stores.bulk_mongo import id_of
+from crossfade.stores.conditions import as_filter, as_filter_behind, as_sort
 from crossfade.stores.errors import RuleBroken, Unanswered
 from crossfade.values import CODEC_OPTIONS, Unmappable, decode_document, id_to_text, text_to_id
 
@@ -279,19 +281,26 @@ class MongoStore:
         async with self._asking(timeout):
             return await self._documents(entity).find_one({"_id": id_}, projection)
 
-    async def find(
-        self, entity: Entity, where: Mapping[str, Any], *, limit: int, timeout: float
-    ) -> list[Image]:
-        """Images of the records that match these equalities, deleted ones left out, by ``_id``."""
-        query = {**where, f"{CF}.deleted": {"$ne": True}}
+    async def read_many(self, entity: Entity, ids: Sequence[Any], *, timeout: float) -> list[Image]:
+        """Images of the records of these ids that there are, deleted ones left out, in no order."""
+        query = {"_id": {"$in": list(ids)}, f"{CF}.deleted": {"$ne": True}}
         async with self._asking(timeout):
-            found = await self._raw_documents(entity).find(query).sort("_id", 1).limit(limit).to_list()
+            found = await self._raw_documents(entity).find(query).to_list()
+        return [Image.from_raw(bytes(raw.raw)) for raw in found]
+
+    async def find(self, entity: Entity, query: Query, *, timeout: float) -> list[Image]:
+        """Images of the records that a query asks for, deleted ones left out."""
+        standing = {f"{CF}.deleted": {"$ne": True}}
+        parts = [part for part in (as_filter(entity, query.where), as_filter_behind(query), standing) if part]
+        cursor = self._raw_documents(entity).find({"$and": parts}).sort(as_sort(query.order))
+        async with self._asking(timeout):
+            found = await cursor.skip(query.skip).limit(query.limit).to_list()
         return [Image.from_raw(bytes(raw.raw)) for raw in found]
 
     async def look_up(
         self, entity: Entity, alternatives: Sequence[Mapping[str, Any]], *, timeout: float
     ) -> list[Image]:
-        """Images of the few records that match any of these equalities, each on an index, deleted ones left out.
+        """Images of the few records that match any of these filters, each on an index, deleted ones left out.
 
         In no order: sorting by ``_id`` would tempt a server into walking that index.
         """
@@ -300,10 +309,11 @@ class MongoStore:
             found = await self._raw_documents(entity).find(query).limit(4).to_list()
         return [Image.from_raw(bytes(raw.raw)) for raw in found]
 
-    async def count(self, entity: Entity, where: Mapping[str, Any], *, timeout: float) -> int:
-        """How many records match these equalities, deleted ones left out."""
+    async def count(self, entity: Entity, where: Sequence[Mapping[str, Any]], *, timeout: float) -> int:
+        """How many records match these conditions, deleted ones left out."""
+        query = {"$and": [as_filter(entity, where), {f"{CF}.deleted": {"$ne": True}}]}
         async with self._asking(timeout):
-            return await self._documents(entity).count_documents({**where, f"{CF}.deleted": {"$ne": True}})
+            return await self._documents(entity).count_documents(query)
 
     async def insert(self, entity: Entity, document: Mapping[str, Any], *, timeout: float) -> None:
         """Insert a document, its ``_cf`` included.

@@ -32,7 +32,9 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRe
 
 from crossfade import errors
 from crossfade.entity import Entity, Rows
+from crossfade.query import Order, Query
 from crossfade.record import Applied, Held, Image, new_operation
+from crossfade.stores.conditions import Clause, as_clause, as_clauses_behind, as_order, can_order
 from crossfade.stores.errors import Fenced, RuleBroken, Unanswered
 from crossfade.stores.references import PORTION, references_of
 from crossfade.stores.rows import RowStatements, Statement, held
@@ -680,34 +682,51 @@ class PostgresStore:
         rows = await self._rows(query, [value, key, value], timeout)
         return own.image(rows[0]) if rows else None
 
-    def can_find(self, entity: Entity, where: Mapping[str, Any]) -> bool:
-        """Whether these equalities can be asked of PostgreSQL's columns exactly."""
-        return self.statements(entity).where(where) is not None
-
-    async def find(
-        self, entity: Entity, where: Mapping[str, Any], *, limit: int, timeout: float
-    ) -> list[Image]:
-        """The records that match these equalities, by id; see `can_find`."""
+    async def read_many(self, entity: Entity, ids: Sequence[Any], *, timeout: float) -> list[Image]:
+        """The records of these ids that there are, in no order; in one statement."""
         own = self.statements(entity)
-        condition = own.where(where)
-        if condition is None:
-            raise errors.ConfigurationError(
-                f"entity {entity.name!r} cannot be searched by {sorted(where)} in PostgreSQL: map these fields "
-                "to columns, and search for null in MongoDB phases only"
+        query = own.reading(" WHERE p.{} = ANY(%s::text[])", "id")
+        return [own.image(row) for row in await self._rows(query, [[id_to_text(i) for i in ids]], timeout)]
+
+    def can_find(self, entity: Entity, where: Sequence[Mapping[str, Any]], order: Order) -> bool:
+        """Whether these conditions, and this order, can be asked of PostgreSQL's columns exactly."""
+        return can_order(entity, order) and as_clause(entity, where) is not None
+
+    async def find(self, entity: Entity, query: Query, *, timeout: float) -> list[Image]:
+        """The records that a query asks for; see `can_find`. One statement, behind a place in an order at most two."""
+        own = self.statements(entity)
+        condition, values = self._condition(entity, query.where, query.order)
+        found: list[Image] = []
+        for behind, place in as_clauses_behind(entity, query):
+            statement = own.select + sql.SQL(" WHERE ({}) AND ({}) ORDER BY {} LIMIT %s OFFSET %s").format(
+                condition, behind, as_order(entity, query.order)
             )
-        clause, values = condition
-        query = own.select + sql.SQL(" WHERE ") + clause + sql.SQL(" ORDER BY p.id LIMIT %s")
-        return [own.image(row) for row in await self._rows(query, [*values, limit], timeout)]
+            left = query.limit - len(found)
+            rows = await self._rows(statement, [*values, *place, left, query.skip], timeout)
+            found += map(own.image, rows)
+            if len(found) == query.limit:
+                break
+        return found
 
-    async def count(self, entity: Entity, where: Mapping[str, Any], *, timeout: float) -> int:
-        """How many records match these equalities; see `can_find`."""
-        own = self.statements(entity)
-        condition = own.where(where)
-        if condition is None:
-            raise errors.ConfigurationError(f"entity {entity.name!r} cannot be counted by {sorted(where)}")
-        query = sql.SQL("SELECT count(*) FROM {} AS p WHERE ").format(own.table) + condition[0]
-        [(number,)] = await self._rows(query, condition[1], timeout)
+    async def count(self, entity: Entity, where: Sequence[Mapping[str, Any]], *, timeout: float) -> int:
+        """How many records match these conditions; see `can_find`."""
+        condition, values = self._condition(entity, where, Order())
+        query = sql.SQL("SELECT count(*) FROM {} AS p WHERE {}").format(
+            self.statements(entity).table, condition
+        )
+        [(number,)] = await self._rows(query, values, timeout)
         return int(number)
+
+    @staticmethod
+    def _condition(entity: Entity, where: Sequence[Mapping[str, Any]], order: Order) -> Clause:
+        condition = as_clause(entity, where) if can_order(entity, order) else None
+        if condition is None:
+            keys = sorted({key for each in where for key in each} | {order.field})
+            raise errors.ConfigurationError(
+                f"entity {entity.name!r} cannot be searched by {', '.join(keys)} in PostgreSQL: map these fields to "
+                "columns"
+            )
+        return condition
 
     # --- writing (PostgreSQL is the primary) ---------------------------------------------------------------
 

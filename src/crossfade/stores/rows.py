@@ -9,7 +9,7 @@ image takes two statements: each costs a caller more than what it does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from crossfade.entity import DocumentId, Entity, Rows
 from crossfade.errors import ConfigurationError
 from crossfade.record import Held, Image
 from crossfade.stores.references import followers, identifier, link_some, lock_around
-from crossfade.values import digest, id_to_text
+from crossfade.values import digest
 
 _new_dialect: Callable[[], Dialect] = postgresql.dialect
 _DIALECT = _new_dialect()
@@ -422,23 +422,6 @@ class RowStatements:
             keys={name: key for name, key in keys.items() if key is not None},
             digest=bytes(stored) if stored is not None else digest(document),
         )
-
-    def where(self, equalities: Mapping[str, Any]) -> tuple[sql.Composed, list[Any]] | None:
-        """A condition for these equalities on mapped fields; None when a field has no column of its own."""
-        by_field = {column.field: column.to for column in self.entity.columns}
-        conditions: list[sql.Composable] = []
-        values: list[Any] = []
-        for field, value in equalities.items():
-            name = "id" if field == "_id" else by_field.get(field)
-            if name is None:
-                return None
-            column = self.entity.table.c[name]
-            if value is None:
-                # NULL stands for null, for missing, and for what the column could not hold.
-                return None
-            conditions.append(sql.SQL("p.{} = %s").format(sql.Identifier(name)))
-            values.append(id_to_text(value) if isinstance(column.type, DocumentId) else value)
-        return sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true").format(), values
 
 
 def held(row: Sequence[Any]) -> tuple[Held, bool]:

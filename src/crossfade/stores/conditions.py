@@ -1,0 +1,326 @@
+"""One question in two languages: a filter for MongoDB, a clause for PostgreSQL, with the same answer.
+
+What they differ in, and what is done about it:
+
+- A column holds only what fits it; any other value is in ``extra``, and the column is NULL or holds a stand-in. So
+  null is asked as "NULL, and not in ``extra``", and a value that its column cannot hold is looked for in ``extra``.
+- A field declared with a `missing` value has it in the column; the filter says "or does not exist".
+- MongoDB compares values of one type only (``$lt`` of a date finds no text, and no null), but sorts all types together.
+  So whatever comes behind a place in an order is asked for by type, too.
+- PostgreSQL sorts text by the database's rules unless told: it is told to go by bytes, as MongoDB does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+from bson import Binary, DatetimeMS, Decimal128, ObjectId
+from psycopg import sql
+from sqlalchemy import Column, Enum, String
+from sqlalchemy.dialects.postgresql import JSONB
+
+from crossfade.entity import MISSING, DocumentId, Entity, FieldColumn
+from crossfade.errors import ConfigurationError
+from crossfade.query import AnyOf, Contains, Order, Query
+from crossfade.stores.references import identifier
+from crossfade.values import dump_json, id_to_text
+
+Filter = dict[str, Any]
+#: A clause with its parameters, in order.
+Clause = tuple[sql.Composable, list[Any]]
+
+_EVERYTHING: Clause = (sql.SQL("true"), [])
+_NOTHING: Clause = (sql.SQL("false"), [])
+
+#: MongoDB's order of types, those that a field can be ordered by: ``$type`` names, and Python's types.
+_BRACKETS: tuple[tuple[str, tuple[type, ...]], ...] = (
+    ("null", (type(None),)),
+    ("number", (int, float, Decimal128)),
+    ("string", (str,)),
+    ("object", (Mapping,)),
+    ("array", (list,)),
+    ("binData", (bytes, Binary)),
+    ("objectId", (ObjectId,)),
+    ("bool", (bool,)),
+    ("date", (object,)),
+)
+
+
+def _values(condition: Any) -> tuple[Any, ...]:
+    return condition.values if isinstance(condition, AnyOf) else (condition,)
+
+
+def _declared(entity: Entity, field: str) -> FieldColumn | None:
+    return next((column for column in entity.columns if column.field == field), None)
+
+
+# --- MongoDB ---------------------------------------------------------------------------------------------
+
+
+def as_filter(entity: Entity, where: Sequence[Mapping[str, Any]]) -> Filter:
+    """The filter for these alternatives."""
+    found = [
+        {"$and": [_filter(entity, key, condition) for key, condition in each.items()]} if each else {}
+        for each in where
+    ]
+    if {} in found:
+        return {}
+    # No alternative at all: nothing. An empty $in matches nothing; an empty $or is refused.
+    return {"$or": found} if found else {"_id": {"$in": []}}
+
+
+def _filter(entity: Entity, key: str, condition: Any) -> Filter:
+    if isinstance(condition, Contains):
+        return {key: {"$regex": re.escape(condition.text)}}
+    values = _values(condition)
+    declared = _declared(entity, key)
+    stands_for_missing = MISSING if declared is None else declared.missing
+    if stands_for_missing is MISSING:
+        return {key: {"$in": list(values)}} if len(values) != 1 else {key: {"$eq": values[0]}}
+    ways: list[Filter] = [{key: {"$in": [value for value in values if value is not None]}}]
+    if None in values:
+        ways.append({key: {"$type": "null"}})
+    if stands_for_missing in values:
+        ways.append({key: {"$exists": False}})
+    return {"$or": ways}
+
+
+def as_sort(order: Order) -> list[tuple[str, int]]:
+    """The sort of MongoDB for an order."""
+    direction = -1 if order.descending else 1
+    return (
+        [(order.field, direction)] if order.field == "_id" else [(order.field, direction), ("_id", direction)]
+    )
+
+
+def as_filter_behind(query: Query) -> Filter:
+    """What comes behind ``query.after``, in the query's order."""
+    if query.after is None:
+        return {}
+    value, id_ = query.after
+    order = query.order
+    if order.field == "_id":
+        return {"$or": _beyond("_id", id_, descending=order.descending)}
+    among_equals = _beyond("_id", id_, descending=order.descending)
+    return {
+        "$or": [
+            *_beyond(order.field, value, descending=order.descending),
+            {order.field: {"$eq": value}, "$or": among_equals},
+        ]
+    }
+
+
+def _beyond(field: str, value: Any, *, descending: bool) -> list[Filter]:
+    """Alternatives: greater (or less) than ``value`` within its type, or of a type that sorts behind (before) it."""
+    own = _bracket(value)
+    names = [name for name, _ in _BRACKETS]
+    others = names[1:own] if descending else names[own + 1 :]
+    ways: list[Filter] = []
+    if value is not None:
+        ways.append({field: {"$lt" if descending else "$gt": value}})
+    if others:
+        ways.append({field: {"$type": others}})
+    if descending and value is not None:
+        ways.append({field: {"$eq": None}})
+    return ways or [{"_id": {"$in": []}}]
+
+
+def _bracket(value: Any) -> int:
+    if isinstance(value, bool):
+        return [name for name, _ in _BRACKETS].index("bool")
+    if isinstance(value, DatetimeMS):
+        return len(_BRACKETS) - 1
+    return next(place for place, (_, types) in enumerate(_BRACKETS) if isinstance(value, types))
+
+
+# --- PostgreSQL ------------------------------------------------------------------------------------------
+
+
+def as_clause(entity: Entity, where: Sequence[Mapping[str, Any]]) -> Clause | None:
+    """The clause for these alternatives on the parent table ``p``; None: a key has no column that can be asked."""
+    ways: list[Clause] = []
+    for each in where:
+        parts = [_clause(entity, key, condition) for key, condition in each.items()]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            return None
+        ways.append(_joined(" AND ", known) if known else _EVERYTHING)
+    return _joined(" OR ", ways) if ways else _NOTHING
+
+
+def _joined(word: str, clauses: Sequence[Clause]) -> Clause:
+    if len(clauses) == 1:
+        return clauses[0]
+    text = sql.SQL(word).join(sql.SQL("({})").format(clause) for clause, _ in clauses)
+    return text, [value for _, values in clauses for value in values]
+
+
+def _clause(entity: Entity, key: str, condition: Any) -> Clause | None:
+    if key == "_id":
+        return None if isinstance(condition, Contains) else _by_id(_values(condition))
+    field, *steps = key.split(".")
+    declared = _declared(entity, field)
+    if declared is None:
+        return None if steps else _among_rows(entity, field, condition)
+    column = entity.table.c[declared.to]
+    if isinstance(column.type, JSONB):
+        return _within(column, steps, condition)
+    if steps:
+        return None
+    if isinstance(condition, Contains):
+        return _containing(column, condition.text)
+    return _equal(entity, declared, column, _values(condition))
+
+
+def _by_id(values: Sequence[Any]) -> Clause:
+    ids = [id_to_text(value) for value in values if value is not None]
+    return sql.SQL("p.id = ANY(%s::text[])"), [ids]
+
+
+def _containing(column: Column[Any], text: str) -> Clause | None:
+    if not isinstance(column.type, String) or isinstance(column.type, Enum | DocumentId):
+        return None
+    if "\0" in text:
+        return _NOTHING
+    return sql.SQL("p.{} LIKE %s").format(sql.Identifier(column.name)), [_pattern(text)]
+
+
+def _pattern(text: str) -> str:
+    escaped = re.sub(r"([\\%_])", r"\\\1", text)
+    return f"%{escaped}%"
+
+
+def _equal(
+    entity: Entity, declared: FieldColumn, column: Column[Any], values: Sequence[Any]
+) -> Clause | None:
+    if callable(declared.missing):
+        return None
+    name = sql.Identifier(column.name)
+    overridden = sql.SQL("COALESCE(p.extra ? {}, false)").format(sql.Literal(declared.field))
+    held: list[Any] = []
+    ways: list[Clause] = []
+    for value in values:
+        if value is None:
+            if not column.nullable:
+                return None
+            ways.append((sql.SQL("p.{} IS NULL AND NOT {}").format(name, overridden), []))
+            continue
+        sought = entity.sought(declared.field, value)
+        if sought is not MISSING:
+            held.append(sought)
+        elif isinstance(value, Mapping | list):
+            return None
+        else:
+            said = dump_json({declared.field: value}).decode()
+            ways.append((sql.SQL("p.extra @> %s::jsonb"), [said]))
+    if held:
+        equal = sql.SQL("p.{} = %s" if len(held) == 1 else "p.{} = ANY(%s)").format(name)
+        if declared.stand_in is not None:
+            equal = sql.SQL("{} AND NOT {}").format(equal, overridden)
+        ways.append((equal, held if len(held) == 1 else [held]))
+    return _joined(" OR ", ways) if ways else _NOTHING
+
+
+def _within(column: Column[Any], steps: Sequence[str], condition: Any) -> Clause | None:
+    """What is anywhere at a path into JSON. In its lax mode a path goes into lists on its way, as MongoDB's do."""
+    path = "$" + "".join(f".{orjson.dumps(step).decode()}" for step in steps)
+    name = sql.Identifier(column.name)
+    if isinstance(condition, Contains):
+        if "\0" in condition.text:
+            return _NOTHING
+        query = sql.SQL(
+            "EXISTS (SELECT FROM jsonb_path_query(p.{}, %s::jsonpath) AS v "
+            "WHERE jsonb_typeof(v) = 'string' AND v #>> '{{}}' LIKE %s)"
+        ).format(name)
+        return query, [f"{path}[*]", _pattern(condition.text)]
+    values = _values(condition)
+    if not all(isinstance(value, str | bool | ObjectId) for value in values):
+        return None
+    if not values:
+        return _NOTHING
+    equals = " || ".join(map(_equals_in_json, values))
+    return sql.SQL("p.{} @? %s::jsonpath").format(name), [f"{path} ? ({equals})"]
+
+
+def _equals_in_json(value: Any) -> str:
+    """A jsonpath predicate: the item is this value, in the form that JSON has for it."""
+    written = orjson.loads(dump_json(value))
+    if isinstance(written, dict):
+        [(kind, said)] = written.items()
+        return f"@.{orjson.dumps(kind).decode()} == {orjson.dumps(said).decode()}"
+    return f"@ == {orjson.dumps(written).decode()}"
+
+
+def _among_rows(entity: Entity, field: str, condition: Any) -> Clause | None:
+    """Any element of a list that has a table of its own; a list that does not fit its table is not looked into."""
+    child = next((child for child in entity.children if child.field == field and child.is_list), None)
+    if child is None or child.split is not None or isinstance(condition, Contains):
+        return None
+    values = _values(condition)
+    if not isinstance(child.table.c[child.values[0]].type, DocumentId) or None in values:
+        return None
+    query = sql.SQL("EXISTS (SELECT FROM {} AS c WHERE c.{} = p.id AND c.{} = ANY(%s::text[]))").format(
+        identifier(child.table), sql.Identifier(child.columns[0]), sql.Identifier(child.values[0])
+    )
+    return query, [[id_to_text(value) for value in values]]
+
+
+def can_order(entity: Entity, order: Order) -> bool:
+    """Whether PostgreSQL has a column for an order."""
+    if order.field == "_id":
+        return True
+    declared = _declared(entity, order.field)
+    return (
+        declared is not None
+        and declared.missing is MISSING
+        and not isinstance(entity.table.c[declared.to].type, JSONB)
+    )
+
+
+def _ordered_by(entity: Entity, order: Order) -> tuple[sql.Composable, bool]:
+    """The expression that an order goes by, and whether it can be NULL."""
+    declared = _declared(entity, order.field)
+    if declared is None:
+        raise ConfigurationError(f"entity {entity.name!r} cannot be ordered by {order.field!r}")
+    column = entity.table.c[declared.to]
+    name = sql.SQL("p.") + sql.Identifier(column.name)
+    if isinstance(column.type, String) and not isinstance(column.type, Enum):
+        return sql.SQL('{} COLLATE "C"').format(name), bool(column.nullable)
+    return name, bool(column.nullable)
+
+
+def as_order(entity: Entity, order: Order) -> sql.Composable:
+    """ORDER BY's list. An index serves it that has the column NULLS FIRST (text: COLLATE "C") and the id."""
+    word = sql.SQL("DESC" if order.descending else "ASC")
+    if order.field == "_id":
+        return sql.SQL("p.id {}").format(word)
+    expression, nullable = _ordered_by(entity, order)
+    nulls = sql.SQL((" NULLS LAST" if order.descending else " NULLS FIRST") if nullable else "")
+    return sql.SQL("{} {}{}, p.id {}").format(expression, word, nulls, word)
+
+
+def as_clauses_behind(entity: Entity, query: Query) -> list[Clause]:
+    """What comes behind ``query.after``: clauses whose records come one after the other, each by one range of an index.
+
+    One clause for all of it would have an OR in it, for which a server reads its index from the beginning.
+    """
+    if query.after is None:
+        return [_EVERYTHING]
+    value, id_ = query.after
+    order, key = query.order, id_to_text(id_)
+    operator = sql.SQL("<" if order.descending else ">")
+    if order.field == "_id":
+        return [(sql.SQL("p.id {} %s").format(operator), [key])]
+    expression, nullable = _ordered_by(entity, order)
+    place = entity.column_value(order.field, value)
+    if place is None:
+        nulls: Clause = (sql.SQL("{} IS NULL AND p.id {} %s").format(expression, operator), [key])
+        rest: Clause = (sql.SQL("{} IS NOT NULL").format(expression), [])
+        return [nulls] if order.descending else [nulls, rest]
+    behind: Clause = (sql.SQL("({}, p.id) {} (%s, %s)").format(expression, operator), [place, key])
+    if order.descending and nullable:
+        return [behind, (sql.SQL("{} IS NULL").format(expression), [])]
+    return [behind]

@@ -1,0 +1,279 @@
+"""One question has the same answer from both stores, whatever old documents hold; pages join, with no gap."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+import pytest
+from bson import Decimal128, Int64, ObjectId
+from sqlalchemy import Boolean, Column, DateTime, ForeignKey, Integer, MetaData, Table, Text
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.schema import CreateTable
+
+from crossfade import (
+    ConfigurationError,
+    DocumentId,
+    Entity,
+    any_of,
+    column,
+    contains,
+    list_child,
+    record_columns,
+)
+from crossfade.query import Query, query
+
+from .conftest import OpenWorld, World
+
+TABLES = MetaData()
+PLAYERS = Table(
+    "players",
+    TABLES,
+    Column("id", DocumentId, primary_key=True),
+    Column("name", Text),
+    Column("n", Integer),
+    Column("at", DateTime(timezone=True)),
+    Column("gone", Boolean),
+    Column("owner", DocumentId),
+    Column("role", Text, nullable=False),
+    Column("aliases", JSONB),
+    *record_columns(),
+)
+LINKS = Table(
+    "player_links",
+    TABLES,
+    Column("player_id", DocumentId, ForeignKey("players.id"), primary_key=True),
+    Column("position", Integer, primary_key=True),
+    Column("link", DocumentId, nullable=False),
+)
+OWNER = ObjectId("6" * 24)
+OTHER = ObjectId("7" * 24)
+DAY = datetime(2024, 1, 1, tzinfo=UTC)
+
+#: Every way in which a document of the old application can be odd, beside plain ones.
+DOCUMENTS: list[dict[str, Any]] = [
+    {"name": "ann", "n": 1, "at": DAY, "gone": False, "owner": OWNER, "role": "user", "aliases": []},
+    {"name": "bob", "n": 2, "at": DAY, "gone": True, "owner": None, "role": "admin", "links": [OWNER, OTHER]},
+    {"name": "Bob", "n": Int64(2), "at": DAY + timedelta(1), "owner": str(OWNER), "role": "guest"},
+    {"name": "50%_off\\", "n": 2.0, "at": None, "gone": None, "role": "sovereign", "links": [OTHER]},
+    {"name": "a\0b", "n": Decimal128("2"), "at": "2024-01-01T12:00:00Z", "gone": "no", "role": None},
+    {
+        "name": "Żółw",
+        "n": 2.5,
+        "at": {"$odd": 1},
+        "aliases": [{"name": "ann b", "by": OWNER}, {"name": 7}, {"name": "a\0b", "tags": ["x", "yx"]}],
+    },
+    {"name": None, "n": None, "aliases": {"name": "bob", "by": OTHER}, "links": "none"},
+    {"name": 5, "n": "2", "at": DAY - timedelta(1), "aliases": [{"by": OTHER, "on": True}, "bob"]},
+    {"n": 2**40, "aliases": [{"name": 'x"y\\'}, {"name": "bob", "by": OWNER, "on": False}]},
+    {},
+    {"_id": "a text", "name": "ann", "n": 1, "at": DAY, "gone": False},
+    {"_id": "another", "name": "zoe", "n": -1, "at": datetime(1969, 1, 1, tzinfo=UTC)},
+]
+
+QUESTIONS: list[Any] = [
+    None,
+    {},
+    [],
+    {"name": "ann"},
+    {"name": "a\0b"},
+    {"name": "a\u2400b"},
+    {"name": 5},
+    {"name": None},
+    {"name": any_of(["ann", "Bob", None])},
+    {"name": any_of([])},
+    {"name": contains("b")},
+    {"name": contains("%_")},
+    {"name": contains("\\")},
+    {"name": contains("ół")},
+    {"name": contains("")},
+    {"name": contains(".")},
+    {"n": 2},
+    {"n": 2.0},
+    {"n": 2.5},
+    {"n": any_of([1, 2**40])},
+    {"n": None, "name": None},
+    {"at": DAY},
+    {"at": None},
+    {"gone": False},
+    {"gone": any_of([False, None])},
+    {"gone": any_of([True, "no"])},
+    {"owner": OWNER},
+    {"owner": any_of([OWNER, str(OWNER)])},
+    {"role": "user"},
+    {"role": any_of(["user", "admin"])},
+    {"role": "sovereign"},
+    {"_id": "a text"},
+    {"_id": any_of(["a text", "another", OWNER])},
+    {"aliases.name": "bob"},
+    {"aliases.name": any_of(["ann b", 'x"y\\'])},
+    {"aliases.name": contains("b")},
+    {"aliases.name": contains('"y\\')},
+    {"aliases.by": any_of([OWNER, str(OTHER)])},
+    {"aliases.on": True},
+    {"aliases.name": "a\0b"},
+    {"aliases.tags": "x"},
+    {"aliases.tags": contains("x")},
+    {"aliases": "bob"},
+    {"links": OTHER},
+    [{"name": contains("nn")}, {"aliases.name": contains("nn")}],
+    [{"name": "ann", "n": 1}, {"gone": True}, {"n": 2, "role": "guest"}],
+]
+
+
+def id_of(number: int) -> Any:
+    return DOCUMENTS[number].get("_id", ObjectId(f"{number + 1:024x}"))
+
+
+def players_entity() -> Entity:
+    return Entity(
+        "players",
+        collection="players",
+        table=PLAYERS,
+        columns=[
+            column(
+                "name", stand_in=lambda value: value.replace("\0", "\u2400") if type(value) is str else None
+            ),
+            column("n"),
+            column("at"),
+            column("gone"),
+            column("owner"),
+            column(
+                "role",
+                missing="user",
+                stand_in=lambda _: "user",
+                fits={"user", "admin", "guest"}.__contains__,
+            ),
+            column("aliases"),
+        ],
+        children=[list_child("links", table=LINKS, owner="player_id", position="position", value="link")],
+    )
+
+
+@pytest.fixture
+async def world(open_world: OpenWorld, database_url: str) -> World:
+    """Old documents of an application that has never heard of us, brought to PostgreSQL."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        for table in TABLES.sorted_tables:
+            connection.execute(str(CreateTable(table).compile(dialect=postgresql.dialect())))
+    w = await open_world("postgres_read", others=[players_entity()])
+    documents = w.documents.database["players"]
+    documents.insert_many({"_id": id_of(n), **document} for n, document in enumerate(DOCUMENTS))
+    await w.m.reconciler.full_sweep()
+    await w.m.board.refresh()
+    return w
+
+
+async def both(w: World, asked: Query) -> tuple[list[Any], list[Any]]:
+    entity = w.m.entities["players"]
+    from_mongo = await w.m.pair.mongo.find(entity, asked, timeout=5.0)
+    from_postgres = await w.m.pair.postgres.find(entity, asked, timeout=5.0)
+    return [image.document for image in from_mongo], [image.document for image in from_postgres]
+
+
+def by_id(documents: list[Any]) -> list[Any]:
+    return sorted(documents, key=lambda document: str(document["_id"]))
+
+
+async def test_both_stores_find_and_count_the_same_records(world: World) -> None:
+    entity = world.m.entities["players"]
+    found_by: dict[str, int] = {}
+    for where in QUESTIONS:
+        asked = query(where, order_by="_id", after=None, limit=100, skip=0)
+        assert world.m.pair.postgres.can_find(entity, asked.where, asked.order), where
+        from_mongo, from_postgres = await both(world, asked)
+        assert by_id(from_mongo) == by_id(from_postgres), where
+        counts = [
+            await store.count(entity, asked.where, timeout=5.0)
+            for store in (world.m.pair.mongo, world.m.pair.postgres)
+        ]
+        assert counts == [len(from_mongo)] * 2, where
+        found_by[str(where)] = len(from_mongo)
+    # Some of the answers, so that two stores that find nothing are not taken for right.
+    assert found_by["{}"] == len(DOCUMENTS)
+    assert found_by["[]"] == 0
+    assert found_by["{'n': 2}"] == 4
+    assert found_by["{'gone': AnyOf(values=(False, None))}"] == len(DOCUMENTS) - 2
+    assert found_by["{'role': 'user'}"] == 8
+    assert found_by["{'aliases.name': 'bob'}"] == 2
+    assert found_by["{'links': ObjectId('777777777777777777777777')}"] == 2
+
+
+def place_of(document: dict[str, Any], order_by: str) -> tuple[Any, ...]:
+    field = order_by.removeprefix("-")
+    return (document["_id"],) if field == "_id" else (document.get(field), document["_id"])
+
+
+@pytest.mark.parametrize(
+    "order_by", ["_id", "-_id", "name", "-name", "n", "-n", "at", "-at", "gone", "-owner"]
+)
+async def test_pages_join_without_gap_or_repetition(world: World, order_by: str) -> None:
+    whole = await both(world, query(None, order_by=order_by, after=None, limit=100, skip=0))
+    for store, everything in enumerate(whole):
+        assert len(everything) == len(DOCUMENTS)
+        for size in (1, 5):
+            walked: list[Any] = []
+            place = None
+            while True:
+                asked = query(None, order_by=order_by, after=place, limit=size, skip=0)
+                page = (await both(world, asked))[store]
+                if not page:
+                    break
+                walked += page
+                place = place_of(page[-1], order_by)
+            assert walked == everything, (order_by, size)
+        skipped = (await both(world, query(None, order_by=order_by, after=None, limit=4, skip=3)))[store]
+        assert skipped == everything[3:7]
+
+
+async def test_both_stores_have_one_order_where_values_fit_their_columns(world: World) -> None:
+    plain = {"_id": any_of(map(id_of, range(4)))}
+    for order_by in ("name", "-name", "n", "-n", "at", "-at", "gone", "-gone"):
+        one, other = await both(world, query(plain, order_by=order_by, after=None, limit=100, skip=0))
+        assert one == other, order_by
+    newest, _ = await both(world, query(plain, order_by="-at", after=None, limit=100, skip=0))
+    assert [each["name"] for each in newest] == ["Bob", "bob", "ann", "50%_off\\"]
+
+
+async def test_many_records_are_had_in_one_round_trip_in_the_order_asked_for(world: World) -> None:
+    players = world.m["players"]
+    found = await players.get_many([id_of(3), ObjectId(), id_of(0), id_of(3), "a text"])
+    assert [record.id for record in found] == [id_of(3), id_of(0), "a text"]
+    assert {record.source for record in found} == {"postgres"}
+    assert await players.get_many([]) == []
+
+
+async def test_whom_postgres_lacks_among_many_is_asked_of_mongo(open_world: OpenWorld) -> None:
+    w = await open_world("postgres_read", foreign_writers=True)
+    made = await w.users.insert({"username": "Ann"})
+    await w.settle()
+    await w.m.board.refresh()
+    newcomer = ObjectId()
+    w.documents.insert_one({"_id": newcomer, "username": "Bob"})
+    assert [r.source for r in await w.users.get_many([made.id])] == ["postgres"]
+    found = await w.users.get_many([newcomer, made.id])
+    assert [(r.id, r.source) for r in found] == [(newcomer, "mongo"), (made.id, "mongo")]
+
+
+async def test_one_debt_sends_only_those_who_ask_for_it_to_the_primary(open_world: OpenWorld) -> None:
+    w = await open_world("postgres_read", board_age=30.0)
+    owed, other = [await w.users.insert({"username": name}) for name in "ab"]
+    await w.settle()
+    w.documents.update_one({"_id": owed.id}, {"$set": {"_cf.debt": {"epoch": 1}}})
+    await w.m.board.refresh()
+    assert [r.source for r in await w.users.get_many([other.id])] == ["postgres"]
+    assert {r.source for r in await w.users.get_many([other.id, owed.id])} == {"mongo"}
+
+
+async def test_what_postgres_has_no_column_for_is_asked_of_mongo_until_it_decides(world: World) -> None:
+    players = world.m["players"]
+    assert [r.source for r in await players.find({"unheard_of": None}, limit=1)] == ["mongo"]
+    assert [r.source for r in await players.find(order_by="role", limit=1)] == ["mongo"]
+    await world.set_phase("postgres_primary")
+    with pytest.raises(ConfigurationError, match="cannot be searched by _id, unheard_of"):
+        await players.find({"unheard_of": 1})
+    for wrong in ({"limit": 0}, {"skip": -1}, {"after": (1, 2)}, {"after": (OWNER,), "skip": 1}):
+        with pytest.raises(ConfigurationError, match=r"find\("):
+            await players.find(**wrong)
