@@ -7,7 +7,7 @@ voids everything older.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,6 +16,9 @@ from crossfade import errors
 from crossfade.control import Control
 from crossfade.migration import Migration
 from crossfade.phase import Phase
+from crossfade.stores.mongo import Owed
+from crossfade.stores.postgres import Delivery
+from crossfade.values import id_to_text
 
 #: A verify older than this says too little about today's data.
 FRESH = timedelta(hours=24)
@@ -157,9 +160,34 @@ async def _nothing_owed(migration: Migration) -> Statement:
     return Statement("debt", not number, f"{number} records in debt", "crossfade reconcile" if number else "")
 
 
+async def debts_in_the_way(migration: Migration, debts: Sequence[Owed | Delivery]) -> list[Owed | Delivery]:
+    """Of these debts, those that somebody still has to see to.
+
+    A document that PostgreSQL cannot hold is parked with its debt, so that every reader goes on finding it in MongoDB;
+    once a person has waived it as it is now, nothing is left to be done about it.
+    """
+    parked: dict[str, list[str]] = {}
+    for debt in debts:
+        if isinstance(debt, Owed) and debt.parked is not None:
+            parked.setdefault(debt.entity, []).append(id_to_text(debt.id))
+    waived = {
+        (entity, text)
+        for entity, texts in parked.items()
+        for text in await migration.pair.postgres.waived_among(
+            migration.entities[entity], texts, timeout=migration.pair.options.primary_deadline
+        )
+    }
+    return [
+        debt
+        for debt in debts
+        if not (isinstance(debt, Owed) and debt.parked and (debt.entity, id_to_text(debt.id)) in waived)
+    ]
+
+
 async def _nothing_parked(migration: Migration) -> Statement:
     look = await migration.board.refresh()
-    number = sum(debt.parked is not None for debt in look.debts)
+    parked = [debt for debt in look.debts if debt.parked is not None]
+    number = len(await debts_in_the_way(migration, parked))
     return Statement("parked", not number, f"{number} parked debts", "crossfade debts" if number else "")
 
 

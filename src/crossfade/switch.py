@@ -20,7 +20,7 @@ from time import monotonic
 
 from crossfade import errors
 from crossfade.control import STEADY, SWITCHING, Control
-from crossfade.guard import guard, refusals
+from crossfade.guard import debts_in_the_way, guard, refusals
 from crossfade.migration import Migration
 from crossfade.phase import Phase, check_transition
 
@@ -153,9 +153,10 @@ async def _drain(migration: Migration, before: Control) -> int:
     done = await migration.reconciler.reconcile()
     settled += done.settled
     look = await migration.board.refresh()
-    if look.debts:
+    left = await debts_in_the_way(migration, look.debts)
+    if left:
         raise errors.NotAllowedInPhase(
-            f"{len(look.debts)} debts could not be settled ({done.cause or 'see `crossfade debts`'})"
+            f"{len(left)} debts could not be settled ({done.cause or 'see `crossfade debts`'})"
         )
     return settled
 

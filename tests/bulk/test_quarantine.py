@@ -4,6 +4,7 @@ import json
 
 import bson
 import pytest
+from bson import Int64
 from bson.raw_bson import RawBSONDocument
 
 from crossfade.values import id_to_text
@@ -72,6 +73,28 @@ def test_a_waiver_holds_for_the_content_that_was_waived_only(stores, in_dual_wri
     in_dual_write("quarantine", "retry", "--json", status=1)
     assert in_dual_write("status", "--json")["quarantined"] == 2
     assert "no document" in in_dual_write("quarantine", "unwaive", "users", "x", "--json", status=2)["error"]
+
+
+def test_what_is_waived_stands_in_the_way_of_no_switch_although_it_is_owed(
+    stores, in_dual_write, quarantined, nameless
+):
+    # As an application's write leaves it.
+    debt = {"rev": Int64(1), "op": "1" * 32, "debt": {"epoch": Int64(2)}}
+    stores.collection.update_one({"_id": nameless["_id"]}, {"$set": {"_cf": debt}})
+    in_dual_write("reconcile", status=1)
+    [owed] = in_dual_write("debts", "--json", status=1)["debts"]
+    assert owed["parked"].startswith("quarantined")
+
+    in_dual_write("backfill", status=1)
+    in_dual_write("verify")
+    for phase in ("shadow_read", "postgres_read"):
+        in_dual_write("phase", "set", phase)
+    told = in_dual_write("phase", "set", "postgres_primary", "--dry-run", "--json", status=1)
+    assert {one["name"] for one in told if not one["holds"]} == {"parked", "quarantine"}
+    for one in in_dual_write("quarantine", "list", "--json", status=1)["quarantine"]:
+        in_dual_write("quarantine", "waive", "users", one["id"], "--reason", "a test account", "--by", "Ann")
+    in_dual_write("phase", "set", "postgres_primary")
+    assert in_dual_write("status", "--json")["phase"] == "postgres_primary"
 
 
 def test_what_a_person_mends_in_a_file_is_carried(

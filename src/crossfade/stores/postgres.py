@@ -1095,6 +1095,11 @@ class PostgresStore:
         )
         return {id_: bytes(stored) for id_, stored in rows}
 
+    async def waived_among(self, entity: Entity, texts: Sequence[str], *, timeout: float) -> set[str]:
+        """Which of these id texts are in quarantine and waived, as they are now."""
+        rows = await self._ask("waived_among", timeout, entity=entity.name, ids=list(texts))
+        return {row[0] for row in rows}
+
     async def quarantined_entities(self, entities: Iterable[str], *, timeout: float) -> set[str]:
         """Which of these entities have a record in quarantine."""
         return {row[0] for row in await self._ask("quarantined_entities", timeout, entities=list(entities))}

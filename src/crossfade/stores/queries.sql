@@ -133,6 +133,10 @@ SELECT entity, id FROM crossfade.quarantine WHERE entity = ANY(%(entities)s)
 -- name: quarantined_among
 SELECT id, digest FROM crossfade.quarantine WHERE entity = %(entity)s AND id = ANY(%(ids)s)
 
+-- name: waived_among
+SELECT id FROM crossfade.quarantine
+WHERE entity = %(entity)s AND id = ANY(%(ids)s) AND waived_digest = digest
+
 -- name: quarantined_entities
 SELECT e FROM unnest(%(entities)s::text[]) AS e WHERE EXISTS (SELECT FROM crossfade.quarantine WHERE entity = e)
 
