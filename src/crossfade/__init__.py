@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     )
     from crossfade.migration import Crossfade, EntityHandle, Migration, Operation
     from crossfade.phase import Phase
-    from crossfade.query import any_of, contains
+    from crossfade.query import any_of, contains, is_set
     from crossfade.record import Record
     from crossfade.strategy import FailureStrategy
 
@@ -68,6 +68,7 @@ __all__ = [
     "any_of",
     "column",
     "contains",
+    "is_set",
     "list_child",
     "normalised",
     "record_columns",
@@ -107,7 +108,7 @@ _HOMES = {
     ),
     "crossfade.migration": ("Crossfade", "EntityHandle", "Migration", "Operation"),
     "crossfade.phase": ("Phase",),
-    "crossfade.query": ("any_of", "contains"),
+    "crossfade.query": ("any_of", "contains", "is_set"),
     "crossfade.record": ("Record",),
     "crossfade.strategy": ("FailureStrategy",),
 }

@@ -89,8 +89,8 @@ class EntityHandle:
     ) -> list[Record]:
         """The first ``limit`` records that match, the same from both stores; see `crossfade.query` for conditions.
 
-        ``where``: fields with a value, `any_of` or `contains`; all of them hold. Of a list of such mappings all those
-        of at least one.
+        ``where``: fields with a value, `any_of`, `is_set` or `contains`; all of them hold. Of a list of such mappings
+        all those of at least one.
         ``order_by``: a field, with ``-`` before it for the last first; the id decides among equals. Null and missing
         come before everything.
         ``after``: begin behind this place: the value of the order's field and the id of the last record seen, or its id

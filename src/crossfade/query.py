@@ -5,6 +5,7 @@ The words are few, because each of them must have the same answer in both stores
 - a value: the field equals it; None: it is null or missing. A field that is declared with a `missing` value has that
   value where it is missing.
 - `any_of`: the field equals one of these values.
+- `is_set`: the field is neither null nor missing.
 - `contains`: the field is text with this text somewhere in it. Letter case counts, since servers differ in what the
   other case of a letter is: ask for a field that is kept in a normal form.
 
@@ -39,6 +40,11 @@ class Contains:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class IsSet:
+    """A condition: neither null nor missing. Made by `is_set`."""
+
+
 def any_of(values: Iterable[Any]) -> AnyOf:
     """The field equals one of these values; of none of them, nothing does."""
     return AnyOf(tuple(values))
@@ -47,6 +53,11 @@ def any_of(values: Iterable[Any]) -> AnyOf:
 def contains(text: str) -> Contains:
     """The field is text that has ``text`` somewhere in it, in this letter case."""
     return Contains(text)
+
+
+def is_set() -> IsSet:
+    """The field is there, and not null."""
+    return IsSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +99,18 @@ class Query:
 
 
 def alternatives(where: Where | None) -> tuple[Mapping[str, Any], ...]:
-    """`Query.where` for what an application gives; None: everything."""
-    if where is None:
-        return ({},)
-    return (where,) if isinstance(where, Mapping) else tuple(where)
+    """`Query.where` for what an application gives; None: everything.
+
+    Raises:
+        ConfigurationError: a key cannot be.
+    """
+    found = ({},) if where is None else (where,) if isinstance(where, Mapping) else tuple(where)
+    for key in (key for each in found for key in each):
+        if "[" in key:
+            raise ConfigurationError(
+                f"where= has the key {key!r}: a path goes into lists by itself, without []"
+            )
+    return found
 
 
 def query(where: Where | None, *, order_by: str, after: Sequence[Any] | None, limit: int, skip: int) -> Query:

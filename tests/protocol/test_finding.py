@@ -20,6 +20,7 @@ from crossfade import (
     any_of,
     column,
     contains,
+    is_set,
     list_child,
     record_columns,
 )
@@ -105,6 +106,9 @@ QUESTIONS: list[Any] = [
     {"role": "user"},
     {"role": any_of(["user", "admin"])},
     {"role": "sovereign"},
+    {"owner": is_set()},
+    {"at": is_set(), "gone": is_set()},
+    {"name": is_set(), "n": None},
     {"_id": "a text"},
     {"_id": any_of(["a text", "another", OWNER])},
     {"aliases.name": "bob"},
@@ -277,3 +281,5 @@ async def test_what_postgres_has_no_column_for_is_asked_of_mongo_until_it_decide
     for wrong in ({"limit": 0}, {"skip": -1}, {"after": (1, 2)}, {"after": (OWNER,), "skip": 1}):
         with pytest.raises(ConfigurationError, match=r"find\("):
             await players.find(**wrong)
+    with pytest.raises(ConfigurationError, match=r"without \[\]"):
+        await players.count({"aliases[].name": "bob"})

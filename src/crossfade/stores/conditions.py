@@ -24,7 +24,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from crossfade.entity import MISSING, DocumentId, Entity, FieldColumn
 from crossfade.errors import ConfigurationError
-from crossfade.query import AnyOf, Contains, Order, Query
+from crossfade.query import AnyOf, Contains, IsSet, Order, Query
 from crossfade.stores.references import identifier
 from crossfade.values import dump_json, id_to_text
 
@@ -75,6 +75,8 @@ def as_filter(entity: Entity, where: Sequence[Mapping[str, Any]]) -> Filter:
 def _filter(entity: Entity, key: str, condition: Any) -> Filter:
     if isinstance(condition, Contains):
         return {key: {"$regex": re.escape(condition.text)}}
+    if isinstance(condition, IsSet):
+        return {key: {"$ne": None}}
     values = _values(condition)
     declared = _declared(entity, key)
     stands_for_missing = MISSING if declared is None else declared.missing
@@ -160,12 +162,14 @@ def _joined(word: str, clauses: Sequence[Clause]) -> Clause:
 
 def _clause(entity: Entity, key: str, condition: Any) -> Clause | None:
     if key == "_id":
-        return None if isinstance(condition, Contains) else _by_id(_values(condition))
+        return None if isinstance(condition, Contains | IsSet) else _by_id(_values(condition))
     field, *steps = key.split(".")
     declared = _declared(entity, field)
     if declared is None:
         return None if steps else _among_rows(entity, field, condition)
     column = entity.table.c[declared.to]
+    if isinstance(condition, IsSet):
+        return _is_set(declared, column) if not steps else None
     if isinstance(column.type, JSONB):
         return _within(column, steps, condition)
     if steps:
@@ -193,13 +197,25 @@ def _pattern(text: str) -> str:
     return f"%{escaped}%"
 
 
+def _overridden(declared: FieldColumn) -> sql.Composable:
+    """Whether the field has a value that its column could not hold."""
+    return sql.SQL("COALESCE(p.extra ? {}, false)").format(sql.Literal(declared.field))
+
+
+def _is_set(declared: FieldColumn, column: Column[Any]) -> Clause | None:
+    if declared.missing is not MISSING or not column.nullable:
+        return None
+    name = sql.Identifier(column.name)
+    return sql.SQL("p.{} IS NOT NULL OR {}").format(name, _overridden(declared)), []
+
+
 def _equal(
     entity: Entity, declared: FieldColumn, column: Column[Any], values: Sequence[Any]
 ) -> Clause | None:
     if callable(declared.missing):
         return None
     name = sql.Identifier(column.name)
-    overridden = sql.SQL("COALESCE(p.extra ? {}, false)").format(sql.Literal(declared.field))
+    overridden = _overridden(declared)
     held: list[Any] = []
     ways: list[Clause] = []
     for value in values:
@@ -257,7 +273,7 @@ def _equals_in_json(value: Any) -> str:
 def _among_rows(entity: Entity, field: str, condition: Any) -> Clause | None:
     """Any element of a list that has a table of its own; a list that does not fit its table is not looked into."""
     child = next((child for child in entity.children if child.field == field and child.is_list), None)
-    if child is None or child.split is not None or isinstance(condition, Contains):
+    if child is None or child.split is not None or isinstance(condition, Contains | IsSet):
         return None
     values = _values(condition)
     if not isinstance(child.table.c[child.values[0]].type, DocumentId) or None in values:
