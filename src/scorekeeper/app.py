@@ -19,11 +19,15 @@ from scorekeeper.cache import UserCache
 from scorekeeper.friends import routes as friend_routes
 from scorekeeper.friends.service import FriendService
 from scorekeeper.http import BodyLimit, Cors, ErrorBoundary, RequestContext, Turns
+from scorekeeper.identities.accounts import AccountIdentities
 from scorekeeper.identities.service import IdentityService
 from scorekeeper.migration import accounts as account_entities
 from scorekeeper.migration import name as migration_name
 from scorekeeper.settings import Settings, load_settings
 from scorekeeper.users import routes as user_routes
+from scorekeeper.users.changes import AccountChanges
+from scorekeeper.users.profiles import ProfileService
+from scorekeeper.users.repository import UserRepository
 from scorekeeper.users.service import UserService
 
 log = structlog.get_logger("scorekeeper")
@@ -60,7 +64,13 @@ def create_app(
             app.state.passwords = passwords
             app.state.authenticator = Authenticator(accounts["users"], tokens, cache)
             app.state.friends = FriendService(accounts)
-            app.state.users = UserService(accounts["users"], identities, passwords, tokens, cache)
+            users = UserRepository(accounts)
+            of_accounts = AccountIdentities(accounts["identities"])
+            app.state.users = UserService(users, identities, passwords, tokens, cache)
+            app.state.profiles = ProfileService(users, of_accounts)
+            app.state.account_changes = AccountChanges(
+                users, of_accounts, accounts["friend_requests"], tokens, cache
+            )
             log.info("scorekeeper serves", phase=accounts.phase.value)
             try:
                 yield

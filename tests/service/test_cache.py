@@ -167,9 +167,9 @@ async def test_a_role_and_a_deletion_hold_on_the_very_next_request_of_every_work
     assert [await role(worker) for worker in workers] == ["user", "user"]
     for turn in range(6):
         wanted = "admin" if turn % 2 == 0 else "user"
-        await workers[turn % 2].app.state.users.set_role(id_, wanted)
+        await workers[turn % 2].app.state.account_changes.set_role(id_, wanted)
         assert [await role(worker) for worker in workers] == [wanted, wanted]
-    await workers[1].app.state.users.remove(id_)
+    await workers[1].app.state.account_changes.remove(id_)
     for worker in workers:
         assert_problem(await worker.get("/api/users/me", token), 401)
     assert_problem(await workers[0].log_in("Ann"), 401)

@@ -291,7 +291,7 @@ class TestStores:
             await worker.get("/api/users/me", body["token"])
         redis_proxy.refuse()
         # Acknowledged only when no entry from before can be alive, not even for one who still reaches Redis.
-        await workers[0].app.state.users.set_role(body["user"]["id"], "admin")
+        await workers[0].app.state.account_changes.set_role(body["user"]["id"], "admin")
         redis_proxy.pass_through()
         for worker in workers:
             me = await worker.get("/api/users/me", body["token"])

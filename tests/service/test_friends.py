@@ -167,6 +167,6 @@ async def test_a_friend_whose_account_is_gone_is_accepted_by_nobody(serve: Serve
     service = await serve()
     ann, bob = await two(service)
     request = (await ann.ask(bob)).json()["friendRequest"]["id"]
-    await service.app.state.users.remove(ann.id)
+    await service.app.state.accounts["users"].delete(ObjectId(ann.id))
     assert_problem(await bob.call("POST", f"friend-requests/{request}/accept"), 404)
     assert service.rows("SELECT sender_ref, receiver_ref FROM friend_requests") == [(None, bob.id)]

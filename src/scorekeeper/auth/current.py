@@ -15,7 +15,7 @@ from fastapi import Depends, Request
 from crossfade import EntityHandle, Record
 from scorekeeper.auth.tokens import InvalidToken, Tokens
 from scorekeeper.cache import Loaded, UserCache
-from scorekeeper.errors import unauthorized
+from scorekeeper.errors import forbidden, unauthorized
 from scorekeeper.wire import document_id, plain
 
 
@@ -87,3 +87,13 @@ async def _current_user(request: Request) -> CurrentUser:
 
 #: A route's parameter of this type makes it one for signed-in users.
 SignedIn = Annotated[CurrentUser, Depends(_current_user)]
+
+
+def _administrator(current: SignedIn) -> CurrentUser:
+    if current.role != "admin":
+        raise forbidden("Only an administrator may do this")
+    return current
+
+
+#: The same for administrators.
+Administrator = Annotated[CurrentUser, Depends(_administrator)]

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+import orjson
+from fastapi import APIRouter, Depends, Request, Response
 
-from scorekeeper.auth.current import SignedIn
+from scorekeeper.auth.current import Administrator, SignedIn
+from scorekeeper.users.changes import AccountChanges
+from scorekeeper.users.profiles import ProfileService
 from scorekeeper.users.schemas import (
+    AccountChangedOut,
     Credentials,
+    DoneOut,
+    EverybodyForAdminOut,
+    EverybodyOut,
     LoggedInOut,
     LookupOut,
+    NewName,
+    NewPicture,
+    NewRole,
+    NewUsername,
     OwnUserAnswer,
+    PictureChangedOut,
+    PictureOut,
     ProblemOut,
+    ProfileOut,
     RegisteredOut,
+    RenamedOut,
 )
 from scorekeeper.users.service import UserService
 
@@ -25,7 +41,19 @@ def _service(request: Request) -> UserService:
     return service
 
 
+def _changes(request: Request) -> AccountChanges:
+    changes: AccountChanges = request.app.state.account_changes
+    return changes
+
+
+def _profiles(request: Request) -> ProfileService:
+    profiles: ProfileService = request.app.state.profiles
+    return profiles
+
+
 Users = Annotated[UserService, Depends(_service)]
+Changes = Annotated[AccountChanges, Depends(_changes)]
+Profiles = Annotated[ProfileService, Depends(_profiles)]
 
 
 def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -62,12 +90,115 @@ async def me(current: SignedIn, users: Users) -> Any:
     return await users.me(current)
 
 
+@router.delete("/me", response_model=DoneOut, responses=errors_of(401))
+async def remove_oneself(current: SignedIn, changes: Changes) -> Any:
+    """Delete one's own account."""
+    return await changes.remove_oneself(current)
+
+
+@router.get("/me/profile-picture", response_model=PictureOut, responses={304: {}, **errors_of(401)})
+async def picture(request: Request, current: SignedIn, changes: Changes) -> Response:
+    """One's own picture; 304 if the client has it."""
+    body = orjson.dumps({"profilePicture": await changes.picture(current)})
+    # Weak: the same picture may travel compressed.
+    tag = f'W/"{blake2b(body, digest_size=16).hexdigest()}"'
+    headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
+    if tag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(body, headers=headers, media_type="application/json")
+
+
+@router.put(
+    "/me/profile-picture",
+    response_model=PictureChangedOut,
+    response_model_exclude_unset=True,
+    responses=errors_of(400, 401),
+)
+async def set_picture(body: NewPicture, current: SignedIn, changes: Changes) -> Any:
+    """Take a picture for oneself."""
+    return await changes.set_picture(current, body.profilePicture)
+
+
+@router.delete(
+    "/me/profile-picture",
+    response_model=PictureChangedOut,
+    response_model_exclude_unset=True,
+    responses=errors_of(401),
+)
+async def remove_picture(current: SignedIn, changes: Changes) -> Any:
+    """Have no picture any more."""
+    return await changes.remove_picture(current)
+
+
+@router.get("/all", response_model=EverybodyOut, response_model_exclude_unset=True, responses=errors_of(401))
+async def everybody(_current: SignedIn, profiles: Profiles) -> Any:
+    """All accounts, by name."""
+    return await profiles.everybody()
+
+
+@router.get("/admin/all", response_model=EverybodyForAdminOut, responses=errors_of(401, 403))
+async def everybody_for_admin(_current: Administrator, profiles: Profiles) -> Any:
+    """All users, by name; for administrators."""
+    return await profiles.everybody_for_admin()
+
+
 @router.get(
     "/lookup/{username:path}",
     response_model=LookupOut,
     response_model_exclude_unset=True,
     responses=errors_of(404),
 )
-async def look_up(username: str, users: Users) -> Any:
+async def look_up(username: str, profiles: Profiles) -> Any:
     """Whether a name has an account, in any letter case."""
-    return await users.look_up(username)
+    return await profiles.look_up(username)
+
+
+@router.get(
+    "/{usernameOrId:path}/profile",
+    response_model=ProfileOut,
+    response_model_exclude_unset=True,
+    responses=errors_of(404),
+)
+async def profile(usernameOrId: str, response: Response, profiles: Profiles) -> Any:
+    """The public profile of a user, by id, name, or a player's name."""
+    response.headers["Cache-Control"] = "no-store"
+    return await profiles.profile(usernameOrId)
+
+
+@router.patch(
+    "/{userId}/name",
+    response_model=RenamedOut,
+    response_model_exclude_unset=True,
+    responses=errors_of(400, 401, 403, 404),
+)
+async def rename(userId: str, body: NewName, current: SignedIn, changes: Changes) -> Any:
+    """Give oneself another name."""
+    return await changes.rename(current, userId, body.name)
+
+
+@router.put(
+    "/{userId}/username",
+    response_model=AccountChangedOut,
+    response_model_exclude_unset=True,
+    responses=errors_of(400, 401, 403, 404),
+)
+async def set_username(userId: str, body: NewUsername, current: Administrator, changes: Changes) -> Any:
+    """Give somebody another name; for administrators."""
+    return await changes.set_username(current, userId, body.username)
+
+
+@router.put(
+    "/{userId}/role",
+    response_model=AccountChangedOut,
+    response_model_exclude_unset=True,
+    responses=errors_of(400, 401, 403, 404),
+)
+async def set_role(userId: str, body: NewRole, _current: Administrator, changes: Changes) -> Any:
+    """Give somebody another role; for administrators."""
+    return await changes.set_role(userId, body.role)
+
+
+@router.delete("/{userId}", response_model=DoneOut, responses=errors_of(401, 403, 404))
+async def remove(userId: str, _current: Administrator, changes: Changes) -> Any:
+    """Delete somebody's account; for administrators."""
+    return await changes.remove(userId)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 #: Longer than any password or name that counts; what is longer is refused before any work is done on it.
 Text = Annotated[str, StringConstraints(strict=True, max_length=4096)]
@@ -69,6 +69,136 @@ class OwnUserAnswer(BaseModel):
     """Answer to `/me` and `/profile`."""
 
     user: OwnUserOut
+
+
+class NewName(BaseModel):
+    """The name that one wants to have."""
+
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"examples": [{"name": "Ann of Cleves"}]})
+
+    name: Text
+
+
+class NewUsername(BaseModel):
+    """The name that somebody is to have."""
+
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"examples": [{"username": "Ann"}]})
+
+    username: Text
+
+
+class NewRole(BaseModel):
+    """The role that somebody is to have."""
+
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"examples": [{"role": "admin"}]})
+
+    role: Literal["user", "admin"]
+
+
+class NewPicture(BaseModel):
+    """A picture as a data URL: JPEG, PNG, GIF or WebP, 100 characters to 10 MiB."""
+
+    model_config = ConfigDict(
+        extra="ignore",
+        json_schema_extra={"examples": [{"profilePicture": "data:image/png;base64,iVBORw0KGgo..."}]},
+    )
+
+    profilePicture: Annotated[str, StringConstraints(strict=True)]
+
+
+class PictureOut(BaseModel):
+    """One's own picture, or null."""
+
+    profilePicture: str | None
+
+
+class PersonOut(BaseModel):
+    """A user without role. ``createdAt`` is absent where the document has none."""
+
+    id: str
+    username: str
+    createdAt: str | None = None
+    profilePicture: str | None
+
+
+class PictureChangedOut(BaseModel):
+    """Answer to a change of one's picture."""
+
+    message: str
+    user: PersonOut
+
+
+class RenamedOut(BaseModel):
+    """Answer to a new name, with a token that has it."""
+
+    message: str
+    token: str
+    user: UserOut
+
+
+class AccountOut(BaseModel):
+    """A user as an administrator's change is answered."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    id_: str = Field(alias="_id")
+    username: str
+    role: str
+    createdAt: str | None = None
+
+
+class AccountChangedOut(BaseModel):
+    """Answer to an administrator's change of an account."""
+
+    message: str
+    user: AccountOut
+
+
+class DoneOut(BaseModel):
+    """Answer to what has nothing else to say."""
+
+    message: str
+
+
+class EverybodyOut(BaseModel):
+    """All accounts, by name."""
+
+    users: list[UserOut]
+
+
+class ListedOut(BaseModel):
+    """A user in the administrators' list; null is what the document does not have."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    id: str
+    id_: str = Field(alias="_id")
+    username: str
+    email: str | None
+    role: str
+    createdAt: str | None
+    lastLogin: str | None
+    profilePicture: str | None
+
+
+class EverybodyForAdminOut(BaseModel):
+    """All users, by name."""
+
+    users: list[ListedOut]
+
+
+class ProfileOut(PersonOut):
+    """A public profile. The games are as their own routes show them."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    id_: str = Field(alias="_id")
+    isRegisteredUser: bool
+    totalGames: int
+    totalWins: int
+    identities: list[str]
+    primaryIdentityId: str | None
+    games: list[dict[str, Any]]
 
 
 class FoundUser(BaseModel):

@@ -1,4 +1,4 @@
-"""The stories of accounts: registering, logging in, being looked up."""
+"""The stories of accounts: registering, logging in, being signed in."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from typing import Any
 
 import structlog
 
-from crossfade import CrossfadeError, DuplicateKey, EntityHandle, NotFound, Record, StaleRevision
+from crossfade import CrossfadeError, DuplicateKey, NotFound, Record, StaleRevision
 from scorekeeper import names
-from scorekeeper.auth.current import CurrentUser, normalised
+from scorekeeper.auth.current import CurrentUser
 from scorekeeper.auth.passwords import Passwords
 from scorekeeper.auth.tokens import Tokens
 from scorekeeper.cache import UserCache
-from scorekeeper.errors import Problem, invalid, name_taken, unauthorized
+from scorekeeper.errors import invalid, name_taken, unauthorized
 from scorekeeper.identities.service import IdentityService
 from scorekeeper.metrics import AUTH, DEGRADED
-from scorekeeper.users.entity import USERNAME_RULE
-from scorekeeper.wire import document_id, now, plain
+from scorekeeper.users.repository import UserRepository
+from scorekeeper.users.shown import user_of
+from scorekeeper.wire import document_id, plain
 
 log = structlog.get_logger("scorekeeper")
 
@@ -29,7 +30,7 @@ class UserService:
 
     def __init__(
         self,
-        users: EntityHandle,
+        users: UserRepository,
         identities: IdentityService,
         passwords: Passwords,
         tokens: Tokens,
@@ -55,14 +56,14 @@ class UserService:
         if not names.is_unicode(password) or names.length(password) < SHORTEST_PASSWORD:
             raise invalid(f"The password must be at least {SHORTEST_PASSWORD} characters long")
         # Only to spare the hash: who gets the name is decided by the rule in the store.
-        holder = await self._users.find_by_key(USERNAME_RULE, name)
+        holder = await self._users.find_by_case_insensitive_username(name)
         if holder is not None and not await self._is_unclaimed_guest(holder):
             AUTH.labels("register", "name_taken").inc()
             raise name_taken()
         hashed = await self._passwords.hash(password)
         try:
             if holder is None:
-                record = await self._open(name, hashed)
+                record = await self._users.create(name, hashed)
             else:
                 record = await self._take_over(holder, name, hashed)
         except (DuplicateKey, StaleRevision, NotFound):
@@ -73,26 +74,8 @@ class UserService:
         return {
             "message": "User registered successfully",
             "token": self._tokens.issue(str(plain(record.id)), name),
-            "user": _shown(record),
+            "user": user_of(record),
         }
-
-    async def _open(self, name: str, hashed: str) -> Record:
-        moment = now()
-        return await self._users.insert(
-            {
-                "username": name,
-                "passwordHash": hashed,
-                "role": "user",
-                "guestMetadata": None,
-                "lastLogin": None,
-                "profilePicture": None,
-                "friends": [],
-                "createdAt": moment,
-                "updatedAt": moment,
-                "__v": 0,
-            },
-            context="User Registration",
-        )
 
     async def _is_unclaimed_guest(self, holder: Record) -> bool:
         if holder.get("role") != "guest" or holder.get("passwordHash") is not None:
@@ -104,37 +87,12 @@ class UserService:
         try:
             return await self._users.update(
                 guest.id,
-                {"username": name, "passwordHash": hashed, "role": "user", "updatedAt": now()},
+                {"username": name, "passwordHash": hashed, "role": "user"},
                 if_revision=guest.rev,
                 context="Guest Claim",
             )
         finally:
             await self._cache.forget(str(plain(guest.id)))
-
-    async def set_role(self, user_id: str, role: str) -> Record:
-        """Give a user another role; holds from the next request on, on every worker, once this returns.
-
-        Raises:
-            crossfade.NotFound: there is no such user.
-        """
-        try:
-            return await self._users.update(
-                document_id(user_id), {"role": role, "updatedAt": now()}, context="Role Change"
-            )
-        finally:
-            # Whatever became of it: an unknown outcome may be a change.
-            await self._cache.forget(user_id)
-
-    async def remove(self, user_id: str) -> None:
-        """Delete an account; its tokens count for nothing once this returns.
-
-        Raises:
-            crossfade.NotFound: there is no such user.
-        """
-        try:
-            await self._users.delete(document_id(user_id), context="Account Deletion")
-        finally:
-            await self._cache.forget(user_id)
 
     async def log_in(self, username: str, password: str) -> dict[str, Any]:
         """A token for the account of this name and password.
@@ -142,17 +100,14 @@ class UserService:
         Raises:
             Problem: 401, the same answer after the same work whether the name or the password is wrong.
         """
-        name = names.trimmed(username)
-        record = None
-        if name and names.fault(name) is None:
-            record = await self._users.find_by_key(USERNAME_RULE, name)
+        record = await self._users.find_by_case_insensitive_username(username)
         held = None if record is None else record.get("passwordHash")
         right = names.is_unicode(password) and await self._passwords.verify(password, held)
         if record is None or not right:
             AUTH.labels("login", "refused").inc()
             raise unauthorized("Invalid username or password")
         await self._stamp_login(record)
-        user = _shown(record)
+        user = user_of(record)
         user["identities"] = await self._identities.of_user(record.id)
         if not user["identities"]:
             await self._identities.claim_or_create(record.id, str(user["username"]))
@@ -165,11 +120,8 @@ class UserService:
         }
 
     async def _stamp_login(self, record: Record) -> None:
-        moment = now()
         try:
-            await self._users.update(
-                record.id, {"lastLogin": moment, "updatedAt": moment}, context="User Login", mode="async"
-            )
+            await self._users.stamp_login(record.id)
         except CrossfadeError as error:
             # Nobody is kept out because the time of a log-in could not be noted.
             DEGRADED.labels("last_login").inc()
@@ -181,34 +133,7 @@ class UserService:
         Raises:
             Problem: 401, the account is gone since the token was checked.
         """
-        record = await self._users.get(document_id(current.id))
+        record = await self._users.find_by_id(document_id(current.id))
         if record is None:
             raise unauthorized("Invalid or expired token")
-        return {"user": {**_shown(record), "identities": await self._identities.of_user(record.id)}}
-
-    async def look_up(self, username: str) -> dict[str, Any]:
-        """Whether there is an account of this name, in any letter case.
-
-        Raises:
-            Problem: 404 with ``found: false`` and the ``message`` that the client shows.
-        """
-        name = names.trimmed(username)
-        record = None
-        if name and names.fault(name) is None:
-            record = await self._users.find_by_key(USERNAME_RULE, name)
-        if record is None:
-            sentence = "User not found"
-            raise Problem(404, "not-found", sentence, members={"found": False, "message": sentence})
-        shown = _shown(record)
-        return {"found": True, "user": {k: shown[k] for k in ("id", "username", "createdAt") if k in shown}}
-
-
-def _shown(record: Record) -> dict[str, Any]:
-    """A user as the client knows it; ``createdAt`` is absent where the document has none."""
-    user: dict[str, Any] = normalised(record)
-    created = record.get("createdAt")
-    if created is not None:
-        user["createdAt"] = str(plain(created))
-    picture = record.get("profilePicture")
-    user["profilePicture"] = picture if isinstance(picture, str) else None
-    return user
+        return {"user": {**user_of(record), "identities": await self._identities.of_user(record.id)}}
