@@ -7,6 +7,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
 import scorekeeper.friends.tables
+import scorekeeper.games.tables
 import scorekeeper.identities.tables
 import scorekeeper.users.tables  # noqa: F401 - declares its tables in `metadata`
 from scorekeeper.schema import metadata

@@ -28,6 +28,7 @@ from typing import Any, Final
 from bson.dbref import DBRef
 from bson.decimal128 import Decimal128
 from sqlalchemy import Enum, String, Table
+from sqlalchemy.dialects.postgresql import JSONB
 
 from crossfade.columns import (
     EXPRESSION_NAMES,
@@ -45,8 +46,10 @@ from crossfade.fields import (
     REFERENCE_TO,
     Child,
     FieldColumn,
+    NestedIds,
     UniqueRule,
     column,
+    ids_at,
     ignoring_case,
     key_of,
     list_child,
@@ -74,9 +77,11 @@ __all__ = [
     "DocumentId",
     "Entity",
     "FieldColumn",
+    "NestedIds",
     "Rows",
     "UniqueRule",
     "column",
+    "ids_at",
     "ignoring_case",
     "list_child",
     "normalised",
@@ -132,9 +137,11 @@ class Entity:
         columns: the fields with a column, as declared.
         children: the child tables, as declared.
         unique: the unique rules, as declared.
+        nested_ids: the ids inside documents that have a column to be searched by, as declared.
         mapping_version: goes up whenever the same document would give other rows; a row of an older one is
             written again even when its digest is equal.
-        parent_columns: columns of `Rows.parent`: id, mapped columns, key columns, extra, cf_shape.
+        parent_columns: columns of `Rows.parent`: id, mapped columns, key columns, columns of nested ids, extra,
+            cf_shape.
         order: the usual order of the mapped fields in a document.
     """
 
@@ -147,6 +154,7 @@ class Entity:
         columns: Sequence[FieldColumn],
         children: Sequence[Child] = (),
         unique: Sequence[UniqueRule] = (),
+        nested_ids: Sequence[NestedIds] = (),
         order: Sequence[str] | None = None,
         mapping_version: int = 1,
     ) -> None:
@@ -160,6 +168,7 @@ class Entity:
             columns: the fields that have a column.
             children: the fields that have a table.
             unique: the rules "unique after normalising".
+            nested_ids: ids inside documents that records are searched by.
             order: the usual order of the mapped fields, children included, without `_id`; documents that
                 follow it need no `cf_shape`. Default: columns, then children, as declared.
             mapping_version: see the class.
@@ -173,6 +182,7 @@ class Entity:
         self.columns = tuple(columns)
         self.children = tuple(children)
         self.unique = tuple(unique)
+        self.nested_ids = tuple(nested_ids)
         self.mapping_version = mapping_version
         fields = [c.field for c in columns] + [c.field for c in children]
         self.order = tuple(fields if order is None else order)
@@ -180,11 +190,13 @@ class Entity:
             "id",
             *(c.to for c in columns),
             *(rule.to for rule in unique),
+            *(ids.to for ids in nested_ids),
             "extra",
             "cf_shape",
         )
         self._check_table(columns)
         self._check_fields(fields)
+        self._check_nested_ids()
         self._mapped = tuple(self._bind(c) for c in columns)
         self._keys = tuple((rule, *self._bind_key(rule)) for rule in unique)
         self._child_rows = tuple(self._bind_child(child) for child in self.children)
@@ -288,8 +300,10 @@ class Entity:
             )
         reserved = {"id", "extra", "cf_shape", *META_COLUMNS}
         holders: dict[str, str] = {}
-        declared = [(c.field, c.to) for c in columns] + [
-            (f"{rule.field} (rule {rule.rule})", rule.to) for rule in self.unique
+        declared = [
+            *((c.field, c.to) for c in columns),
+            *((f"{rule.field} (rule {rule.rule})", rule.to) for rule in self.unique),
+            *((ids.path, ids.to) for ids in self.nested_ids),
         ]
         for field, to in declared:
             if to in reserved:
@@ -350,6 +364,17 @@ class Entity:
         rules = [rule.rule for rule in self.unique]
         if len(set(rules)) != len(rules):
             raise self._refuse("two unique rules have one name", "give each its own rule=")
+
+    def _check_nested_ids(self) -> None:
+        for ids in self.nested_ids:
+            to = self.table.columns[ids.to]
+            if not isinstance(to.type, JSONB) or not to.nullable:
+                raise self._refuse(
+                    f"the ids at {ids.path!r} go to {self.table.name}.{ids.to}, which cannot hold a list of them",
+                    "make it a nullable JSONB column",
+                )
+            if not all(ids.path.split(".")) or ids.path.split(".")[0] in ("_id", BOOKKEEPING):
+                raise self._refuse(f"{ids.path!r} is no path of a field", "join the names of fields by dots")
 
     def _kind(self, what: str, table: Table, name: str) -> ColumnKind:
         if name not in table.columns:
@@ -466,6 +491,9 @@ class Entity:
                 f"    elif not ({kind.accepts.replace('@', f'k{n}')}): return None",
             ]
             parent.append(f"k{n}")
+        for n, ids in enumerate(self.nested_ids):
+            names[f"found{n}"] = ids.found_in
+            parent.append(f"found{n}(d)")
         rows = []
         for n, (child, make) in enumerate(zip(self.children, self._child_rows, strict=True)):
             names[f"rows{n}"] = make
@@ -493,7 +521,7 @@ class Entity:
             load = mapped.kind.load.replace("@", f"c{n}")
             values[mapped.field] = load if load == f"c{n}" else f"(None if c{n} is None else {load})"
             parent.append(f"c{n}")
-        parent += [f"_k{n}" for n in range(len(self._keys))]
+        parent += [f"_k{n}" for n in range(len(self._keys) + len(self.nested_ids))]
         for n, child in enumerate(self.children):
             kinds = [kind_of(child.table.columns[name]) for name in child.values]
             names[f"value{n}"] = value_of(child, [kind for kind in kinds if kind is not None])
@@ -539,6 +567,7 @@ class Entity:
             parent.append(value)
         for rule, kind, required in self._keys:
             parent.append(self._key_value(rule, kind, required, plain, keys))
+        parent.extend(ids.found_in(plain) for ids in self.nested_ids)
         rows = []
         for child, make in zip(self.children, self._child_rows, strict=True):
             value = plain.get(child.field, MISSING)

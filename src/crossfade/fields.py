@@ -5,17 +5,18 @@ Declarations only: they hold what was said. `crossfade.entity.Entity` checks it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final
 
+import orjson
 from sqlalchemy import BigInteger, Column, ForeignKey, Integer, LargeBinary, Table, Uuid
 from sqlalchemy.dialects.postgresql import JSONB
 
 from crossfade.columns import DocumentId
 from crossfade.errors import ConfigurationError
-from crossfade.values import Unmappable
+from crossfade.values import Unmappable, id_to_text
 
 META_COLUMNS: Final = ("cf_rev", "cf_op", "cf_digest", "cf_mapping")
 """Columns of a parent row that the store fills, not the mapping."""
@@ -155,6 +156,47 @@ def key_of(rule: UniqueRule, value: Any) -> str | None:
         shortened = blake2b(key.encode(errors="surrogatepass"), digest_size=16).hexdigest()
         key = f"{key[: MAX_KEY_LENGTH - 33]}~{shortened}"
     return key
+
+
+@dataclass(frozen=True, slots=True)
+class NestedIds:
+    """Ids found at a path inside documents, beside them in a column to search. Made by `ids_at`."""
+
+    path: str
+    to: str
+
+    def found_in(self, document: Mapping[str, Any]) -> bytes | None:
+        """The ids at the path as a JSON array of id texts, each once; None where there are none."""
+        found: dict[str, None] = {}
+        for value in _values_at(document, self.path.split(".")):
+            try:
+                found[id_to_text(value)] = None
+            except Unmappable:
+                continue
+        return orjson.dumps(list(found)) if found else None
+
+
+def _values_at(value: Any, path: Sequence[str]) -> Iterator[Any]:
+    """What MongoDB compares when it is asked for this path: it looks into each array on the way, and one deep."""
+    if not path:
+        yield from value if isinstance(value, list) else (value,)
+        return
+    for holder in value if isinstance(value, list) else (value,):
+        if isinstance(holder, Mapping) and path[0] in holder:
+            yield from _values_at(holder[path[0]], path[1:])
+
+
+def ids_at(path: str, *, to: str) -> NestedIds:
+    """Ids deep inside a document that records are searched by (``gameData.players.identityId``).
+
+    The column is for SQL alone: the document keeps its ids where they are. ``find({path: id})`` then asks PostgreSQL
+    as it asks MongoDB.
+
+    Args:
+        path: field names joined by dots, the first a top-level field; arrays on the way are looked into.
+        to: a JSONB column, nullable. Give it an index: ``USING gin``.
+    """
+    return NestedIds(path, to)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ The words are few, because each of them must have the same answer in both stores
 
 A key names a mapped field, or a path into one that is kept as JSON, ``stats.best``. A list on the way, or at the end,
 stands for any of its elements: ``aliases.name`` is the ``name`` of one of the aliases, ``friends`` one of the friends.
-In JSON, text, ids and booleans are compared.
+In JSON, text, ids and booleans are compared. Ids at a path that is declared with `ids_at` have an index there.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Final
 
 from sqlalchemy import MetaData
 
-HEAD: Final = "0002"
+HEAD: Final = "0003"
 
 #: One naming rule for constraints: an error from PostgreSQL then names table and column by itself.
 metadata = MetaData(

@@ -43,7 +43,7 @@ def test_users_move_under_traffic_through_two_outages_and_nothing_is_lost(enviro
     assert result["own_check"]["lost"] == 0
     assert result["own_check"]["checked"]["acknowledged registrations"] > 10
     assert result["own_check"]["checked"]["acknowledged writes of the old application"] > 10
-    assert [report["counts"]["mismatches"] for report in result["verify"]] == [0, 0, 0]
+    assert [report["counts"]["mismatches"] for report in result["verify"]] == [0] * 6
     assert result["migrated"]["users"] >= result["legacy"]["users"]
     assert [outage["phase"] for outage in result["outages"]] == ["dual_write", "postgres_read"]
     assert all(outage["deepest"] > 0 for outage in result["outages"])

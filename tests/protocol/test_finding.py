@@ -20,6 +20,7 @@ from crossfade import (
     any_of,
     column,
     contains,
+    ids_at,
     is_set,
     list_child,
     record_columns,
@@ -40,6 +41,7 @@ PLAYERS = Table(
     Column("owner", DocumentId),
     Column("role", Text, nullable=False),
     Column("aliases", JSONB),
+    Column("alias_by", JSONB),
     *record_columns(),
 )
 LINKS = Table(
@@ -71,6 +73,9 @@ DOCUMENTS: list[dict[str, Any]] = [
     {"n": 2**40, "aliases": [{"name": 'x"y\\'}, {"name": "bob", "by": OWNER, "on": False}]},
     {},
     {"_id": "a text", "name": "ann", "n": 1, "at": DAY, "gone": False},
+    # A key that begins with a dollar gives its document another form as JSON; a list in a list is not looked into.
+    {"n": 8, "role": "guest", "aliases": [{"$odd": 1, "by": [OWNER, "\0"]}, {"by": "x" * 3000}]},
+    {"n": 9, "role": "guest", "aliases": [[{"by": OTHER}], {"by": {"by": OTHER}}]},
     {"_id": "another", "name": "zoe", "n": -1, "at": datetime(1969, 1, 1, tzinfo=UTC)},
 ]
 
@@ -116,6 +121,9 @@ QUESTIONS: list[Any] = [
     {"aliases.name": contains("b")},
     {"aliases.name": contains('"y\\')},
     {"aliases.by": any_of([OWNER, str(OTHER)])},
+    {"aliases.by": OTHER},
+    {"aliases.by": "\0"},
+    {"aliases.by": any_of([])},
     {"aliases.on": True},
     {"aliases.name": "a\0b"},
     {"aliases.tags": "x"},
@@ -152,6 +160,7 @@ def players_entity() -> Entity:
             ),
             column("aliases"),
         ],
+        nested_ids=[ids_at("aliases.by", to="alias_by")],
         children=[list_child("links", table=LINKS, owner="player_id", position="position", value="link")],
     )
 

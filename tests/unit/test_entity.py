@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -46,6 +47,7 @@ from crossfade.entity import (
     Entity,
     Rows,
     column,
+    ids_at,
     ignoring_case,
     list_child,
     normalised,
@@ -598,6 +600,72 @@ def test_a_long_key_is_shortened_to_what_an_index_takes_and_stays_its_own() -> N
     keys = [users.keys(user(username="日" * 5000 + end))["username"] for end in ("a", "b", "b")]
     assert keys[0] != keys[1] == keys[2]
     assert {len(key) for key in keys} == {500}
+
+
+games = Entity(
+    "games",
+    collection="games",
+    table=Table(
+        "games",
+        MetaData(),
+        Column("id", DocumentId, primary_key=True),
+        Column("data", JSONB),
+        Column("player_ids", JSONB),
+        *record_columns(),
+    ),
+    columns=[column("data")],
+    nested_ids=[ids_at("data.players.id", to="player_ids")],
+)
+
+
+def player_ids(document: dict[str, Any]) -> list[str] | None:
+    found = games.to_rows(document).parent[games.parent_columns.index("player_ids")]
+    return None if found is None else json.loads(found)
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        ({"players": [{"id": FRIEND}, {"id": str(FRIEND)}, {"id": FRIEND}]}, [str(FRIEND), f"s:{FRIEND}"]),
+        ({"players": {"id": [FRIEND, OTHER]}}, [str(FRIEND), str(OTHER)]),
+        # An odd key puts the whole document into another form of JSON; what is searched by does not change.
+        ({"$odd": 1, "players": [{"$odd": 2, "id": FRIEND}]}, [str(FRIEND)]),
+        # MongoDB looks into an array on the way, and not into one inside of it.
+        ({"players": [[{"id": FRIEND}], "id", None]}, None),
+        ([{"players": [{"id": OTHER}]}], [str(OTHER)]),
+        ({"players": [{"id": "x" * 3000}, {"id": "\0"}]}, ['j:{"$utf8":"AA=="}']),
+        ({"players": []}, None),
+        (None, None),
+    ],
+)
+def test_ids_inside_a_document_have_a_column_to_be_searched_by(data: Any, found: list[str] | None) -> None:
+    document = {"_id": ME, "data": data}
+    for _ in ("careful", "compiled"):
+        assert player_ids(document) == found
+        rows = games.to_rows(document)
+        assert games.from_rows(rows.parent, rows.children) == document
+    assert player_ids({"_id": ME}) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "to", "words"),
+    [
+        ("data..id", "player_ids", "no path"),
+        ("_id.x", "player_ids", "no path"),
+        ("data.id", "cf_digest", "keeps for itself"),
+        ("data.id", "other", "does not exist"),
+        ("data.id", "data", "both go to"),
+    ],
+)
+def test_ids_to_search_by_that_cannot_be_kept_are_refused(path: str, to: str, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        Entity(
+            "games",
+            collection="games",
+            table=games.table,
+            columns=[column("data")],
+            nested_ids=[ids_at(path, to=to)],
+        )
 
 
 def test_a_key_that_the_column_must_have_and_cannot_refuses_the_record() -> None:

@@ -22,7 +22,7 @@ from psycopg import sql
 from sqlalchemy import Column, Enum, String
 from sqlalchemy.dialects.postgresql import JSONB
 
-from crossfade.entity import MISSING, DocumentId, Entity, FieldColumn
+from crossfade.entity import MISSING, DocumentId, Entity, FieldColumn, NestedIds
 from crossfade.errors import ConfigurationError
 from crossfade.query import AnyOf, Contains, IsSet, Order, Query
 from crossfade.stores.references import identifier
@@ -165,6 +165,9 @@ def _clause(entity: Entity, key: str, condition: Any) -> Clause | None:
         return None if isinstance(condition, Contains | IsSet) else _by_id(_values(condition))
     field, *steps = key.split(".")
     declared = _declared(entity, field)
+    nested = next((ids for ids in entity.nested_ids if ids.path == key), None)
+    if nested is not None and _are_ids(_values(condition)):
+        return _among_ids(nested, _values(condition))
     if declared is None:
         return None if steps else _among_rows(entity, field, condition)
     column = entity.table.c[declared.to]
@@ -182,6 +185,16 @@ def _clause(entity: Entity, key: str, condition: Any) -> Clause | None:
 def _by_id(values: Sequence[Any]) -> Clause:
     ids = [id_to_text(value) for value in values if value is not None]
     return sql.SQL("p.id = ANY(%s::text[])"), [ids]
+
+
+def _are_ids(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, str | ObjectId) for value in values)
+
+
+def _among_ids(nested: NestedIds, values: Sequence[Any]) -> Clause:
+    return sql.SQL("p.{} ?| %s::text[]").format(sql.Identifier(nested.to)), [
+        [id_to_text(value) for value in values]
+    ]
 
 
 def _containing(column: Column[Any], text: str) -> Clause | None:

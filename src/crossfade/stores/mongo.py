@@ -628,7 +628,7 @@ class MongoStore:
     # --- preparing ---------------------------------------------------------------------------------------
 
     async def prepare(self, entities: Iterable[Entity], *, timeout: float) -> None:
-        """Create the indexes that the protocol needs: debts, tombstones in debt, normalised keys.
+        """Create the indexes that the protocol needs: debts, tombstones in debt, normalised keys, nested ids.
 
         Raises:
             RuleBroken: stamped keys collide (they are stamped apart before this is called).
@@ -655,6 +655,8 @@ class MongoStore:
                     await documents.create_index(f"{CF}.keys.{rule.rule}", unique=True, sparse=True)
                     if rule.field not in there:
                         await documents.create_index(rule.field)  # look-ups try the exact spelling, too
+                for ids in entity.nested_ids:
+                    await documents.create_index(ids.path)
                 if any(column.field == "updatedAt" for column in entity.columns):
                     await documents.create_index("updatedAt")  # the sweep for foreign writes goes by it
 

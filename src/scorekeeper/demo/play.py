@@ -185,7 +185,7 @@ class Play:
             step.detail = collection
             step.progress(done, total)
 
-        # Games stay where they are, and of the rest a part will do: the users are what is shown.
+        # Of the rest a part will do: the users are what is shown.
         few = max(self.users // 40, 10)
         sizes = {**dict.fromkeys(("games", "wizard", "tablegames"), few), "playeridentities": self.users // 4}
         sizes["friendrequests"] = self.users // 10

@@ -194,6 +194,8 @@ def _facts(play: Play) -> Table:
     )
     add("users migrated", f"{figures.rows.get('users', 0):,} of {users.get('documents', 0):,}")
     add("identities migrated", f"{figures.rows.get('player_identities', 0):,}")
+    games = sum(figures.rows.get(table, 0) for table in ("games", "wizard_games", "table_games"))
+    add("games migrated", f"{games:,}")
     for reason, number in list(figures.quarantined.items())[:8] or [("nothing", 0)]:
         add("in quarantine", f"{number} x {reason[:100]}" if number else reason)
     for outage in figures.outages:

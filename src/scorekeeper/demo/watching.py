@@ -17,7 +17,9 @@ from pymongo.database import Database
 from pymongo.errors import PyMongoError
 
 #: Where the entities of the migration live.
-COLLECTIONS = ("users", "playeridentities")
+COLLECTIONS = ("users", "playeridentities", "friendrequests", "games", "wizard", "tablegames")
+#: And the tables that they move to.
+TABLES = ("users", "player_identities", "friend_requests", "games", "wizard_games", "table_games")
 _READS = re.compile(r"crossfade_reads_total\{(?P<labels>[^}]*)\} (?P<number>\S+)")
 
 
@@ -107,7 +109,7 @@ def rows_by_table(database_url: str) -> dict[str, int]:
     """Rows of the entities' tables."""
     found = {}
     with psycopg.connect(database_url) as connection:
-        for table in ("users", "player_identities"):
+        for table in TABLES:
             row = connection.execute(f"SELECT count(*) FROM {table}").fetchone()  # noqa: S608 - names of our own
             found[table] = 0 if row is None else int(row[0])
     return found

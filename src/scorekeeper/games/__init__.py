@@ -1,0 +1,1 @@
+"""Played games: kept, listed, shared."""
