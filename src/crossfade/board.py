@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from crossfade import errors, observe
@@ -63,6 +64,13 @@ class Options:
         full_sweep: between two full passes against the rows' digests; 0: none.
         board_limit: ids per entity on the board; more than that: the whole entity is read from the primary.
         mongo_pool, postgres_pool: connections at most.
+        shadow_sample: the part of the reads that is compared in phase ``shadow_read``; 1.0: all of them.
+        shadow_deadline: for each look of a comparison at a store.
+        shadow_looks: waits after which what differs is looked at again; it counts after the last one.
+        shadow_queue: comparisons that wait at most; what is more is dropped, and counted.
+        shadow_flush: between two times at which a worker adds what it counted to PostgreSQL.
+        shadow_postgres_read: compare in phase ``postgres_read``, too.
+        shadow_comparisons: how many of them, without a mismatch, let PostgreSQL be read.
         background: ``mode="async"`` writes under way at most; more of them leave their debt to the reconciler.
     """
 
@@ -81,6 +89,44 @@ class Options:
     mongo_pool: int = 50
     postgres_pool: int = 20
     background: int = 200
+    shadow_sample: float = 0.1
+    shadow_deadline: float = 1.0
+    # The last look is later than several sweeps (`sweep`): what a foreign writer left has been adopted by then.
+    shadow_looks: tuple[float, ...] = (0.25, 1.0, 4.0, 10.0)
+    shadow_queue: int = 1_000
+    shadow_flush: float = 1.0
+    shadow_postgres_read: bool = False
+    shadow_comparisons: int = 1_000
+
+    @classmethod
+    def from_env(cls) -> Options:
+        """The defaults, with what an operator may set in the environment, by these names.
+
+        ``CROSSFADE_SHADOW_SAMPLE``, ``CROSSFADE_SHADOW_COMPARISONS``, ``CROSSFADE_SHADOW_POSTGRES_READ`` (0 or 1).
+
+        Raises:
+            crossfade.errors.ConfigurationError: one of them cannot be used; the message names it.
+        """
+        usual = cls()
+        return replace(
+            usual,
+            shadow_sample=_number("CROSSFADE_SHADOW_SAMPLE", usual.shadow_sample, most=1),
+            shadow_comparisons=int(
+                _number("CROSSFADE_SHADOW_COMPARISONS", usual.shadow_comparisons, most=1_000_000_000)
+            ),
+            shadow_postgres_read=bool(_number("CROSSFADE_SHADOW_POSTGRES_READ", 0, most=1)),
+        )
+
+
+def _number(name: str, usual: float, *, most: int) -> float:
+    text = os.environ.get(name, "").strip()
+    try:
+        value = float(text) if text else usual
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= most:
+        raise errors.ConfigurationError(f"{name} is {text!r}: write a number from 0 to {most:,}")
+    return value
 
 
 @dataclass(frozen=True, slots=True)

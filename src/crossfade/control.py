@@ -40,6 +40,7 @@ class Control:
         target: the phase that a switch under way leads to.
         attempt: id of the change that made this version.
         dual_epoch: the epoch at which dual writing began; evidence older than it counts for nothing.
+        phase_epoch: the epoch at which the present phase was entered.
         foreign_writers: an old application still writes to MongoDB.
         began_empty: PostgreSQL was empty when dual writing began.
         unreadable: token of the failure since which nobody may read the secondary; None: it may be read.
@@ -55,6 +56,7 @@ class Control:
     target: Phase | None = None
     attempt: str = ""
     dual_epoch: int = 0
+    phase_epoch: int = 0
     foreign_writers: bool = False
     began_empty: bool = False
     unreadable: str | None = None
@@ -88,11 +90,13 @@ class Control:
 
     def changed(self, *, by: str, reason: str, **fields: Any) -> Control:
         """The next version, a new epoch if phase or state change."""
-        new_epoch = any(name in fields for name in ("phase", "state"))
+        epoch = self.epoch + (1 if any(name in fields for name in ("phase", "state")) else 0)
+        enters = fields.get("phase", self.phase) is not self.phase
         return replace(
             self,
             version=self.version + 1,
-            epoch=self.epoch + (1 if new_epoch else 0),
+            epoch=epoch,
+            phase_epoch=epoch if enters else self.phase_epoch,
             attempt=new_operation(),
             changed_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
             changed_by=by,

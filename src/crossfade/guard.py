@@ -16,6 +16,7 @@ from crossfade import errors
 from crossfade.control import Control
 from crossfade.migration import Migration
 from crossfade.phase import Phase
+from crossfade.shadow import mapping_of
 from crossfade.stores.mongo import Owed
 from crossfade.stores.postgres import Delivery
 from crossfade.values import id_to_text
@@ -55,7 +56,7 @@ async def guard(migration: Migration, target: Phase) -> list[Statement]:
     wanted: dict[Phase, list[Callable[[Migration], Awaitable[Statement]]]] = {
         Phase.DUAL_WRITE: [_both_reachable, _schema_at_head, _keys_stamped],
         Phase.SHADOW_READ: [_both_reachable, _backfilled, _verified, _debt_small],
-        Phase.POSTGRES_READ: [_both_reachable, _backfilled, _verified, _debt_small],
+        Phase.POSTGRES_READ: [_both_reachable, _backfilled, _verified, _debt_small, _compared],
         Phase.POSTGRES_PRIMARY: [
             _both_reachable, _verified, _nothing_parked, _nothing_quarantined, _no_foreign_writers,
         ],
@@ -145,6 +146,31 @@ async def _verified(migration: Migration) -> Statement:
                 "crossfade repair",
             )
     return Statement("verify", True, "fresh and clean")
+
+
+async def _compared(migration: Migration) -> Statement:
+    options, control = migration.pair.options, migration.control
+    found = await migration.pair.postgres.shadow.compared(
+        migration.name, mapping_of(migration.entities.values()), control.phase_epoch, migration.entities,
+        timeout=options.primary_deadline,
+    )  # fmt: skip
+    if found.open:
+        return Statement(
+            "shadow",
+            False,
+            f"{found.open} records were read otherwise from PostgreSQL",
+            "crossfade mismatches list; crossfade repair; crossfade mismatches resolve",
+        )
+    wanted = options.shadow_comparisons
+    why = f"{found.comparisons:,} of {wanted:,} reads compared in this phase, under this mapping"
+    if found.comparisons < wanted:
+        return Statement(
+            "shadow",
+            False,
+            why,
+            "let the application read on; CROSSFADE_SHADOW_SAMPLE sets how much is compared",
+        )
+    return Statement("shadow", True, why + ", no mismatch open")
 
 
 async def _debt_small(migration: Migration) -> Statement:

@@ -25,6 +25,7 @@ from crossfade.query import Query, Where, alternatives, query
 from crossfade.read import Reader
 from crossfade.reconcile import Reconciler
 from crossfade.record import Record, Step
+from crossfade.shadow import Shadow
 from crossfade.steps import Stepper
 from crossfade.stores.mongo import MongoStore
 from crossfade.stores.postgres import PostgresStore
@@ -286,7 +287,8 @@ class Migration:
         self.pair = Pair(name, by_name, mongo, postgres, self.board, options)
         self.settler = Settler(self.pair, Stepper(self.pair))
         self.writer = Writer(self.pair, self.settler)
-        self.reader = Reader(self.pair)
+        self.shadow = Shadow(self.pair)
+        self.reader = Reader(self.pair, self.shadow)
         self.reconciler = Reconciler(self.pair, self.settler, self.writer)
         self._handles = {entity.name: EntityHandle(self, entity) for entity in entities}
         self._first = first
@@ -342,6 +344,7 @@ class Migration:
         if background:
             await self.board.start()
             self.reconciler.start()
+            self.shadow.start()
         else:
             await self.board.refresh()
         self.settler.start()
@@ -416,6 +419,7 @@ class Migration:
 
     async def stop(self) -> None:
         """Stop the background work; what is not settled stays in debt."""
+        await self.shadow.stop()
         await self.writer.close()
         await self.reconciler.stop()
         await self.settler.stop()
@@ -465,6 +469,8 @@ class Crossfade:
     def from_env(cls, **settings: Any) -> Self:
         """From ``MONGO_URI``, ``DATABASE_URL`` and ``USE_POSTGRES``; ``settings`` as in the constructor.
 
+        Without ``options`` they are those of `Options.from_env`.
+
         Raises:
             crossfade.errors.ConfigurationError: a variable is missing or unusable; the message names it.
         """
@@ -480,6 +486,8 @@ class Crossfade:
         flag = os.environ.get("USE_POSTGRES", "false").strip().lower()
         if flag not in ("true", "false", "1", "0", ""):
             raise errors.ConfigurationError(f"USE_POSTGRES is {flag!r}: write true or false")
+        if settings.get("options") is None:
+            settings["options"] = Options.from_env()
         return cls(**values, use_postgres=flag in ("true", "1"), **settings)
 
     def migration(self, name: str, entities: Sequence[Entity]) -> Migration:

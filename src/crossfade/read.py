@@ -26,6 +26,7 @@ from crossfade.entity import Entity, UniqueRule
 from crossfade.phase import Phase
 from crossfade.query import Query
 from crossfade.record import CF, Image, Record
+from crossfade.shadow import Shadow
 from crossfade.stores.errors import Fenced
 from crossfade.values import Unmappable, id_to_text
 
@@ -38,6 +39,7 @@ class Reader:
     """Reads records of one migration."""
 
     pair: Pair
+    shadow: Shadow
     breaker: Breaker = field(default_factory=Breaker)
 
     async def get(self, entity: Entity, id_: Any) -> Record | None:
@@ -58,8 +60,9 @@ class Reader:
             return await self.pair.postgres.read(entity, id_, timeout=timeout)
 
         found, source, stale = await self._first(
-            entity, mongo, postgres, options.primary_deadline, ids=(id_,), missing=lambda image: image is None
-        )
+            entity, "by id", mongo, postgres, options.primary_deadline,
+            ids=(id_,), missing=lambda image: image is None,
+        )  # fmt: skip
         return None if found is None else self.pair.seen.record(entity, found, source, stale=stale)
 
     async def get_many(self, entity: Entity, ids: Iterable[Any]) -> list[Record]:
@@ -77,7 +80,7 @@ class Reader:
             return await self.pair.postgres.read_many(entity, wanted, timeout=timeout)
 
         found, source, stale = await self._first(
-            entity, mongo, postgres, self.pair.options.primary_deadline, ids=wanted,
+            entity, "by ids", mongo, postgres, self.pair.options.primary_deadline, ids=wanted,
             missing=lambda images: len(images) < len(wanted),
         )  # fmt: skip
         images = {id_to_text(image.id): image for image in found}
@@ -105,8 +108,9 @@ class Reader:
             )
 
         found, source, stale = await self._first(
-            entity, mongo, postgres, self.pair.options.primary_deadline, missing=lambda image: image is None
-        )
+            entity, f"by {rule.rule}", mongo, postgres, self.pair.options.primary_deadline,
+            missing=lambda image: image is None,
+        )  # fmt: skip
         return None if found is None else self.pair.seen.record(entity, found, source, stale=stale)
 
     async def _mongo_by_key(
@@ -136,7 +140,12 @@ class Reader:
             return await self.pair.postgres.find(entity, query, timeout=timeout)
 
         found, source, stale = await self._first(
-            entity, mongo, postgres, self.pair.options.primary_deadline, query=query
+            entity,
+            f"list by {_names(query)}",
+            mongo,
+            postgres,
+            self.pair.options.primary_deadline,
+            query=query,
         )
         return [self.pair.seen.record(entity, image, source, stale=stale) for image in found]
 
@@ -150,13 +159,19 @@ class Reader:
             return await self.pair.postgres.count(entity, query.where, timeout=timeout)
 
         number, _, _ = await self._first(
-            entity, mongo, postgres, self.pair.options.primary_deadline, query=query
+            entity,
+            f"count by {_names(query)}",
+            mongo,
+            postgres,
+            self.pair.options.primary_deadline,
+            query=query,
         )
         return number
 
     async def _first(
         self,
         entity: Entity,
+        question: str,
         mongo: Callable[[float], Awaitable[_T]],
         postgres: Callable[[float], Awaitable[_T]],
         deadline: float,
@@ -165,13 +180,20 @@ class Reader:
         query: Query | None = None,
         missing: Callable[[_T], bool] | None = None,
     ) -> tuple[_T, str, bool]:
-        """Ask the stores in the order that the phase and the board allow: (answer, source, stale)."""
+        """Ask the stores in the order that the phase and the board allow: (answer, source, stale).
+
+        ``question``: how the records are asked for, without values.
+        """
         began = time.perf_counter()
         control = self.pair.board.control
         try:
             if control.phase.rules.primary == "postgres":
                 return await self._postgres_primary(entity, control, mongo, postgres, deadline, ids)
-            return await self._mongo_primary(entity, control, mongo, postgres, deadline, ids, query, missing)
+            found = await self._mongo_primary(entity, control, mongo, postgres, deadline, ids, query, missing)
+            if self._has_columns(entity, query):
+                limit = 0 if query is None else query.limit
+                self.shadow.offer(entity, question, found[0], found[1], mongo, postgres, limit)
+            return found
         except Unmappable as cause:
             raise errors.Quarantined(f"a document of {entity.name} cannot be read: {cause}") from cause
         finally:
@@ -304,6 +326,10 @@ class Reader:
 def _can_be_marked(answer: object) -> bool:
     """Whether it can say that it may be old: a record can; that there is none, and a number, cannot."""
     return isinstance(answer, Image) or (isinstance(answer, list) and bool(answer))
+
+
+def _names(query: Query) -> str:
+    return ", ".join(sorted({key for each in query.where for key in each})) or "nothing"
 
 
 def _rule(entity: Entity, name: str) -> UniqueRule:

@@ -111,6 +111,21 @@ def digest(document: Mapping[str, Any]) -> bytes:
     return blake2b(encode_document(document), digest_size=DIGEST_SIZE).digest()
 
 
+def fields_that_differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the top-level fields in which two documents differ; ``("(order)",)`` when only their order does.
+
+    Raises:
+        Unmappable: a value has no canonical bytes.
+    """
+
+    def element(document: Mapping[str, Any], name: str) -> bytes | None:
+        return encode_document({"v": document[name]}) if name in document else None
+
+    names = dict.fromkeys([*one, *other])
+    found = tuple(name for name in names if element(one, name) != element(other, name))
+    return found or (("(order)",) if list(one) != list(other) else ())
+
+
 def digest_of_bytes(canonical: bytes) -> bytes:
     """Digest of canonical bytes that are at hand already: 16 bytes."""
     return blake2b(canonical, digest_size=DIGEST_SIZE).digest()

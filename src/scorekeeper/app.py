@@ -120,7 +120,11 @@ def crossfade_of(
         database_url=settings.database_url.get_secret_value(),
         use_postgres=settings.use_postgres,
         initial_phase=initial_phase,
-        options=options,
+        options=options
+        or Options(
+            shadow_sample=settings.crossfade_shadow_sample,
+            shadow_postgres_read=settings.crossfade_shadow_postgres_read,
+        ),
         background=background,
     )
 

@@ -78,6 +78,9 @@ class Settings(BaseSettings):
             effect here; what this service writes takes effect at once.
         legacy_url: LEGACY_URL, address of the old back end. Not used yet.
         log_level: LOG_LEVEL.
+        crossfade_shadow_sample: CROSSFADE_SHADOW_SAMPLE, the part of the reads that is compared in phase
+            ``shadow_read``.
+        crossfade_shadow_postgres_read: CROSSFADE_SHADOW_POSTGRES_READ: and in phase ``postgres_read``.
     """
 
     model_config = SettingsConfigDict(
@@ -98,6 +101,8 @@ class Settings(BaseSettings):
     cache_ttl: float = Field(5.0, ge=0.1, le=60.0)
     legacy_url: str | None = None
     log_level: str = "INFO"
+    crossfade_shadow_sample: float = Field(0.1, ge=0, le=1)
+    crossfade_shadow_postgres_read: bool = False
 
     @field_validator("cors_origins", mode="before")
     @classmethod

@@ -3,77 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import pymongo
 import pytest
 from bson import ObjectId
-from sqlalchemy import create_engine
 
-sys.path.insert(0, str(Path(__file__).parent))
-from notes_app import metadata
+from .conftest import Command, Worker, compared, said
 
 pytestmark = pytest.mark.long
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
 
-
-@pytest.fixture
-def crossfade(mongo_uri: str, database_url: str, tmp_path: Path) -> Command:
-    engine = create_engine(database_url.replace("postgresql://", "postgresql+psycopg://", 1))
-    metadata.create_all(engine)
-    engine.dispose()
-
-    def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", "from crossfade.cli.main import main; main()", *words],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            cwd=tmp_path,
-            env={
-                "PATH": os.environ["PATH"],
-                "COLUMNS": "200",
-                "PYTHONPATH": str(Path(__file__).parent),
-                "CROSSFADE_APP": "notes_app:notes",
-                "MONGO_URI": mongo_uri,
-                "DATABASE_URL": database_url,
-                **environment,
-            },
-        )
-
-    return run
-
-
-@pytest.fixture
-def notes(mongo_uri: str) -> Any:
-    with pymongo.MongoClient[dict[str, Any]](mongo_uri) as client:
-        collection = client.get_default_database()["notes"]
-        collection.insert_many([{"_id": ObjectId(), "title": f"note {n}", "stars": n} for n in range(20)])
-        yield collection
-
-
-def said(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line of an error, and no more than that."""
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    return lines[0]
-
-
-def test_a_migration_goes_all_the_way_and_the_primary_comes_back(crossfade: Command, notes: Any) -> None:
+async def test_a_migration_goes_all_the_way_and_the_primary_comes_back(
+    crossfade: Command, notes: Any, worker: Worker
+) -> None:
     assert crossfade("init").returncode == 0
     for step in (
         ("phase", "set", "dual_write"),
         ("backfill",),
         ("verify",),
         ("phase", "set", "shadow_read"),
+    ):
+        done = crossfade(*step)
+        assert done.returncode == 0, (step, done.stdout, done.stderr)
+    async with worker() as migration:
+        for note in await migration.notes.find(limit=20):
+            await migration.notes.get(note.id)
+        await compared(migration, 20)
+    for step in (
         ("phase", "set", "postgres_read"),
         ("phase", "set", "postgres_primary"),
         ("phase", "set", "postgres_read"),

@@ -14,7 +14,14 @@ from crossfade.entity import Entity
 from crossfade.record import CF, Image
 from crossfade.stores.bulk_mongo import id_of
 from crossfade.stores.bulk_postgres import BadDocument, StoredRecord
-from crossfade.values import CODEC_OPTIONS, Unmappable, digest_of_bytes, encode_document, id_to_text
+from crossfade.values import (
+    CODEC_OPTIONS,
+    Unmappable,
+    digest_of_bytes,
+    encode_document,
+    fields_that_differ,
+    id_to_text,
+)
 
 
 class Finding(StrEnum):
@@ -137,9 +144,7 @@ def differing_fields(entity: Entity, source: Source, row: StoredRecord) -> list[
         return ["(unreadable)"]
     found: list[str] = []
     if content != source.content:
-        names = dict.fromkeys([*source.image.document, *rebuilt])
-        found = [name for name in names if _element(source.image.document, name) != _element(rebuilt, name)]
-        found = found or ["(order)"]
+        found = list(fields_that_differ(source.image.document, rebuilt))
     elif row.digest != digest_of_bytes(content):
         found = ["cf_digest"]
     keys = {**entity.keys(source.image.document), **source.image.keys}
@@ -147,10 +152,6 @@ def differing_fields(entity: Entity, source: Source, row: StoredRecord) -> list[
         if row.parent[entity.parent_columns.index(rule.to)] != keys.get(rule.rule):
             found.append(rule.to)
     return found
-
-
-def _element(document: dict[str, Any], name: str) -> bytes | None:
-    return encode_document({"v": document[name]}) if name in document else None
 
 
 def is_as_written(entity: Entity, row: StoredRecord) -> bool:

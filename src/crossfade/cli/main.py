@@ -19,7 +19,7 @@ def _show_version(asked: bool) -> None:
 def build() -> typer.Typer:
     """All commands."""
     from crossfade import observe
-    from crossfade.cli import bulk, demo, jobs, phases, quarantine, repair, servers, settling
+    from crossfade.cli import bulk, demo, jobs, mismatches, phases, quarantine, repair, servers, settling
     from crossfade.cli.context import Exit, fail
 
     app = typer.Typer(
@@ -48,6 +48,7 @@ def build() -> typer.Typer:
     repair.add_to(app)
     jobs.add_to(app)
     app.add_typer(quarantine.app, name="quarantine")
+    app.add_typer(mismatches.app, name="mismatches")
     demo.add_to(app)
     app.add_typer(servers.app, name="servers")
     return app

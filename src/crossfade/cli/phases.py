@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from crossfade.cli.context import (
 from crossfade.guard import Statement, began_before, guard
 from crossfade.migration import Migration
 from crossfade.phase import Phase
+from crossfade.shadow import mapping_of
 from crossfade.switch import abort, change_phase, set_foreign_writers
 
 phase_app = typer.Typer(
@@ -106,6 +108,11 @@ async def gather_status(migration: Migration) -> dict[str, Any]:
     try:
         quarantined, conflicts = await migration.pair.postgres.counts(migration.entities, timeout=timeout)
         found |= {"quarantined": quarantined, "conflicts": conflicts}
+        compared = await migration.pair.postgres.shadow.compared(
+            migration.name, mapping_of(migration.entities.values()), control.phase_epoch, migration.entities,
+            timeout=timeout,
+        )  # fmt: skip
+        found["shadow"] = {**asdict(compared), "comparisons": compared.comparisons}
         found["waiting_references"] = await migration.pair.postgres.waiting_references(
             migration.entities.values(), timeout=timeout
         )
@@ -116,6 +123,7 @@ async def gather_status(migration: Migration) -> dict[str, Any]:
         found |= {
             "quarantined": None,
             "conflicts": None,
+            "shadow": None,
             "waiting_references": {},
             "runs": [],
             "evidence_missing": str(cause),
@@ -152,6 +160,13 @@ def _show_status(found: dict[str, Any]) -> None:
             "secondary", "[yellow]marked unreadable since a write failed; reads go to the primary[/]"
         )
     table.add_row("quarantine", f"{found['quarantined']} records; {found['conflicts']} conflicts noted")
+    shadow = found["shadow"]
+    if shadow is not None and (shadow["comparisons"] or shadow["open"] or found["reads"] == "shadow"):
+        table.add_row(
+            "shadow reads",
+            f"{shadow['comparisons']:,} compared in this phase, {shadow['open']:,} mismatches open"
+            f" ({shadow['unsettled']:,} came to no rest, {shadow['dropped']:,} dropped, {shadow['failed']:,} failed)",
+        )
     for column, number in found["waiting_references"].items():
         table.add_row("references", f"{number} in {column} name a record that is not in PostgreSQL")
     table.add_row(

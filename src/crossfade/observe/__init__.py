@@ -39,6 +39,10 @@ DEBT_AGE = Gauge(
     "crossfade_debt_age_seconds", "Seconds for which this worker has seen the oldest debt", ["migration"]
 )
 SETTLED = Counter("crossfade_debts_settled_total", "Debts that a reconciler settled", ["migration", "entity"])
+#: Shadow reads by migration, entity and outcome (equal, mismatch, unsettled, dropped, failed).
+SHADOW_READS = Counter(
+    "crossfade_shadow_reads_total", "Reads compared in the background", ["migration", "entity", "outcome"]
+)
 PHASE = Gauge("crossfade_phase", "Phase of the migration, 0 to 5", ["migration"])
 
 

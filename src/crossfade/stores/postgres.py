@@ -38,10 +38,11 @@ from crossfade.stores.conditions import Clause, as_clause, as_clauses_behind, as
 from crossfade.stores.errors import Fenced, RuleBroken, Unanswered
 from crossfade.stores.references import PORTION, references_of
 from crossfade.stores.rows import RowStatements, Statement, held
+from crossfade.stores.shadow_notes import ShadowNotes
 from crossfade.values import decode_document, digest, encode_document, id_to_text, text_to_id
 
 STORE = "postgres"
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 
 #: Images of one entity that are worth a statement for all of them.
 _MANY = 8
@@ -172,6 +173,7 @@ class PostgresStore:
         self.behind: set[asyncio.Task[None]] = set()
         self._waiting_for_primary = 0
         self._weeding: asyncio.Task[None] | None = None
+        self.shadow = ShadowNotes(self._ask)
 
     async def open(self) -> None:
         """Begin to fill the pool; does not wait for the server."""

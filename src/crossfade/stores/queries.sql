@@ -150,5 +150,41 @@ SELECT DISTINCT ON (entity, kind) entity, kind, state, epoch, counts, started_at
 FROM crossfade.runs WHERE migration = %(migration)s AND entity = ANY(%(entities)s)
 ORDER BY entity, kind, started_at DESC
 
+-- name: shadow_count
+INSERT INTO crossfade.shadow AS s (migration, mapping, entered, equal, mismatch, unsettled, dropped, failed)
+VALUES (%(migration)s, %(mapping)s, %(entered)s, %(equal)s, %(mismatch)s, %(unsettled)s, %(dropped)s, %(failed)s)
+ON CONFLICT (migration, mapping, entered) DO UPDATE
+SET equal = s.equal + EXCLUDED.equal, mismatch = s.mismatch + EXCLUDED.mismatch,
+    unsettled = s.unsettled + EXCLUDED.unsettled, dropped = s.dropped + EXCLUDED.dropped,
+    failed = s.failed + EXCLUDED.failed
+
+-- name: shadow_compared
+SELECT coalesce(sum(equal), 0), coalesce(sum(mismatch), 0), coalesce(sum(unsettled), 0), coalesce(sum(dropped), 0),
+       coalesce(sum(failed), 0),
+       (SELECT count(*) FROM crossfade.mismatches WHERE entity = ANY(%(entities)s) AND resolved_at IS NULL)
+FROM crossfade.shadow WHERE migration = %(migration)s AND mapping = %(mapping)s AND entered = %(entered)s
+
+-- name: mismatch_note
+INSERT INTO crossfade.mismatches AS m (entity, id, cause, fields, question, mongo, postgres, seen)
+SELECT entity, id, cause, ARRAY(SELECT jsonb_array_elements_text(fields)), question, mongo, postgres, seen
+FROM jsonb_to_recordset(%(found)s::jsonb)
+    AS f (entity text, id text, cause text, fields jsonb, question text, mongo bigint, postgres bigint, seen bigint)
+ON CONFLICT (entity, id) DO UPDATE
+SET cause = EXCLUDED.cause, fields = EXCLUDED.fields, question = EXCLUDED.question, mongo = EXCLUDED.mongo,
+    postgres = EXCLUDED.postgres, seen = m.seen + EXCLUDED.seen, last_seen = now(),
+    resolved_at = NULL, resolved_by = NULL, resolved_why = NULL
+
+-- name: mismatches
+SELECT entity, id, cause, fields, question, mongo, postgres, seen, first_seen, last_seen, resolved_at, resolved_by,
+       resolved_why
+FROM crossfade.mismatches
+WHERE entity = ANY(%(entities)s) AND (%(resolved)s OR resolved_at IS NULL) AND id = coalesce(%(id)s::text, id)
+ORDER BY last_seen DESC, entity, id LIMIT %(limit)s
+
+-- name: mismatch_resolve
+UPDATE crossfade.mismatches SET resolved_at = now(), resolved_by = %(by)s, resolved_why = %(why)s
+WHERE entity = %(entity)s AND id = %(id)s AND last_seen = %(last_seen)s
+RETURNING id
+
 -- name: now
 SELECT clock_timestamp()

@@ -176,5 +176,38 @@ CREATE TABLE IF NOT EXISTS crossfade.repairs (
     done_at    timestamptz NOT NULL DEFAULT now()
 );
 
-INSERT INTO crossfade.meta (name, value) VALUES ('schema', '2')
+-- How many shadow reads were compared, added up by all workers: since the phase was entered (at epoch `entered`), under
+-- these versions of the mappings.
+CREATE TABLE IF NOT EXISTS crossfade.shadow (
+    migration text NOT NULL,
+    mapping   text NOT NULL,
+    entered   bigint NOT NULL,
+    equal     bigint NOT NULL DEFAULT 0,
+    mismatch  bigint NOT NULL DEFAULT 0,
+    unsettled bigint NOT NULL DEFAULT 0,
+    dropped   bigint NOT NULL DEFAULT 0,
+    failed    bigint NOT NULL DEFAULT 0,
+    since     timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (migration, mapping, entered)
+);
+
+-- Records of which the two stores gave different answers: revisions and names of fields, never values.
+CREATE TABLE IF NOT EXISTS crossfade.mismatches (
+    entity       text NOT NULL,
+    id           text COLLATE "C" NOT NULL,
+    cause        text NOT NULL,
+    fields       text[] NOT NULL,
+    question     text NOT NULL,     -- how it was asked for
+    mongo        bigint,            -- revisions when it was seen last; NULL: none
+    postgres     bigint,
+    seen         bigint NOT NULL,
+    first_seen   timestamptz NOT NULL DEFAULT now(),
+    last_seen    timestamptz NOT NULL DEFAULT now(),
+    resolved_at  timestamptz,       -- NULL: open
+    resolved_by  text,
+    resolved_why text,
+    PRIMARY KEY (entity, id)
+);
+
+INSERT INTO crossfade.meta (name, value) VALUES ('schema', '3')
 ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value;

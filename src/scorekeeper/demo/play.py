@@ -290,9 +290,11 @@ class Play:
         await self._die_and_come_back("dual_write")
         with step("crossfade verify: every record, both ways") as verifying:
             await self._verify_until_clean(verifying)
-        with step("crossfade phase set shadow_read, postgres_read"):
+        with step("crossfade phase set shadow_read: MongoDB serves, PostgreSQL is compared") as comparing:
             await self._set_phase("shadow_read")
-            await self._set_phase("postgres_read")
+            await self._compare_enough(comparing)
+        with step("crossfade phase set postgres_read"):
+            await self._read_postgres()
         with step("PostgreSQL is read") as reading:
             before = await read_sources(stage.addresses)
             with self._measured("postgres_read"):
@@ -350,6 +352,38 @@ class Play:
             if sample["finding"] not in ("quarantined", "in_debt")
         ]
         raise DemoFailed(f"verify: records differ: {differing[:5]}; {self._lag(self.traffic.stage)}")
+
+    async def _compare_enough(self, step: Step) -> None:
+        """Wait for the reads that the guard of ``postgres_read`` wants compared, and see to what differs."""
+        until = time.monotonic() + _PATIENCE
+        while True:
+            shadow = (await self.stage.crossfade("status"))["shadow"]
+            wanted = int(self.stage.environment["CROSSFADE_SHADOW_COMPARISONS"])
+            step.progress(min(shadow["comparisons"], wanted), wanted)
+            if shadow["open"]:
+                await self._adopt_what_differs()
+            elif shadow["comparisons"] >= wanted:
+                step.detail = f"{shadow['comparisons']:,} reads compared, no mismatch open"
+                return
+            if time.monotonic() > until:
+                raise DemoFailed(f"the reads did not become equal within {_PATIENCE:.0f} s: {shadow}")
+            await asyncio.sleep(0.5)
+
+    async def _adopt_what_differs(self) -> None:
+        """See to writes of the old application whose sweep came later than the last look of a comparison."""
+        await self.stage.crossfade("reconcile", "--full", may_find=True)
+        await self.stage.crossfade("mismatches", "resolve", may_find=True)
+
+    async def _read_postgres(self) -> None:
+        for _ in range(_LOOKS):
+            try:
+                await self._set_phase("postgres_read")
+                return
+            except DemoFailed as refused:
+                if "[shadow]" not in str(refused):
+                    raise
+                await self._adopt_what_differs()
+        await self._set_phase("postgres_read")
 
     def _lag(self, stage: str) -> str:
         lags = sorted(self.old.lags.get(stage, ()))

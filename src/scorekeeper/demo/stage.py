@@ -255,6 +255,9 @@ def _environment(stage: Stage) -> dict[str, str]:
         "BCRYPT_ROUNDS": "4",
         "USE_POSTGRES": "false",
         "CROSSFADE_APP": "scorekeeper.migration:accounts",
+        # Traffic for seconds, not for days: every read is compared, and fewer are asked for.
+        "CROSSFADE_SHADOW_SAMPLE": "1",
+        "CROSSFADE_SHADOW_COMPARISONS": "500",
     }
 
 
