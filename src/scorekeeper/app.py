@@ -17,9 +17,17 @@ from scorekeeper.auth.passwords import Passwords
 from scorekeeper.auth.tokens import Tokens
 from scorekeeper.cache import UserCache
 from scorekeeper.friends import routes as friend_routes
+from scorekeeper.friends.repository import FriendRequestRepository
 from scorekeeper.friends.service import FriendService
 from scorekeeper.http import BodyLimit, Cors, ErrorBoundary, RequestContext, Turns
+from scorekeeper.identities import routes as identity_routes
 from scorekeeper.identities.accounts import AccountIdentities
+from scorekeeper.identities.admin import IdentityAdministration
+from scorekeeper.identities.aliases import AliasService
+from scorekeeper.identities.games import PlayedGames
+from scorekeeper.identities.linking import LinkingService
+from scorekeeper.identities.lists import IdentityLists
+from scorekeeper.identities.repository import IdentityRepository
 from scorekeeper.identities.service import IdentityService
 from scorekeeper.migration import accounts as account_entities
 from scorekeeper.migration import name as migration_name
@@ -63,14 +71,21 @@ def create_app(
             app.state.cache = cache
             app.state.passwords = passwords
             app.state.authenticator = Authenticator(accounts["users"], tokens, cache)
-            app.state.friends = FriendService(accounts)
             users = UserRepository(accounts)
-            of_accounts = AccountIdentities(accounts["identities"])
+            app.state.friends = FriendService(users, FriendRequestRepository(accounts))
+            players = IdentityRepository(accounts)
+            of_accounts = AccountIdentities(players)
             app.state.users = UserService(users, identities, passwords, tokens, cache)
             app.state.profiles = ProfileService(users, of_accounts)
             app.state.account_changes = AccountChanges(
                 users, of_accounts, accounts["friend_requests"], tokens, cache
             )
+            played = PlayedGames(accounts)
+            linking = LinkingService(players, identities, users, played)
+            app.state.identity_lists = IdentityLists(players, users, played)
+            app.state.aliases = AliasService(players)
+            app.state.linking = linking
+            app.state.identity_administration = IdentityAdministration(players, linking, users)
             log.info("scorekeeper serves", phase=accounts.phase.value)
             try:
                 yield
@@ -88,6 +103,7 @@ def create_app(
 
     app.include_router(user_routes.router)
     app.include_router(friend_routes.router)
+    app.include_router(identity_routes.router)
     app.include_router(operations.router)
     app.add_middleware(ErrorBoundary)
     app.add_middleware(Turns)

@@ -10,6 +10,8 @@ import httpx
 import pytest
 from bson import ObjectId
 
+from scorekeeper.wire import now
+
 from .conftest import PHASES, Serve, Service, assert_problem
 
 
@@ -170,3 +172,149 @@ async def test_a_friend_whose_account_is_gone_is_accepted_by_nobody(serve: Serve
     await service.app.state.accounts["users"].delete(ObjectId(ann.id))
     assert_problem(await bob.call("POST", f"friend-requests/{request}/accept"), 404)
     assert service.rows("SELECT sender_ref, receiver_ref FROM friend_requests") == [(None, bob.id)]
+
+
+def names_of(people: list[dict[str, Any]]) -> list[str]:
+    return [each["username"] for each in people]
+
+
+async def everything(someone: Person) -> dict[str, Any]:
+    answer = await someone.call("GET", "friends/batch-check")
+    assert answer.status_code == 200, answer.text
+    body: dict[str, Any] = answer.json()
+    for path, name in (("received", "receivedRequests"), ("sent", "sentRequests")):
+        one = await someone.call("GET", f"friend-requests/{path}")
+        assert one.json() == {"requests": body[name]}
+    assert (await someone.call("GET", "friends")).json() == {"friends": body["friends"]}
+    return body
+
+
+@pytest.mark.parametrize("phase", PHASES)
+async def test_lists_show_friends_and_open_requests_of_both_sides(serve: Serve, phase: str) -> None:
+    service = await serve(phase)
+    ann, bob, eve, tom = [await person(service, name) for name in ("Ann", "Bob", "Eve", "Tom")]
+    assert await everything(ann) == {"friends": [], "receivedRequests": [], "sentRequests": []}
+    for path in ("friends", "friends/batch-check", "friend-requests/sent", "friend-requests/received"):
+        assert_problem(await bob.call("GET", path, of=ann.id), 403)
+    added = await ann.call("POST", f"friends/{bob.id}")
+    assert (added.status_code, added.json()["friend"]["username"]) == (200, "Bob")
+    assert (await ann.call("POST", f"friends/{bob.id}")).status_code == 200, "a friend stays one"
+    assert_problem(await ann.call("POST", f"friends/{ann.id}"), 400)
+    assert_problem(await ann.call("POST", f"friends/{ObjectId()}"), 404)
+    assert_problem(await ann.call("POST", "friends/nobody"), 400)
+    await ann.ask(eve)
+    await tom.ask(ann)
+    body = await everything(ann)
+    assert names_of(body["friends"]) == ["Bob"]
+    [sent], [received] = body["sentRequests"], body["receivedRequests"]
+    assert (sent["receiver"]["username"], sent["status"], "sender" in sent) == ("Eve", "pending", False)
+    assert received["sender"].keys() == {"id", "username", "createdAt", "profilePicture"}
+    assert names_of((await everything(bob))["friends"]) == ["Ann"]
+    assert (await ann.call("POST", f"friends/{tom.id}")).status_code == 200, "answers what Tom has asked"
+    body = await everything(ann)
+    assert (names_of(body["friends"]), body["receivedRequests"]) == (["Bob", "Tom"], [])
+    if phase != "mongo_only":
+        await settled(service)
+        assert_stores_agree(service)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+async def test_partners_that_are_gone_and_other_dirt_are_in_no_list(serve: Serve, phase: str) -> None:
+    service = await serve(phase)
+    ann, bob = await two(service)
+    own, gone, moment = ObjectId(ann.id), ObjectId(), now()
+    accounts = service.app.state.accounts
+    dirty = [gone, ObjectId(bob.id), own, ObjectId(bob.id), gone]
+    await accounts["users"].update(own, {"friends": dirty})
+    for sender, receiver in ((own, gone), (gone, own)):
+        await accounts["friend_requests"].insert(
+            {"sender": sender, "receiver": receiver, "status": "pending", "createdAt": moment}
+        )
+    body = await everything(ann)
+    assert (names_of(body["friends"]), body["receivedRequests"], body["sentRequests"]) == (["Bob"], [], [])
+    assert (await ann.call("DELETE", f"friends/{gone}")).status_code == 200
+    assert (await ann.call("DELETE", f"friends/{bob.id}")).status_code == 200
+    assert await friends(ann) == [ann.id], "parting removes whom one parts from, however often they are there"
+    if phase != "mongo_only":
+        await settled(service)
+        assert service.rows("SELECT friend_id, friend_ref FROM user_friends") == [(ann.id, ann.id)]
+
+
+async def assert_one_consistent_result(service: Service, ann: Person, bob: Person) -> None:
+    """Both are friends or neither is; nothing is half done; both stores say the same."""
+    await settled(service)
+    assert_stores_agree(service)
+    ofann, ofbob = await friends(ann), await friends(bob)
+    assert (ofann, ofbob) in (([bob.id], [ann.id]), ([], []))
+    rows = service.documents["friendrequests"].find().to_list()
+    assert len(rows) <= 1
+    if ofann:
+        assert [row["status"] for row in rows] == ["accepted"]
+    else:
+        assert all(row["status"] != "accepted" for row in rows)
+
+
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_read", "postgres_primary"])
+async def test_whatever_two_do_at_the_same_time_has_one_result(serve: Serve, phase: str) -> None:
+    service = await serve(phase)
+    ann, bob = await two(service)
+    for turn in range(3):
+        crossing = await asyncio.gather(ann.ask(bob), bob.ask(ann))
+        statuses = [answer.status_code for answer in crossing]
+        assert sorted(statuses) == [201, 400], "two who ask each other at once: one has asked"
+        await assert_one_consistent_result(service, ann, bob)
+        asker, asked = (ann, bob) if statuses[0] == 201 else (bob, ann)
+        request = next(a.json()["friendRequest"]["id"] for a in crossing if a.status_code == 201)
+        answers = await asyncio.gather(
+            asked.call("POST", f"friend-requests/{request}/accept"),
+            asker.call("DELETE", f"friend-requests/{request}"),
+            asked.call("POST", f"friend-requests/{request}/accept"),
+            asked.call("POST", f"friend-requests/{request}/reject"),
+        )
+        assert sorted(answer.status_code for answer in answers) == [200, 400, 400, 400]
+        await assert_one_consistent_result(service, ann, bob)
+        await asyncio.gather(
+            ann.call("POST", f"friends/{bob.id}"),
+            bob.call("DELETE", f"friends/{ann.id}"),
+            bob.call("POST", f"friends/{ann.id}") if turn else ann.call("DELETE", f"friends/{bob.id}"),
+        )
+        await assert_one_consistent_result(service, ann, bob)
+        await asyncio.gather(ann.call("DELETE", f"friends/{bob.id}"), bob.call("DELETE", f"friends/{ann.id}"))
+        await assert_one_consistent_result(service, ann, bob)
+        assert await friends(ann) == []
+
+
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_primary"])
+async def test_parting_while_the_other_accepts_leaves_both_or_neither(serve: Serve, phase: str) -> None:
+    service = await serve(phase)
+    ann, bob = await two(service)
+    for _ in range(4):
+        request = (await ann.ask(bob)).json()["friendRequest"]["id"]
+        accepted, parted = await asyncio.gather(
+            bob.call("POST", f"friend-requests/{request}/accept"), ann.call("DELETE", f"friends/{bob.id}")
+        )
+        assert (accepted.status_code, parted.status_code) == (200, 200)
+        await assert_one_consistent_result(service, ann, bob)
+        await ann.call("DELETE", f"friends/{bob.id}")
+
+
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_primary"])
+async def test_two_rows_of_one_pair_in_old_data_are_lived_with(serve: Serve, phase: str) -> None:
+    service = await serve(phase)
+    ann, bob = await two(service)
+    one, other = ObjectId(ann.id), ObjectId(bob.id)
+    for sender, receiver in ((one, other), (other, one)):
+        await service.app.state.accounts["friend_requests"].insert(
+            {"sender": sender, "receiver": receiver, "status": "rejected", "createdAt": now()}
+        )
+    answers = await asyncio.gather(ann.ask(bob), bob.ask(ann))
+    assert [answer.status_code for answer in answers].count(201) <= 1
+    pending = [row for row in service.documents["friendrequests"].find() if row["status"] == "pending"]
+    assert len(pending) <= 1
+    assert (await ann.call("POST", f"friends/{bob.id}")).status_code == 200
+    body = await everything(bob)
+    assert (names_of(body["friends"]), body["receivedRequests"], body["sentRequests"]) == (["Ann"], [], [])
+    assert (await bob.call("DELETE", f"friends/{ann.id}")).status_code == 200
+    await settled(service)
+    assert_stores_agree(service)
+    assert (await friends(ann), await friends(bob)) == ([], [])

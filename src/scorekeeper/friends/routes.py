@@ -8,7 +8,16 @@ from fastapi import APIRouter, Depends, Request
 
 from scorekeeper.auth.current import CurrentUser, SignedIn
 from scorekeeper.errors import forbidden
-from scorekeeper.friends.schemas import AcceptedOut, AskedOut, Asking, DoneOut
+from scorekeeper.friends.schemas import (
+    AcceptedOut,
+    AskedOut,
+    Asking,
+    DoneOut,
+    EverythingOut,
+    FriendsOut,
+    ReceivedOut,
+    SentOut,
+)
 from scorekeeper.friends.service import FriendService
 from scorekeeper.users.routes import errors_of
 
@@ -28,6 +37,58 @@ def _oneself(userId: str, current: SignedIn) -> CurrentUser:
 
 Friends = Annotated[FriendService, Depends(_service)]
 Oneself = Annotated[CurrentUser, Depends(_oneself)]
+
+
+@router.get(
+    "/friends", response_model=FriendsOut, response_model_exclude_unset=True, responses=errors_of(401, 403)
+)
+async def friends_of(current: Oneself, friends: Friends) -> Any:
+    """One's friends."""
+    return await friends.friends(current)
+
+
+@router.get(
+    "/friends/batch-check",
+    response_model=EverythingOut,
+    response_model_exclude_unset=True,
+    responses=errors_of(401, 403),
+)
+async def everything(current: Oneself, friends: Friends) -> Any:
+    """One's friends and the open requests of both sides, in one answer."""
+    return await friends.everything(current)
+
+
+@router.post(
+    "/friends/{friendId}",
+    response_model=AcceptedOut,
+    response_model_exclude_unset=True,
+    responses=errors_of(400, 401, 403, 404),
+)
+async def befriend(friendId: str, current: Oneself, friends: Friends) -> Any:
+    """Make somebody a friend, on both sides."""
+    return await friends.befriend(current, friendId)
+
+
+@router.get(
+    "/friend-requests/received",
+    response_model=ReceivedOut,
+    response_model_exclude_unset=True,
+    responses=errors_of(401, 403),
+)
+async def received(current: Oneself, friends: Friends) -> Any:
+    """Open requests to oneself."""
+    return await friends.received(current)
+
+
+@router.get(
+    "/friend-requests/sent",
+    response_model=SentOut,
+    response_model_exclude_unset=True,
+    responses=errors_of(401, 403),
+)
+async def sent(current: Oneself, friends: Friends) -> Any:
+    """One's own open requests."""
+    return await friends.sent(current)
 
 
 @router.post(

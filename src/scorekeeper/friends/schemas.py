@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 from scorekeeper.users.schemas import Text
@@ -46,6 +48,50 @@ class AcceptedOut(BaseModel):
 
     message: str
     friend: FriendOut
+
+
+class FriendsOut(BaseModel):
+    """One's friends."""
+
+    friends: list[FriendOut]
+
+
+class ReceivedRequest(BaseModel):
+    """An open request to oneself. ``createdAt`` is absent where the document has none."""
+
+    id: str
+    sender: FriendOut
+    status: str
+    createdAt: Any = None
+
+
+class SentRequest(BaseModel):
+    """An open request of one's own."""
+
+    id: str
+    receiver: FriendOut
+    status: str
+    createdAt: Any = None
+
+
+class ReceivedOut(BaseModel):
+    """Open requests to oneself, the newest first."""
+
+    requests: list[ReceivedRequest]
+
+
+class SentOut(BaseModel):
+    """One's own open requests, the newest first."""
+
+    requests: list[SentRequest]
+
+
+class EverythingOut(BaseModel):
+    """Friends and the open requests of both sides."""
+
+    friends: list[FriendOut]
+    receivedRequests: list[ReceivedRequest]
+    sentRequests: list[SentRequest]
 
 
 class DoneOut(BaseModel):

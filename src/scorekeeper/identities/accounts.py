@@ -7,61 +7,39 @@ identities are named here.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any
 
 from bson import ObjectId
 
-from crossfade import EntityHandle, Operation, Record
+from crossfade import Operation, Record
+from scorekeeper.identities.merges import is_live, standing_for
+from scorekeeper.identities.repository import IdentityRepository
 from scorekeeper.names import normal_form
 from scorekeeper.wire import now
-
-#: Identities that one look may give: far more than any real account or name has.
-MOST: Final = 200
-
-#: Merges that are followed from one identity to the next. Old data holds chains, and cycles.
-LONGEST_CHAIN: Final = 32
 
 
 class AccountIdentities:
     """Identities, as far as accounts touch them."""
 
-    def __init__(self, identities: EntityHandle) -> None:
+    def __init__(self, identities: IdentityRepository) -> None:
         self._identities = identities
 
     async def live_of(self, user_id: Any) -> list[Record]:
         """The live identities of a user, oldest first."""
-        found = await self._identities.find({"userId": user_id}, limit=MOST)
-        return [identity for identity in found if is_live(identity)]
+        return await self._identities.live_of(user_id)
 
     async def is_anothers_alias(self, name: str, user_id: Any) -> bool:
         """Whether a live identity that is not this user's goes by the name as an alias."""
-        sought = normal_form(name)
-        found = await self._identities.find({"aliases.normalizedName": sought}, limit=MOST)
-        return any(is_live(identity) and identity.get("userId") != user_id for identity in found)
+        known = await self._identities.live_with_alias(name)
+        return any(identity.get("userId") != user_id for identity in known)
 
     async def owner_of_name(self, name: str) -> tuple[Any, Any] | None:
         """The user whose live identity has this name, or has taken in one that has: (user id, identity id)."""
-        for identity in await self._identities.find({"normalizedName": normal_form(name)}, limit=MOST):
-            standing = await self._standing(identity)
-            if standing is not None and standing.get("userId") is not None:
+        bearers = await self._identities.named(name)
+        for standing in (await standing_for(self._identities, bearers)).values():
+            if standing is not None and is_live(standing) and standing.get("userId") is not None:
                 return standing.get("userId"), standing.id
         return None
-
-    async def _standing(self, identity: Record) -> Record | None:
-        """The identity that this one has been merged into, at the end of the chain; None where that is nobody."""
-        seen: set[Any] = set()
-        current: Record | None = identity
-        while current is not None and current.get("mergedInto") is not None:
-            if current.id in seen or len(seen) == LONGEST_CHAIN:
-                return None
-            seen.add(current.id)
-            current = await self._identities.get(current.get("mergedInto"))
-        return None if current is None or current.get("isDeleted") else current
-
-
-def is_live(identity: Record) -> bool:
-    """Whether an identity plays for itself: neither deleted nor merged into another."""
-    return not identity.get("isDeleted") and identity.get("mergedInto") is None
 
 
 def primary_of(identities: Iterable[Record], username: str) -> Record | None:

@@ -9,16 +9,16 @@ import structlog
 from bson import ObjectId
 
 from crossfade import CrossfadeError, DuplicateKey, EntityHandle, NotFound, Record, StaleRevision
+from scorekeeper.identities.shown import document_of
 from scorekeeper.metrics import DEGRADED
 from scorekeeper.names import normal_form
-from scorekeeper.wire import now, plain
+from scorekeeper.wire import now
 
 log = structlog.get_logger("scorekeeper")
 
 #: Of one name or one user; far more than any real account has, and a bound on what one answer holds.
 MOST = 200
 _SHOWN = ("_id", "displayName", "aliases", "nameHistory", "eloByGameType", "linkedIdentities")
-_EMPTY: dict[str, Any] = {"aliases": [], "nameHistory": [], "eloByGameType": {}, "linkedIdentities": []}
 
 
 class IdentityService:
@@ -81,39 +81,46 @@ class IdentityService:
             pass
 
     async def _insert(self, user_id: Any, username: str) -> None:
-        moment = now()
-        await self._identities.insert(
-            {
-                "_id": first_identity_id(user_id),
-                "displayName": username,
-                "normalizedName": normal_form(username),
-                "userId": user_id,
-                "type": "user",
-                "nameHistory": [],
-                "aliases": [],
-                "stats": {"totalGames": 0, "totalWins": 0, "lastGameAt": None},
-                "eloByGameType": {},
-                "linkedIdentities": [],
-                "mergedInto": None,
-                "createdBy": user_id,
-                "isDeleted": False,
-                "deletedAt": None,
-                "createdAt": moment,
-                "updatedAt": moment,
-                "__v": 0,
-            },
-            context="Identity Creation",
+        document = identity_document(
+            username, user_id, kind="user", by=user_id, id_=first_identity_id(user_id)
         )
+        await self._identities.insert(document, context="Identity Creation")
+
+
+def identity_document(name: str, user_id: Any, *, kind: str, by: Any, id_: ObjectId) -> dict[str, Any]:
+    """A new identity, laid out as the old back end lays out its documents."""
+    moment = now()
+    return {
+        "_id": id_,
+        "displayName": name,
+        "normalizedName": normal_form(name),
+        "userId": user_id,
+        "type": kind,
+        "nameHistory": [],
+        "aliases": [],
+        "stats": {"totalGames": 0, "totalWins": 0, "lastGameAt": None},
+        "eloByGameType": {},
+        "linkedIdentities": [],
+        "mergedInto": None,
+        "createdBy": by,
+        "isDeleted": False,
+        "deletedAt": None,
+        "createdAt": moment,
+        "updatedAt": moment,
+        "__v": 0,
+    }
 
 
 def first_identity_id(user_id: Any) -> ObjectId:
-    """The id of the identity made for an account: the same on every attempt, so that two of them make one.
+    """The id of the identity made for an account: the same on every attempt, so that two of them make one."""
+    moment = user_id.binary if isinstance(user_id, ObjectId) else b""
+    return derived_id(f"identity of {user_id}", moment)
 
-    Keeps the moment in an ObjectId's first 4 bytes; the other 8 are a hash.
-    """
-    digest = sha256(f"identity of {user_id}".encode()).digest()
-    moment = user_id.binary if isinstance(user_id, ObjectId) else digest[8:]
-    return ObjectId(moment[:4] + digest[:8])
+
+def derived_id(text: str, moment: bytes = b"") -> ObjectId:
+    """An id that is the same for the same text: a hash, behind the first 4 bytes of ``moment``, an ObjectId's."""
+    digest = sha256(text.encode()).digest()
+    return ObjectId((moment or digest[8:])[:4] + digest[:8])
 
 
 def _is_live(record: Record) -> bool:
@@ -121,4 +128,5 @@ def _is_live(record: Record) -> bool:
 
 
 def _shown(record: Record) -> dict[str, Any]:
-    return {name: plain(record.get(name, _EMPTY.get(name))) for name in _SHOWN}
+    document = document_of(record)
+    return {name: document.get(name) for name in _SHOWN}

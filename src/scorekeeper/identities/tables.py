@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Boolean, CheckConstraint, Column, DateTime, Index, Integer, Table, Text
+from sqlalchemy import Boolean, CheckConstraint, Column, DateTime, Index, Integer, Table, Text, text
 from sqlalchemy.dialects.postgresql import JSONB
 
 from crossfade.entity import DocumentId, record_columns
@@ -34,6 +34,14 @@ player_identities = Table(
     *record_columns(),
     CheckConstraint("type IN ('user', 'guest', 'imported')", name="type"),
     Index("ix_player_identities_normalized_name", "normalized_name"),
+    # Lists go by name: by its bytes, those without one first.
+    Index("ix_player_identities_by_name", text('normalized_name COLLATE "C" NULLS FIRST'), "id"),
+    Index(
+        "ix_player_identities_aliases",
+        "aliases",
+        postgresql_using="gin",
+        postgresql_ops={"aliases": "jsonb_path_ops"},
+    ),
     Index("ix_player_identities_user_id", "user_id"),
     Index("ix_player_identities_merged_into", "merged_into"),
 )
