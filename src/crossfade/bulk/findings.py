@@ -6,22 +6,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-import bson
-from bson.errors import BSONError
-
 from crossfade.bulk.convert import bad_document, image_of
 from crossfade.entity import Entity
-from crossfade.record import CF, Image
-from crossfade.stores.bulk_mongo import id_of
+from crossfade.record import Image
 from crossfade.stores.bulk_postgres import BadDocument, StoredRecord
-from crossfade.values import (
-    CODEC_OPTIONS,
-    Unmappable,
-    digest_of_bytes,
-    encode_document,
-    fields_that_differ,
-    id_to_text,
-)
+from crossfade.values import Unmappable, digest_of_bytes, encode_document, fields_that_differ
 
 
 class Finding(StrEnum):
@@ -61,7 +50,7 @@ class Source:
 
     Attributes:
         text: id text.
-        image, content: its image and canonical bytes; None when it cannot be understood (fast mode: no content).
+        image, content: its image and canonical bytes; None when it cannot be understood.
         bad: then: as it goes to quarantine.
         size: bytes of BSON.
         id: its ``_id``, as far as it can be told.
@@ -86,19 +75,6 @@ class Source:
             return cls(bad.text, None, None, bad, len(raw), bad.id)
         return cls(text, image, content, None, len(raw), image.id)
 
-    @classmethod
-    def of_notes(cls, raw: bytes) -> Source:
-        """Of what the fast mode fetches: id and revision, as far as they can be told."""
-        id_ = id_of(raw)
-        try:
-            notes = bson.decode(raw, CODEC_OPTIONS).get(CF) or {}
-            image = Image(
-                id_, {}, int(notes.get("rev", 0)), None, {}, b"", deleted=bool(notes.get("deleted"))
-            )
-            return cls(id_to_text(id_), image, None, None, len(raw), id_)
-        except (Unmappable, ValueError, TypeError, AttributeError, BSONError):
-            return cls("x:" + digest_of_bytes(raw).hex(), None, None, None, len(raw), id_)
-
     @property
     def is_gone(self) -> bool:
         """Whether its delete has been decided."""
@@ -111,6 +87,13 @@ class Source:
             return self.image.digest
         assert self.bad is not None
         return self.bad.digest
+
+
+def text_of(raw: bytes) -> str:
+    """Id text of a stored document; of one whose id has none, the key of its entry in quarantine."""
+    if raw[4:9] == b"\x07_id\0":
+        return raw[9:21].hex()
+    return Source.of(raw).text
 
 
 @dataclass(frozen=True, slots=True)

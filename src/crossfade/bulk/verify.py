@@ -27,6 +27,7 @@ import gc
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,18 +35,16 @@ import bson
 from bson import ObjectId
 
 from crossfade.bulk.convert import quiet_collector
-from crossfade.bulk.findings import Finding, Notes, Source, judge
+from crossfade.bulk.findings import Finding, Notes, Source, judge, text_of
+from crossfade.bulk.looks import Look, Revisions, Whole
 from crossfade.bulk.pace import Pace
 from crossfade.bulk.pieces import Pieces, at, plan
 from crossfade.bulk.plan import Range, bracket_of, decode_position, encode_position
 from crossfade.entity import Entity
-from crossfade.stores.bulk_mongo import BulkMongo
-from crossfade.stores.bulk_postgres import BulkPostgres, EntityTables, StoredRecord
+from crossfade.stores.bulk_mongo import BulkMongo, id_of
+from crossfade.stores.bulk_postgres import BulkPostgres, EntityTables
 from crossfade.stores.runs import Piece, Run, Steering
-from crossfade.values import (
-    id_to_text,
-    text_to_id,
-)
+from crossfade.values import id_to_text, text_to_id
 
 #: Runs of the full mode, which is evidence, and of the fast one, which is none.
 KIND, FAST = "verify", "verify_fast"
@@ -220,6 +219,7 @@ class Verify:
         self._migration = migration
         self._epoch = epoch
         self._fast = fast
+        self._look: Look[Any] = Revisions() if fast else Whole()
         self._wait = wait
         self._looks = looks
         self._chunk = chunk or (FAST_COUNT if fast else CHUNK_COUNT)
@@ -306,7 +306,7 @@ class Verify:
             self.entity, within.queries, decode_position(piece.position), batch=min(1000, self._chunk),
             notes_only=self._fast,
         )  # fmt: skip
-        made = _chunks(documents, Source.of_notes if self._fast else Source.of, lambda: self._pace.count)
+        made = _chunks(documents, lambda: self._pace.count)
         upcoming = loop.run_in_executor(thread, next, made, None)
         try:
             while (chunk := await upcoming) is not None:
@@ -333,13 +333,13 @@ class Verify:
     async def _complete(self, pieces: Pieces, piece: Piece) -> None:
         await pieces.complete(piece, self._counts.stored())
 
-    async def _checkpoint(self, tables: EntityTables, piece: Piece, chunk: list[Source]) -> Steering:
+    async def _checkpoint(self, tables: EntityTables, piece: Piece, chunk: dict[str, bytes]) -> Steering:
         if len(self._seen.suspects) >= SUSPECTS:
             await self._look_again(tables)
         position = piece.position
-        for source in reversed(chunk):
-            if source.id is not None:
-                position = encode_position(source.id)
+        for raw in reversed(chunk.values()):
+            with suppress(ValueError):
+                position = encode_position(id_of(raw))
                 break
         steering = Steering()
 
@@ -362,64 +362,44 @@ class Verify:
         if self._on_progress is not None:
             self._on_progress(self._total)
 
-    async def _compare_chunk(self, tables: EntityTables, chunk: list[Source]) -> None:
-        alive = sum(not source.is_gone for source in chunk)
-        self._counts.documents += alive
-        self._total.documents += alive
-        left = chunk
+    async def _compare_chunk(self, tables: EntityTables, chunk: dict[str, bytes]) -> None:
+        left = dict(chunk)
         for bracket in _BRACKETS:
             if bracket.name not in self._seen.at:
                 continue
-            ours = {source.text: source for source in left if bracket.holds(source.text)}
+            ours = {text: left.pop(text) for text in chunk if text in left and bracket.holds(text)}
             if ours:
                 first, end = self._seen.at[bracket.name]
                 reached = max(ours)
-                left = [source for source in left if source.text not in ours]
                 await self._compare_range(tables, first, reached, ours)
                 self._seen.at[bracket.name] = [reached, end]
-        await self._compare_others(tables, {source.text: source for source in left})
+        if left:
+            rows = await self._look.rows_with(self._target, tables, list(left))
+            self._add(rows=len(rows))
+            for text, raw in left.items():
+                self._compare(text, raw, rows.get(text))
 
     async def _compare_range(
-        self, tables: EntityTables, after: str, last: str, sources: dict[str, Source]
+        self, tables: EntityTables, after: str, last: str, documents: dict[str, bytes]
     ) -> None:
         """Merge the documents of a range with its rows; at most a chunk of rows is held at once."""
-        first, seen = after, [source for source in sources.values() if source.image and not source.is_gone]
+        first, lines = after, []
         while True:
-            rows = await self._read_range(tables, after, last)
-            for row in rows:
-                self._compare(row.text, sources.pop(row.text, None), row)
-            self._counts.rows += len(rows)
-            self._total.rows += len(rows)
+            rows = await self._look.rows(self._target, tables, after, last, limit=self._chunk)
+            lines += [self._compare(text, documents.pop(text, None), row) for text, row in rows]
+            self._add(rows=len(rows))
             if len(rows) < self._chunk:
                 break
-            after = rows[-1].text
-        for text, source in sources.items():
-            self._compare(text, source, None)
-        if seen:
-            self._checksums.append((first, last, len(seen), self._checksum(seen)))
+            after = rows[-1][0]
+        lines += [self._compare(text, raw, None) for text, raw in documents.items()]
+        self._note_checksum(first, last, [line for line in lines if line is not None])
 
-    async def _read_range(self, tables: EntityTables, after: str, last: str) -> Sequence[StoredRecord]:
-        if self._fast:
-            return await self._target.read_revisions(tables, after, last, limit=self._chunk)
-        return await self._target.read_range(tables, after, last, limit=self._chunk)
-
-    def _checksum(self, sources: list[Source]) -> str:
-        lines = []
-        for source in sorted(sources, key=lambda source: source.text):
-            assert source.image is not None
-            lines.append(f"{source.text} {source.image.rev}")
-            if not self._fast:
-                lines[-1] += f" {source.image.digest.hex()}"
-        return hashlib.md5("\n".join(lines).encode(), usedforsecurity=False).hexdigest()
-
-    async def _compare_others(self, tables: EntityTables, sources: dict[str, Source]) -> None:
-        if not sources:
-            return
-        rows = await self._target.read_ids(tables, list(sources))
-        self._counts.rows += len(rows)
-        self._total.rows += len(rows)
-        for text, source in sources.items():
-            self._compare(text, source, rows.get(text))
+    def _note_checksum(self, first: str, last: str, lines: list[tuple[str, str]]) -> None:
+        """As SQL gives it of the rows; see schema.sql."""
+        if lines:
+            text = "\n".join(line for _, line in sorted(lines))
+            checksum = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+            self._checksums.append((first, last, len(lines), checksum))
 
     async def _find_extra_others(self, tables: EntityTables) -> None:
         """Rows whose ids are neither ObjectIds nor strings: does each have its document?"""
@@ -429,24 +409,22 @@ class Verify:
             found = {source.text for source in await self._fetch([row.text for row in rows])}
             for row in rows:
                 if row.text not in found:
-                    self._counts.rows += 1
-                    self._total.rows += 1
+                    self._add(rows=1)
                     self._seen.suspects[row.text] = None
 
-    def _compare(self, text: str, source: Source | None, row: StoredRecord | None) -> None:
-        if self._is_suspect(source, row):
+    def _compare(self, text: str, raw: bytes | None, row: Any) -> tuple[str, str] | None:
+        """Take the first look at one record; its id text with its line of the checksum."""
+        seen = self._look.compare(self.entity, text, raw, row)
+        if seen.suspect:
             self._seen.suspects[text] = None
-        elif source is not None and not source.is_gone:
-            self._counts.equal += 1
-            self._total.equal += 1
+        self._add(documents=seen.alive, equal=seen.alive and not seen.suspect)
+        return None if seen.line is None else (text, seen.line)
 
-    def _is_suspect(self, source: Source | None, row: StoredRecord | None) -> bool:
-        if not self._fast:
-            # Without the notes, whatever is not plainly equal is a suspect.
-            return judge(self.entity, source, row, Notes()) is not None
-        if source is None or source.is_gone:
-            return row is not None
-        return source.image is None or row is None or row.rev != source.image.rev
+    def _add(self, *, documents: int = 0, rows: int = 0, equal: int = 0) -> None:
+        for counts in (self._counts, self._total):
+            counts.documents += documents
+            counts.rows += rows
+            counts.equal += equal
 
     # --- the second look: suspects, by id ------------------------------------------------------------------
 
@@ -463,8 +441,7 @@ class Verify:
             await asyncio.sleep(self._wait)
             looked = await look_at(self.entity, self._source, self._target, tables, texts)
             equal = sum(found is None and is_there for found, is_there in looked.values())
-            self._counts.equal += equal
-            self._total.equal += equal
+            self._add(equal=equal)
             findings = {text: found for text, (found, _) in looked.items() if found is not None}
             # What is explained stays explained; only the rest may be on its way.
             for text in [text for text, (finding, _) in findings.items() if finding.is_explained]:
@@ -512,16 +489,15 @@ async def _fetch(entity: Entity, source: BulkMongo, texts: Sequence[str]) -> lis
     return [Source.of(raw) for raw in found]
 
 
-def _chunks(
-    documents: Iterable[bytes], read: Callable[[bytes], Source], count: Callable[[], int]
-) -> Iterator[list[Source]]:
-    chunk: list[Source] = []
+def _chunks(documents: Iterable[bytes], count: Callable[[], int]) -> Iterator[dict[str, bytes]]:
+    """Documents as stored, by id text, in the server's order."""
+    chunk: dict[str, bytes] = {}
     size = 0
     for raw in documents:
-        chunk.append(read(raw))
+        chunk[text_of(raw)] = raw
         size += len(raw)
         if len(chunk) >= count() or size >= CHUNK_BYTES:
             yield chunk
-            chunk, size = [], 0
+            chunk, size = {}, 0
     if chunk:
         yield chunk

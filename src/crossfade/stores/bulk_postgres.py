@@ -22,6 +22,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import psycopg
@@ -34,6 +36,7 @@ from sqlalchemy import Table
 
 from crossfade import errors
 from crossfade.entity import META_COLUMNS, Entity
+from crossfade.fields import Child
 from crossfade.stores.copy_format import HEADER, TRAILER, ColumnType, compile_row, compile_rows
 from crossfade.stores.errors import Fenced
 from crossfade.stores.loading import Loading
@@ -264,14 +267,11 @@ class EntityTables:
             "SELECT id, cf_rev FROM {} WHERE id > %s AND id <= %s ORDER BY id LIMIT %s"
         ).format(table)
         self.select_ids = sql.SQL("SELECT {} FROM {} WHERE id = ANY(%s)").format(columns, table)
-        self.select_children = [
-            sql.SQL("SELECT {} FROM {} WHERE {} = ANY(%s) ORDER BY {}").format(
-                _list(c.columns),
-                identifier(c.table),
-                sql.Identifier(c.columns[0]),
-                _list(c.columns[: 2 if c.is_list else 1]),
-            )
-            for c in entity.children
+        self.select_children_of = [
+            _select_children(child, sql.SQL("{} = ANY(%s)")) for child in entity.children
+        ]
+        self.select_children_within = [
+            _select_children(child, sql.SQL("{0} >= %s AND {0} <= %s")) for child in entity.children
         ]
 
     def _violators(self, index: _UniqueIndex, stage: sql.Identifier) -> sql.Composed:
@@ -289,6 +289,16 @@ class EntityTables:
         ).format(
             stage=stage, table=self.table, same_key=same_key, columns=_list(index.columns), present=present
         )
+
+
+def _select_children(child: Child, where: sql.SQL) -> sql.Composed:
+    """Rows of the owners that ``where`` says of, those of one owner together and in their order."""
+    return sql.SQL("SELECT {} FROM {} WHERE {} ORDER BY {}").format(
+        _list(child.columns),
+        identifier(child.table),
+        where.format(sql.Identifier(child.columns[0])),
+        _list(child.columns[: 2 if child.is_list else 1]),
+    )
 
 
 def _create_stage(stage: sql.Identifier, columns: sql.Composed, table: sql.Identifier) -> sql.Composed:
@@ -681,16 +691,16 @@ class BulkPostgres:
     ) -> list[StoredRecord]:
         """Up to ``limit`` records whose id text is above ``after`` and not above ``last``, in order."""
         async with self._snapshot():
-            return await self._records(tables, tables.select_range, [after, last, limit])
+            return await self._records(tables, tables.select_range, [after, last, limit], in_order=True)
 
     async def read_revisions(
         self, tables: EntityTables, after: str, last: str, *, limit: int
-    ) -> list[StoredRecord]:
-        """The same as `read_range` with nothing but id and revision."""
+    ) -> list[tuple[str, int]]:
+        """Id text and revision of up to ``limit`` records, as `read_range` reads them."""
         with translated(self.address):
             cursor = self._connection.cursor(binary=True)
             await cursor.execute(tables.select_revisions, [after, last, limit])
-            return [StoredRecord(text, (), (), rev) for text, rev in await cursor.fetchall()]
+            return await cursor.fetchall()
 
     async def read_ids(self, tables: EntityTables, ids: Sequence[str]) -> dict[str, StoredRecord]:
         """The records with these id texts, those that there are."""
@@ -699,26 +709,29 @@ class BulkPostgres:
         return {record.text: record for record in found}
 
     async def _records(
-        self, tables: EntityTables, query: sql.Composed, parameters: Sequence[Any]
+        self, tables: EntityTables, query: sql.Composed, parameters: Sequence[Any], *, in_order: bool = False
     ) -> list[StoredRecord]:
         cursor = self._connection.cursor(binary=True)
         await cursor.execute(query, parameters)
         parents = await cursor.fetchall()
-        ids = [row[0] for row in parents]
-        by_owner: list[dict[str, list[tuple[Any, ...]]]] = []
-        for select in tables.select_children:
-            owned: dict[str, list[tuple[Any, ...]]] = {}
-            if ids:
-                await cursor.execute(select, [ids])
-                for row in await cursor.fetchall():
-                    owned.setdefault(row[0], []).append(row)
+        by_owner: list[dict[str, tuple[tuple[Any, ...], ...]]] = []
+        for within, of in zip(tables.select_children_within, tables.select_children_of, strict=True):
+            owned: dict[str, tuple[tuple[Any, ...], ...]] = {}
+            if parents:
+                if in_order:
+                    await cursor.execute(within, [parents[0][0], parents[-1][0]])
+                else:
+                    await cursor.execute(of, [[row[0] for row in parents]])
+                owned = {
+                    owner: tuple(rows) for owner, rows in groupby(await cursor.fetchall(), itemgetter(0))
+                }
             by_owner.append(owned)
         width = len(tables.entity.parent_columns)
         return [
             StoredRecord(
                 row[0],
                 row[:width],
-                tuple(tuple(owned.get(row[0], ())) for owned in by_owner),
+                tuple([owned.get(row[0], ()) for owned in by_owner]),
                 row[width],
                 None if row[width + 1] is None else row[width + 1].hex,
                 bytes(row[width + 2]),
