@@ -70,6 +70,8 @@ format: $(SYNCED) ## rewrite the code in the house's format
 	$(BIN)/ruff check --fix .
 
 bench: servers-ready ## benchmarks, all or NAME=backfill (ARGS= are its arguments)
+	@# The peers of the bench with this name are not among what everything else needs.
+	@$(if $(filter-out peers,$(NAME)),,"$$(sh scripts/bootstrap-uv.sh)" sync --frozen --quiet --group peers)
 	@$(if $(NAME),$(if $(filter $(NAME),$(BENCHES)),,echo "no benchmark $(NAME); there are: $(BENCHES)" >&2; exit 2;)) \
 	status=0; for name in $(or $(NAME),$(BENCHES)); do $(BIN)/python -m bench.$$name $(ARGS) || status=1; done; \
 	exit $$status

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
@@ -12,6 +14,44 @@ from sqlalchemy import create_engine
 
 from crossfade.embedded import EmbeddedServers
 from scorekeeper.schema import metadata
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What a benchmark found, against a peer of the same run, and what it has to be.
+
+    Attributes:
+        least, most: goals; None: without one.
+    """
+
+    name: str
+    value: float
+    against: str
+    least: float | None = None
+    most: float | None = None
+    unit: str = "x"
+
+    @property
+    def holds(self) -> bool:
+        return (self.least is None or self.value >= self.least) and (
+            self.most is None or self.value <= self.most
+        )
+
+
+def report(*figures: Figure) -> bool:
+    """Print a JSON line for each; whether all goals are met."""
+    for one in figures:
+        goals = [
+            f">= {one.least}" if one.least is not None else "",
+            f"<= {one.most}" if one.most is not None else "",
+        ]
+        print(
+            json.dumps(
+                {"figure": one.name, "value": round(one.value, 2), "unit": one.unit, "against": one.against,
+                 "goal": " and ".join(filter(None, goals)) or "none", "holds": one.holds}
+            )
+        )  # fmt: skip
+    return all(one.holds for one in figures)
 
 
 def with_database(uri: str, name: str) -> str:

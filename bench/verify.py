@@ -1,6 +1,6 @@
 """Verify of users against bare reads of both stores, in the same run.
 
-    python -m bench.verify [--users 100000] [--rounds 3]
+    python -m bench.verify [--users 50000] [--rounds 3]
 
 A bare read takes every document through PyMongo into dicts, or every row of the same users through a cursor of psycopg
 into tuples, and does nothing with them. Ends with a JSON line per figure. Rates depend on the machine; the ratios
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -23,7 +23,7 @@ import psycopg
 import pymongo
 from psycopg import sql
 
-from bench import with_database
+from bench import Figure, report, with_database
 from bench.backfill import MIGRATION, NAME, backfill, fill_mongo, make_database
 from crossfade.bulk.verify import Report, Verify
 from crossfade.stores.bulk_mongo import BulkMongo
@@ -64,6 +64,7 @@ def worker() -> None:
     run = sys.stdin.readline().strip()
     _, mongo_uri, url, mode = sys.argv
     asyncio.run(_part(mongo_uri, url, run, fast=mode == "fast"))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 async def _part(mongo_uri: str, url: str, run: str, *, fast: bool) -> Report:
@@ -86,8 +87,8 @@ async def _begin(mongo_uri: str, url: str, workers: int, *, fast: bool) -> str:
         source.close()
 
 
-def verify(mongo_uri: str, url: str, expected: int, workers: int, *, fast: bool) -> float:
-    """Seconds of a verify that has to find everything equal."""
+def verify(mongo_uri: str, url: str, expected: int, workers: int, *, fast: bool) -> tuple[float, float]:
+    """Seconds, and peak memory of a worker in MiB, of a verify that has to find everything equal."""
     crew = [
         subprocess.Popen(
             [sys.executable, "-c", "from bench.verify import worker; worker()", mongo_uri, url,
@@ -104,8 +105,9 @@ def verify(mongo_uri: str, url: str, expected: int, workers: int, *, fast: bool)
     for each in crew:
         assert each.stdin is not None
         each.stdin.write(f"{run}\n")
-        each.stdin.close()
-    assert all(each.wait() == 0 for each in crew)
+        each.stdin.flush()
+    peaks = [float(each.communicate()[0]) for each in crew]
+    assert all(each.returncode == 0 for each in crew)
     seconds = time.perf_counter() - began
     with psycopg.connect(url) as connection:
         [equal] = connection.execute(
@@ -113,7 +115,7 @@ def verify(mongo_uri: str, url: str, expected: int, workers: int, *, fast: bool)
             [run],
         ).fetchone() or (0,)
     assert equal == expected, (equal, expected)
-    return seconds
+    return seconds, max(peaks)
 
 
 def run(mongo_uri: str, database_url: str, count: int, rounds: int) -> bool:
@@ -127,9 +129,9 @@ def run(mongo_uri: str, database_url: str, count: int, rounds: int) -> bool:
         for way, seconds in (
             ("MongoDB bare", read_mongo(uri)),
             ("PostgreSQL bare", read_postgres(url)),
-            ("full", verify(uri, url, count, 1, fast=False)),
-            ("full, two", verify(uri, url, count, 2, fast=False)),
-            ("fast", verify(uri, url, count, 1, fast=True)),
+            ("full", verify(uri, url, count, 1, fast=False)[0]),
+            ("full, two", verify(uri, url, count, 2, fast=False)[0]),
+            ("fast", verify(uri, url, count, 1, fast=True)[0]),
         ):
             took.setdefault(way, []).append(seconds)
         print(
@@ -137,24 +139,19 @@ def run(mongo_uri: str, database_url: str, count: int, rounds: int) -> bool:
         )
     middle = {way: statistics.median(seconds) for way, seconds in took.items()}
     slower = max(("MongoDB bare", "PostgreSQL bare"), key=lambda way: middle[way])
-    figures = [
-        ("full verify, one process", middle[slower] / middle["full"], slower, 0.0),
-        ("full verify, two processes", middle[slower] / middle["full, two"], slower, GOAL_FULL),
-        ("fast verify, one process", middle["full"] / middle["fast"], "full verify, one process", GOAL_FAST),
-    ]
-    for figure, value, against, goal in figures:
-        print(
-            json.dumps(
-                {"figure": figure, "value": round(value, 2), "unit": "x", "against": against,
-                 "goal": f">= {goal}" if goal else "none", "holds": value >= goal}
-            )
-        )  # fmt: skip
-    return all(value >= goal for _, value, _, goal in figures)
+    full = f"a decoded read of the slower store ({slower})"
+    return report(
+        Figure("full verify, one process", middle[slower] / middle["full"], full),
+        Figure("full verify, two processes", middle[slower] / middle["full, two"], full, least=GOAL_FULL),
+        Figure(
+            "fast verify, one process", middle["full"] / middle["fast"], "full verify, one process", least=GOAL_FAST
+        ),
+    )  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--users", type=int, default=100_000)
+    parser.add_argument("--users", type=int, default=50_000)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     from crossfade.embedded import EmbeddedServers

@@ -5,7 +5,7 @@ import asyncio
 import bson
 import pytest
 
-from crossfade import Crossfade
+from crossfade import Crossfade, Options
 from crossfade.bulk.pieces import in_dependency_order
 from crossfade.cli.crew import backfill_of, verify_of
 from crossfade.entity import META_COLUMNS
@@ -24,10 +24,9 @@ SIZES = {"playeridentities": 900, "friendrequests": 900, "games": 0, "wizard": 0
 USERS = 2500
 #: What a reason may say, so that whoever reads it knows what is wrong and where.
 UNDERSTOOD = (
-    "is not valid Unicode",
+    "holds a string that is not valid UTF-8",
     "is missing, and the column",
     "cannot hold, and that column must have a value",
-    "is not BSON that can be carried over",
 )
 
 
@@ -35,10 +34,9 @@ UNDERSTOOD = (
 def dirty(stores):
     database = stores.client.get_default_database()
     made = generate(database, seed=11, users=USERS, sizes=SIZES, rates=DirtRates.all(0.01))
+    refused = {kind for refusal in made.refused for kind in refusal.kinds}
     for collection in ("users", "playeridentities", "friendrequests"):
-        assert set(made.dirt[collection]) == set(KINDS[collection]) - {
-            kind for refusal in made.refused for kind in refusal.kinds if kind not in made.dirt[collection]
-        }
+        assert set(KINDS[collection]) - refused <= set(made.dirt[collection])
     return made
 
 
@@ -95,7 +93,11 @@ async def test_every_document_is_equal_in_both_directions_or_kept_with_a_reason(
 ):
     stores.sql.execute("DELETE FROM crossfade.control")
     entities = accounts()
-    cf = Crossfade(mongo_uri=mongo_uri, database_url=database_url, initial_phase="dual_write")
+    cf = Crossfade(
+        mongo_uri=mongo_uri, database_url=database_url, initial_phase="dual_write",
+        # Or what the sweep adopts would be there before the backfill comes.
+        options=Options(sweep=0, full_sweep=0),
+    )  # fmt: skip
     migration = cf.migration(MIGRATION, entities)
     async with cf:
         await migration.prepare()

@@ -1,11 +1,14 @@
 """How much the workers may work, by how fast the stores answer."""
 
+import asyncio
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from crossfade.bulk.pace import Pace
 from crossfade.bulk.throttle import LEAST, SMALL_CHUNK, Throttle
+from crossfade.stores.postgres import PostgresStore
 from crossfade.stores.runs import Steering
 
 seconds = st.floats(0, 10)
@@ -61,3 +64,26 @@ def test_who_may_work_half_of_the_time_rests_as_long_as_it_worked(duty, rest):
     while part := pace.rest():
         rested += part
     assert rested == pytest.approx(rest)
+
+
+def test_a_pool_that_makes_others_wait_counts_too():
+    throttle = Throttle(0.05, 0, 0)
+    throttle.heard({}, pool_wait=0.2)
+    assert throttle.duty < 1
+    assert "a connection is there in 200 ms" in throttle.reason
+
+
+async def test_how_long_a_connection_is_waited_for_is_known_once(database_url):
+    store = PostgresStore(database_url, max_pool=1)
+    await store.open()
+    try:
+        await store.ping(5.0)
+        assert store.pool_wait() < 5.0
+        async with store._connection(5.0):
+            waiting = asyncio.create_task(store.ping(5.0))
+            await asyncio.sleep(0.2)
+        await waiting
+        assert store.pool_wait() >= 0.05
+        assert store.pool_wait() == 0.0
+    finally:
+        await store.close()

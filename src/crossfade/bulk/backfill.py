@@ -34,12 +34,14 @@ from crossfade.entity import Entity
 from crossfade.errors import ConfigurationError
 from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.bulk_postgres import BulkPostgres, EntityTables, Written
+from crossfade.stores.loading import OnStep
 from crossfade.stores.runs import Piece, Run, Steering
 from crossfade.values import CODEC_OPTIONS, Unmappable, id_to_text
 
 KIND = "backfill"
-#: Bytes of BSON at which a chunk ends before that. Two chunks are in memory, each about three times over.
-BATCH_BYTES = 16 * 1024 * 1024
+#: Bytes of BSON in a chunk, at most, but for one document that is larger. Two chunks are in memory, each about three
+#: times over.
+BATCH_BYTES = 8 * 1024 * 1024
 #: Documents per round trip: a part of a chunk, so that the server works while this side converts.
 FETCH_SIZE = 1_000
 #: How many ids a report names for one kind of finding; the counts are always whole.
@@ -128,7 +130,7 @@ class Backfill:
         epoch: of the control record, as read by whoever checked that its phase writes to both stores. Another
             one found in PostgreSQL ends the run.
         batch_size: documents in a chunk; None: as many as are written in about a second.
-        batch_bytes: bytes of BSON at which a chunk ends before that.
+        batch_bytes: bytes of BSON in a chunk, at most, but for one document that is larger.
         settle_one: reconciles one record by the protocol of single writes (rows that break a rule). What it
             raises parks the record. None: every such record is parked.
         on_behind: lifts or passes over records that the row is ahead of; None: they are only counted.
@@ -152,7 +154,7 @@ class Backfill:
         on_behind: OnBehind | None = None,
         on_progress: OnProgress | None = None,
         loading: bool = False,
-        on_step: Callable[[str], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ConfigurationError(f"a batch has at least 1 document, not {batch_size}")
@@ -167,7 +169,7 @@ class Backfill:
         self._on_behind = on_behind
         self._on_progress = on_progress
         self._may_load = loading
-        self._on_step = on_step or (lambda _: None)
+        self._on_step: OnStep = on_step or (lambda _number, _of, _what: None)
         #: Of the piece under way; and of the run, as far as this worker has heard.
         self._counts = Counts()
         self._total = Counts()

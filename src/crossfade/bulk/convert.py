@@ -156,13 +156,16 @@ def prepare(raw: bytes, image: Image, rows: Rows, tables: EntityTables) -> Prepa
 def chunks(
     documents: Iterable[bytes], tables: EntityTables, *, count: Callable[[], int], size: int
 ) -> Iterator[Chunk]:
-    """Cut a stream of documents into chunks of ``count()`` documents, or ``size`` bytes if that comes first."""
+    """Cut a stream of documents into chunks of ``count()`` documents, or ``size`` bytes if that comes first.
+
+    Only a document that is larger than that by itself makes a larger chunk.
+    """
     chunk = Chunk()
     for raw in documents:
-        chunk.add(raw, tables)
-        if chunk.read >= count() or chunk.size >= size:
+        if chunk.read and (chunk.read >= count() or chunk.size + len(raw) > size):
             yield chunk
             chunk = Chunk()
+        chunk.add(raw, tables)
     if chunk.read:
         yield chunk
 

@@ -22,7 +22,7 @@ class Throttle:
     """Decides from how long small reads took.
 
     Args:
-        latency: seconds in which each store should answer; 0: as long as it takes.
+        latency: seconds in which each store should answer, and a pool hand out a connection; 0: as long as it takes.
         lag: seconds that replicas may be behind; 0: however long.
         debts: records that may be in debt; 0: however many.
 
@@ -37,13 +37,16 @@ class Throttle:
         self.duty = 1.0
         self.reason = ""
 
-    def heard(self, took: Mapping[str, float], lag: float = 0.0, debts: int = 0) -> None:
+    def heard(
+        self, took: Mapping[str, float], lag: float = 0.0, debts: int = 0, pool_wait: float = 0.0
+    ) -> None:
         """Learn from one look at the stores.
 
         Args:
             took: seconds that each took to answer, by name.
             lag: seconds that the slowest replica is behind.
             debts: records in debt; beyond what is wanted the number need not be exact.
+            pool_wait: seconds that the application's own work waits for a connection.
         """
         for name, seconds in took.items():
             before = self._smoothed.get(name, seconds)
@@ -53,6 +56,10 @@ class Throttle:
             for name, seconds in self._smoothed.items()
             if 0 < self._latency < seconds
         ]
+        if 0 < self._latency < pool_wait:
+            reasons.append(
+                f"a connection is there in {pool_wait * 1000:.0f} ms, at most {self._latency * 1000:.0f} ms are wanted"
+            )
         if 0 < self._lag < lag:
             reasons.append(f"a replica is {lag:.0f} s behind, at most {self._lag:.0f} s are wanted")
         if 0 < self._debts < debts:

@@ -48,7 +48,7 @@ from crossfade.values import id_to_text, text_to_id
 
 #: Runs of the full mode, which is evidence, and of the fast one, which is none.
 KIND, FAST = "verify", "verify_fast"
-#: Documents in a chunk, and bytes of BSON at which it ends before that.
+#: Documents in a chunk, and bytes of BSON at most, but for one document that is larger.
 CHUNK_COUNT, CHUNK_BYTES = 2_000, 8 * 1024 * 1024
 #: Ids and revisions in a chunk of the fast mode.
 FAST_COUNT = 20_000
@@ -494,10 +494,10 @@ def _chunks(documents: Iterable[bytes], count: Callable[[], int]) -> Iterator[di
     chunk: dict[str, bytes] = {}
     size = 0
     for raw in documents:
-        chunk[text_of(raw)] = raw
-        size += len(raw)
-        if len(chunk) >= count() or size >= CHUNK_BYTES:
+        if chunk and (len(chunk) >= count() or size + len(raw) > CHUNK_BYTES):
             yield chunk
             chunk, size = {}, 0
+        chunk[text_of(raw)] = raw
+        size += len(raw)
     if chunk:
         yield chunk

@@ -6,26 +6,15 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
-from rich.text import Text
 
 from crossfade import errors
 from crossfade.bulk.backfill import Backfill
@@ -38,6 +27,7 @@ from crossfade.bulk.throttle import Throttle
 from crossfade.bulk.verify import Counts as VerifyCounts
 from crossfade.bulk.verify import Report as VerifyReport
 from crossfade.bulk.verify import Verify
+from crossfade.cli.bars import Show, bars
 from crossfade.cli.context import (
     AppOption,
     Exit,
@@ -276,11 +266,12 @@ class Job:
     async def run(self, chosen: Sequence[Entity]) -> list[Any]:
         """The report for each entity, up to the one where it was interrupted."""
         reports = []
-        with stopping() as stop, bars(self.as_json) as bar, self._crew() as (executor, most):
+        totals = await _totals(chosen)
+        with stopping() as stop, bars(self.as_json, totals) as bar, self._crew() as (executor, most):
             async with self._live(stop) as live:
                 for entity in in_dependency_order(chosen):
                     async with bulk_stores() as (source, target):
-                        total = await asyncio.to_thread(source.count, entity)
+                        total = totals[entity.name]
                         # A process takes seconds to begin; who names a number gets it.
                         asked = self.workers is not None or self.dask is not None
                         workers = most if asked or total >= _WORTH_A_CREW else 1
@@ -296,7 +287,8 @@ class Job:
             live = Live(self.kind, self.migration.name, target, stop, max_rate=self.max_rate)
             throttle = Throttle(self.max_latency / 1000, self.max_lag, self.max_debts)
             entities = list(self.migration.entities.values())
-            throttling = asyncio.create_task(live.throttle(throttle, source, entities))
+            waited = self.migration.pair.postgres.pool_wait
+            throttling = asyncio.create_task(live.throttle(throttle, source, entities, waited))
             try:
                 async with live.listening():
                     yield live
@@ -323,7 +315,7 @@ class Job:
                 self.migration, entity, source, target, batch_size=self.batch_size,
                 on_progress=lambda counts: show(counts.read, _said(counts)),
                 loading=not self.keep_indexes and one.total >= _WORTH_A_CREW,
-                on_step=lambda step: show(one.total, f"making {step}"),
+                on_step=show.step,
             )  # fmt: skip
         else:
             made = verify_of(
@@ -374,6 +366,12 @@ class _One:
     show: Show
 
 
+async def _totals(entities: Sequence[Entity]) -> dict[str, int]:
+    """About how many documents each has."""
+    async with bulk_stores() as (source, _):
+        return {entity.name: await asyncio.to_thread(source.count, entity) for entity in entities}
+
+
 def _said(counts: BackfillCounts | VerifyCounts) -> str:
     if isinstance(counts, VerifyCounts):
         return f"{counts.mismatches} mismatches"
@@ -384,10 +382,11 @@ async def _rehearse(
     chosen: Sequence[Entity], batch_size: int | None, *, as_json: bool
 ) -> list[RehearsalReport]:
     reports = []
-    with stopping() as stop, bars(as_json) as bar:
+    totals = await _totals(chosen)
+    with stopping() as stop, bars(as_json, totals) as bar:
         for entity in chosen:
             async with bulk_stores() as (source, target):
-                show = bar(entity, await asyncio.to_thread(source.count, entity))
+                show = bar(entity, totals[entity.name])
                 made = Rehearsal(
                     entity,
                     source,
@@ -486,7 +485,7 @@ def _lines(report: BackfillReport | VerifyReport | RehearsalReport) -> Iterator[
             yield f"{one['id']}: breaks the rule {one['rule']} ({one['why']})"
 
 
-# --- stores, signals, bars ------------------------------------------------------------------------------------
+# --- signals ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -509,37 +508,3 @@ def stopping() -> Iterator[asyncio.Event]:
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text("- /s" if task.speed is None else f"{task.speed:,.0f}/s")
-
-
-Show = Callable[[int, str], None]
-
-
-@contextmanager
-def bars(as_json: bool) -> Iterator[Callable[[Entity, int], Show]]:
-    """A progress bar per entity, on the error output: how far, how fast, how long still, what was found."""
-    progress = Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[said]}"),
-        console=Console(stderr=True),
-        disable=as_json or not problems.is_terminal,
-    )
-
-    def bar(entity: Entity, total: int) -> Show:
-        task = progress.add_task(entity.name, total=total, said="")
-
-        def show(done: int, said: str) -> None:
-            progress.update(task, completed=done, total=max(total, done), said=said)
-
-        return show
-
-    with progress:
-        yield bar

@@ -28,6 +28,7 @@ from crossfade.entity import Entity
 from crossfade.migration import Migration
 from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.bulk_postgres import BulkPostgres
+from crossfade.stores.loading import OnStep
 
 #: Seconds between two looks at how far the workers are.
 _LOOK = 0.5
@@ -100,7 +101,7 @@ def backfill_of(
     batch_size: int | None,
     on_progress: Callable[[Any], None] | None = None,
     loading: bool = False,
-    on_step: Callable[[str], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Backfill:
     """A backfill that settles by the migration's protocol what needs it."""
     control = migration.control

@@ -13,7 +13,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,8 +106,22 @@ class Live:
                 await writer.drain()
         writer.close()
 
-    async def throttle(self, throttle: Throttle, source: BulkMongo, entities: Sequence[Entity]) -> None:
-        """Slow the workers down when the stores answer late or fall behind, until it is cancelled."""
+    async def throttle(
+        self,
+        throttle: Throttle,
+        source: BulkMongo,
+        entities: Sequence[Entity],
+        pool_wait: Callable[[], float],
+    ) -> None:
+        """Slow the workers down when the stores answer late or fall behind, until it is cancelled.
+
+        Args:
+            throttle: decides.
+            source: MongoDB, for its probes.
+            entities: whose debts count.
+            pool_wait: seconds that the protocol's own writes of this process waited for a connection, since it was
+                asked last.
+        """
         asked: tuple[float, int | None] = (1.0, None)
         while True:
             await asyncio.sleep(_PROBE)
@@ -116,7 +130,9 @@ class Live:
                 owed = await asyncio.to_thread(source.debts, entities, throttle.enough_debts)
                 async with self._asking:
                     postgres, lag, deliveries = await self._target.runs.probe(throttle.enough_debts)
-                    throttle.heard({"MongoDB": mongo, "PostgreSQL": postgres}, lag, owed + deliveries)
+                    throttle.heard(
+                        {"MongoDB": mongo, "PostgreSQL": postgres}, lag, owed + deliveries, pool_wait()
+                    )
                     self._throttled = throttle.reason
                     wanted = (max(round(throttle.duty, 1), LEAST), throttle.chunk_size)
                     if wanted == asked or self._run is None:

@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from crossfade.bulk.repair import Repair, Report
-from crossfade.cli.bulk import EntityOption, ReportOption, bars, chosen_entities, stopping
+from crossfade.cli.bars import bars
+from crossfade.cli.bulk import EntityOption, ReportOption, chosen_entities, stopping
 from crossfade.cli.context import (
     AppOption,
     Exit,

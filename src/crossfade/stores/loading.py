@@ -13,6 +13,7 @@ Whoever is killed in between leaves the definitions in the table, and the next b
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ _TRIES, _LOCK_SECONDS = 30, 1.0
 #: Times that links are cleared before a foreign key is validated: a delete may leave one behind in between.
 _CLEARINGS = 5
 
-OnStep = Callable[[str], None]
+#: Hears of a step before it is done: its number from 0, how many there are, what it is.
+OnStep = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,7 @@ class Loading:
     async def restore(self, entity: Entity, on_step: OnStep) -> int:
         """Make anew what was put aside, and the links true; how many things.
 
-        ``on_step`` hears before each what is about to be done.
+        ``on_step`` hears before each step what is about to be done, and at the end that all are.
 
         Raises:
             crossfade.errors.CrossfadeError: a foreign key does not hold, with the reason; the others are there.
@@ -130,8 +132,10 @@ class Loading:
         with self._translated():
             # Sorting in memory what is going to be an index.
             await self._connection.execute("SELECT set_config('maintenance_work_mem', '256MB', false)")
+        linked, tables = [*dict.fromkeys([*links, *links_to(entity)])], _names(entity)
+        steps, numbers = len(left) + len(linked) + len(tables), itertools.count()
         for each in left:
-            on_step(f"{each.kind} {each.name}")
+            on_step(next(numbers), steps, f"{each.kind} {each.name}")
             if each.kind == "index":
                 await self._make_index(each)
             else:
@@ -141,14 +145,15 @@ class Loading:
                     "DELETE FROM crossfade.aside WHERE table_name = %s AND name = %s", [each.table, each.name]
                 )
         with self._translated():
-            for link in {*links, *links_to(entity)}:
-                on_step(f"links {link.table.name}.{link.column}")
+            for link in linked:
+                on_step(next(numbers), steps, f"links {link.table.name}.{link.column}")
                 portion = PORTION
                 while portion >= PORTION:
                     portion = (await self._connection.execute(link.link())).rowcount
-            for table in _names(entity):
-                on_step(f"statistics of {table}")
+            for table in tables:
+                on_step(next(numbers), steps, f"statistics of {table}")
                 await self._connection.execute(sql.SQL("ANALYZE {}").format(sql.SQL(table)))
+        on_step(steps, steps, "")
         return len(left)
 
     async def _qualified(self, each: Aside) -> sql.Composed:

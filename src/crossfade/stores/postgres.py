@@ -185,6 +185,11 @@ class PostgresStore:
             task.cancel()
         await self._pool.close(timeout=0.5)
 
+    def pool_wait(self) -> float:
+        """Seconds that a connection was waited for since this was asked last, on average; 0: nobody had to."""
+        stats = self._pool.pop_stats()
+        return stats.get("requests_wait_ms", 0) / 1000 / max(stats.get("requests_num", 0), 1)
+
     def statements(self, entity: Entity) -> RowStatements:
         """The statements of an entity, composed once."""
         if entity.name not in self._statements:
