@@ -4,7 +4,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-faults soak check format bench model mutants serve crossfade backfill-users backfill-users-dry setup servers-ready clean help
+.PHONY: demo test test-faults soak soak-bulk check format bench model mutants serve crossfade backfill-users backfill-users-dry setup servers-ready clean help
 
 # A test run as a whole ends after this, with pytest's summary, whatever hangs.
 TEST_LIMIT ?= 35m
@@ -57,6 +57,9 @@ test-faults: servers-ready ## every failure at every await on a store (make test
 
 soak: servers-ready ## histories of many workers in trouble, for SOAK=1800 seconds (HISTORY_SEED=1 begins with that one)
 	@SOAK=$(or $(SOAK),1800) $(BIN)/python -m pytest -n 0 -s tests/histories $(ARGS)
+
+soak-bulk: servers-ready ## backfill and verify killed at fifty instants, and among writers over twenty seeds: half an hour
+	@SOAK=1 $(BIN)/python -m pytest -n 0 -o timeout=1800 tests/bulk/test_workers.py tests/bulk/test_under_writers.py $(ARGS)
 
 check: $(SYNCED) ## format, lint, types, layers
 	$(BIN)/ruff format --check .

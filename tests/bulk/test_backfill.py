@@ -79,6 +79,23 @@ async def test_a_run_killed_behind_its_commit_still_looks_again(stores, user):
     assert len(stores.ids()) == 49
 
 
+async def test_who_begins_anew_behind_a_kill_removes_what_the_dead_one_put_back(stores, user):
+    documents = [user(n) for n in range(50)]
+    stores.collection.insert_many(documents)
+    buried = key(documents[19])  # the last one of its chunk: no other chunk reaches over it
+    done = subprocess.run(  # noqa: ASYNC221
+        [sys.executable, str(SCRIPT), stores.mongo_uri, stores.database_url, "20", "bury-and-die", buried],
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert buried in stores.ids()
+    stores.collection.delete_one({"_id": documents[19]["_id"]})
+    report = await stores.backfill(restart=True, batch_size=19)
+    assert report.state == "complete"
+    assert buried not in stores.ids()
+    assert len(stores.ids()) == 49
+
+
 async def test_stopping_ends_after_a_whole_chunk_and_the_same_command_goes_on(stores, user):
     stores.collection.insert_many([user(n) for n in range(100)])
     stop = asyncio.Event()

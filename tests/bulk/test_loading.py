@@ -7,7 +7,9 @@ from bson import ObjectId
 
 from crossfade import errors
 from crossfade.stores import loading
+from crossfade.stores.bulk_postgres import BulkPostgres
 from crossfade.values import id_to_text
+from scorekeeper.users.entity import users
 
 CONSTRAINTS = (
     "SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid), convalidated FROM pg_constraint "
@@ -61,6 +63,23 @@ async def test_a_load_that_was_interrupted_goes_on_and_restores(stores, users_wi
     assert (report.state, report.counts.inserted) == ("complete", 60)
     assert schema(stores) == before
     assert not (await stores.verify()).found
+
+
+async def test_of_two_that_end_a_load_at_once_one_makes_everything(stores, users_with_friends):
+    before, stop = schema(stores), asyncio.Event()
+    await stores.backfill(loading=True, batch_size=20, stop=stop, on_progress=lambda _: stop.set())
+    [[number]] = stores.rows("SELECT count(*) FROM crossfade.aside")
+    targets = [await BulkPostgres.connect(stores.database_url) for _ in range(2)]
+    steps = []
+    made = await asyncio.gather(
+        *(target.loading.restore(users, lambda *step: steps.append(step)) for target in targets)
+    )
+    assert sorted(made) == [0, number]
+    # One after the other, each told before it was made, the last word being that all are.
+    assert [(n, of) for n, of, _ in steps] == [(n, len(steps) - 1) for n in range(len(steps))]
+    assert schema(stores) == before
+    for target in targets:
+        await target.close()
 
 
 async def test_who_is_deleted_while_tables_are_loaded_leaves_no_link(stores, users_with_friends):

@@ -16,7 +16,7 @@ from crossfade.stores.bulk_postgres import BulkPostgres
 from scorekeeper.users.entity import users
 
 WRITERS, RECORDS = 8, 60
-#: `make soak` has twenty.
+#: `make soak-bulk` has twenty.
 SEEDS = range(20 if os.environ.get("SOAK") else 3)
 
 

@@ -1,5 +1,6 @@
 """Several processes at one run: a pool, a Dask cluster, and what happens when they are killed."""
 
+import contextlib
 import json
 import os
 import random
@@ -13,7 +14,7 @@ from .conftest import of_users
 
 pytestmark = pytest.mark.long
 
-#: Instants at which a run is killed; `make soak` has 50.
+#: Instants at which a run is killed; `make soak-bulk` has 50.
 KILLS = 50 if os.environ.get("SOAK") else 8
 
 
@@ -145,6 +146,17 @@ def test_a_cluster_moves_and_compares_everything(stores, in_dual_write, cluster,
     assert (seen["counts"]["documents"], seen["counts"]["rows"], seen["counts"]["equal"]) == (4000,) * 3
 
 
+def kill_a_worker(stores):
+    """SIGKILL to whoever has a piece now; whether somebody has."""
+    at_work = stores.rows(
+        "SELECT DISTINCT leased_by FROM crossfade.ranges AS r WHERE crossfade.is_leased(r) LIMIT 1"
+    )
+    for [name] in at_work:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(name.rpartition(":")[2]), signal.SIGKILL)
+    return bool(at_work)
+
+
 def test_a_cluster_goes_on_when_its_workers_are_killed(stores, in_dual_write, cluster, user):
     stores.collection.insert_many([user(n) for n in range(4000)])
     command = in_dual_write(
@@ -155,15 +167,46 @@ def test_a_cluster_goes_on_when_its_workers_are_killed(stores, in_dual_write, cl
         while len(stores.ids()) < done:
             assert command.poll() is None
             time.sleep(0.01)
-        at_work = stores.rows(
-            "SELECT DISTINCT leased_by FROM crossfade.ranges AS r WHERE crossfade.is_leased(r) LIMIT 1"
-        )
-        for [name] in at_work:
-            os.kill(int(name.rpartition(":")[2]), signal.SIGKILL)
+        kill_a_worker(stores)
     out, told = command.communicate(timeout=150)
     assert command.returncode == 0, told
     moved = of_users(json.loads(out.splitlines()[-1]))
     assert (moved["state"], moved["counts"]["read"], moved["counts"]["inserted"]) == ("complete", 4000, 4000)
+
+
+@pytest.mark.skipif(not os.environ.get("SOAK"), reason="`make soak-bulk` has it")
+@pytest.mark.parametrize("kind", ["backfill", "verify"])
+def test_a_cluster_whose_workers_die_at_any_instant_counts_nothing_twice(
+    stores, in_dual_write, cluster, user, kind
+):
+    number, chance, killed = 4000, random.Random(kind), 0
+    stores.collection.insert_many([user(n) for n in range(number)])
+    if kind == "verify":
+        in_dual_write("backfill", "--entity", "users")
+    words = [kind, "--dask", cluster.scheduler_address, "--entity", "users", "--json"]
+    slowly = ["--max-rate", "40", *(["--batch-size", "20"] if kind == "backfill" else [])]
+    while killed < KILLS:
+        # It gives up where workers die again and again; whoever begins it once more goes on.
+        command = in_dual_write(*words, *slowly, wait=False)
+        while command.poll() is None and killed < KILLS:
+            time.sleep(chance.uniform(0.05, 1.0))
+            killed += kill_a_worker(stores)
+        if killed >= KILLS:
+            in_dual_write("stop", wait=False).communicate()
+        command.communicate(timeout=150)
+        if command.returncode == 0:
+            break
+    done = of_users(in_dual_write(*words))
+    if kind == "backfill":
+        assert killed == KILLS
+        counts = done["counts"]
+        assert (done["state"], counts["read"], counts["inserted"]) == ("complete", number, number)
+        done = of_users(in_dual_write("verify", "--entity", "users", "--json"))
+    counts = done["counts"]
+    assert (done["state"], counts["documents"], counts["rows"], counts["equal"]) == (
+        "complete",
+        *(number,) * 3,
+    )
 
 
 def test_a_cluster_that_is_not_there_is_one_clear_error(stores, in_dual_write):

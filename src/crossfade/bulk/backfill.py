@@ -236,6 +236,8 @@ class Backfill:
                 async with pieces.hold(piece):
                     _set(self._counts, piece.counts)
                     await self._move(tables, piece, pieces, thread)
+        if not await self._target.runs.open_pieces(run):
+            await self._target.drop_covered(tables)
         if await self._target.runs.finish(run):
             if alone:
                 self._report.restored = await self._target.loading.restore(self.entity, self._on_step)

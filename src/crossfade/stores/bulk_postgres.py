@@ -48,6 +48,9 @@ STORE = "postgres"
 #: Times a chunk is tried when the server breaks a deadlock or a snapshot conflict by refusing it.
 ATTEMPTS = 5
 
+#: Above the text of every id, which begins with a hexadecimal digit, "s:" or "j:".
+_LAST_TEXT = "t"
+
 # What a row is to blame for: bad values (class 22), broken rules (class 23), too large for an index or a page.
 _ROW_FAULTS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
 _PASSING = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
@@ -635,6 +638,16 @@ class BulkPostgres:
                     if attempt == ATTEMPTS - 1:
                         raise
         raise AssertionError("unreachable")
+
+    async def drop_covered(self, tables: EntityTables) -> int:
+        """Remove every row that a tombstone covers; how many.
+
+        Who is killed behind the commit of a chunk leaves looking again to whoever goes on with its run; a run that
+        began anew does not.
+        """
+        with translated(self.address):
+            async with self._connection.transaction():
+                return await self._drop_covered(tables, "", _LAST_TEXT)
 
     async def _drop_covered(self, tables: EntityTables, first: str, last: str) -> int:
         cursor = await self._connection.execute(tables.covered, [tables.entity.name, first, last])

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,11 @@ class Loading:
                 "AND NOT EXISTS (SELECT FROM pg_constraint AS c WHERE c.conindid = i.indexrelid) ORDER BY 3 DESC, 1, 2",
                 {"tables": _names(entity)},
             )
-            found = [Aside(*row) for row in await cursor.fetchall()]
+            # One that somebody was killed at says NOT VALID by itself.
+            found = [
+                Aside(table, name, kind, definition.removesuffix(" NOT VALID"))
+                for table, name, kind, definition in await cursor.fetchall()
+            ]
         for each in found:
             drop = (
                 sql.SQL("ALTER TABLE {} DROP CONSTRAINT {}").format(
@@ -125,9 +129,39 @@ class Loading:
             crossfade.errors.CrossfadeError: a foreign key does not hold, with the reason; the others are there.
             crossfade.errors.Busy: others would not let go of a table; run it again.
         """
+        if not await self.aside(entity):
+            return 0
+        async with self._alone(entity):
+            return await self._restore(entity, on_step)
+
+    @asynccontextmanager
+    async def _alone(self, entity: Entity) -> AsyncIterator[None]:
+        """Wait until nobody else restores this entity's tables.
+
+        By asking again and again: who waits inside a statement has a snapshot, and an index that is made CONCURRENTLY
+        waits for the end of it.
+        """
+        key = [f"crossfade restore:{entity.name}"]
+        taken = False
+        try:
+            while not taken:
+                with self._translated():
+                    cursor = await self._connection.execute(
+                        "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", key
+                    )
+                    [(taken,)] = await cursor.fetchall()
+                if not taken:
+                    await asyncio.sleep(_LOCK_SECONDS)
+            yield
+        finally:
+            if taken and not self._connection.closed:
+                with self._translated():
+                    await self._connection.execute("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", key)
+
+    async def _restore(self, entity: Entity, on_step: OnStep) -> int:
         left = await self.aside(entity)
         if not left:
-            return 0
+            return 0  # whoever was at it has done it
         links = references_of(entity)
         with self._translated():
             # Sorting in memory what is going to be an index.
