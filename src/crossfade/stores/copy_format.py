@@ -107,7 +107,9 @@ def compile_rows(
         repeated: places of columns that are written a second time, behind the others.
     """
     names, parts = _expressions(types)
-    parts += [parts[place] for place in repeated]
+    for place in repeated:
+        parts[place] = f"(r{place} := {parts[place]})"
+        parts.append(f"r{place}")
     variables = "".join(f"v{n}, " for n in range(len(types)))
     write: Callable[[Iterable[Row]], bytes] = _compile(
         [
