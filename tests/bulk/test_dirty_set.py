@@ -4,11 +4,11 @@ import asyncio
 
 import bson
 import pytest
+from sqlalchemy.dialects.postgresql import JSONB
 
 from crossfade import Crossfade, Options
 from crossfade.bulk.pieces import in_dependency_order
 from crossfade.cli.crew import backfill_of, verify_of
-from crossfade.entity import META_COLUMNS
 from crossfade.stores.bulk_mongo import BulkMongo, id_of
 from crossfade.stores.bulk_postgres import BulkPostgres
 from crossfade.values import CODEC_OPTIONS, id_to_text
@@ -20,7 +20,7 @@ from .conftest import MIGRATION
 
 pytestmark = pytest.mark.long
 
-SIZES = {"playeridentities": 900, "friendrequests": 900, "games": 0, "wizard": 0, "tablegames": 0}
+SIZES = {"playeridentities": 900, "friendrequests": 900, "games": 250, "wizard": 250, "tablegames": 250}
 USERS = 2500
 #: What a reason may say, so that whoever reads it knows what is wrong and where.
 UNDERSTOOD = (
@@ -50,26 +50,29 @@ def raw_documents(stores, entity):
             at += size
 
 
+def select(stores, table, names):
+    """Columns of every row, JSON as text."""
+    columns = ", ".join(
+        f"{name}::text" if isinstance(table.columns[name].type, JSONB) else name for name in names
+    )
+    return stores.rows(f"SELECT {columns} FROM {table.name}")
+
+
 def rows_of(stores, entity):
     """Of each id: the document that the rows give, in BSON."""
-    names = ", ".join(
-        f"{c}::text" if entity.table.columns[c].type.__class__.__name__ == "JSONB" else c
-        for c in (*entity.parent_columns, *META_COLUMNS)
-    )
     stores.sql.execute("SET timezone = 'UTC'")
     children = []
     for child in entity.children:
         owned = {}
-        for row in stores.rows(f"SELECT {', '.join(child.columns)} FROM {child.table.name}"):
+        for row in select(stores, child.table, child.columns):
             owned.setdefault(row[0], []).append(row)
         children.append(owned)
-    found = {}
-    for row in stores.rows(f"SELECT {names} FROM {entity.table.name}"):
-        document = entity.from_rows(
-            row[: len(entity.parent_columns)], [owned.get(row[0], []) for owned in children]
+    return {
+        row[0]: bson.encode(
+            entity.from_rows(row, [owned.get(row[0], []) for owned in children]), codec_options=CODEC_OPTIONS
         )
-        found[row[0]] = bson.encode(document, codec_options=CODEC_OPTIONS)
-    return found
+        for row in select(stores, entity.table, entity.parent_columns)
+    }
 
 
 def without_notes(raw):
