@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 
 _DELETES = ("UPDATES", "INSERTS", "DELETES", "THERE", "ABSENT")
 _FOREIGN = ("UPDATES", "THERE", "FOREIGN", "RESETS")
+_TWO = ("TWO_COORDINATORS",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +73,22 @@ CASES = (
     Case("age_from_the_end_of_a_look", "reads.pml", ("FAILURES=1", "AGE_FROM_THE_END_OF_A_LOOK"), READS),
     Case("acknowledged_at_once", "reads.pml", ("FAILURES=1", "ACKNOWLEDGED_AT_ONCE"), READS),
     Case("lifted_in_one_step", "reads.pml", ("FAILURES=1", "LIFTED_IN_ONE_STEP"), READS),
+    Case("switch", "switch.pml", ("MOST_WRITES=2",)),
+    Case("switch_by_two", "switch.pml", (*_TWO, "MOST_WRITES=1"), deep=True),
+    Case("drain_before_fence", "switch.pml", ("MOST_WRITES=1", "DRAIN_BEFORE_FENCE"), KEPT),
+    Case("acknowledged_without_lease", "switch.pml", ("MOST_WRITES=1", "ACKNOWLEDGED_WITHOUT_LEASE"), KEPT),
+    Case("lease_of_any_epoch", "switch.pml", ("MOST_WRITES=1", "LEASE_OF_ANY_EPOCH"), KEPT),
+    Case(
+        "signed_with_writes_under_way", "switch.pml", ("MOST_WRITES=1", "SIGNED_WITH_WRITES_UNDER_WAY"), KEPT
+    ),
+    Case("decided_without_attempt", "switch.pml", (*_TWO, "MOST_WRITES=1", "DECIDED_WITHOUT_ATTEMPT"), KEPT),
+    Case("image_of_any_epoch", "switch.pml", ("MOST_WRITES=2", "IMAGE_OF_ANY_EPOCH"), KEPT),
     Case("no_look_after_commit", "record.pml", (*_DELETES, "BACKFILL", "NO_LOOK_AFTER_COMMIT"), DEBT),
 )
 
 #: What an assertion is about, by a word of it. The first that is found counts.
 _PROPERTIES = (
+    ("acknowledged&", KEPT),
     ("acknowledged", READS),
     ("touched", DEBT),
     ("took", KEPT),
@@ -89,11 +101,13 @@ _PROPERTIES = (
 #: By model: who writes a line of a counterexample, and what stands above its columns.
 _PROCESSES = {
     "record.pml": ("at first", "worker 1", "worker 2", "reconciler", "foreign writer", "network", "backfill"),
+    "switch.pml": ("at first", "worker 1", "worker 2", "anybody", "coordinator 1", "coordinator 2"),
     "reads.pml": (
         "at first", "worker 1", "worker 2", "looks of 1", "looks of 2", "reconciler 1", "reconciler 2"
     ),
 }  # fmt: skip
 _HEADS = {
+    "switch.pml": ("control", "mongo", "row", "copy", "seen by 1", "seen by 2", "acknowledged"),
     "record.pml": ("document: revision", "notes", "tombstone", "row: revision", "tombstone"),
     "reads.pml": (
         "document", "tombstone", "row", "buried", "flag", "board of 1", "board of 2", "acknowledged"

@@ -35,6 +35,7 @@ def said_of(case: str) -> str:
         "foreign_writer",
         "foreign_writer_and_slow_secondary",
         "reads",
+        "switch",
     ],
 )
 def test_every_promise_holds_in_every_state(scope: str) -> None:
@@ -59,6 +60,12 @@ def test_every_promise_holds_in_every_state(scope: str) -> None:
         ("age_from_the_end_of_a_look", "no older read"),
         ("acknowledged_at_once", "no older read"),
         ("lifted_in_one_step", "no older read"),
+        ("drain_before_fence", "no lost write"),
+        ("acknowledged_without_lease", "no lost write"),
+        ("lease_of_any_epoch", "no lost write"),
+        ("signed_with_writes_under_way", "no lost write"),
+        ("decided_without_attempt", "no lost write"),
+        ("image_of_any_epoch", "no lost write"),
     ],
 )
 def test_a_broken_variant_is_rejected_with_the_way_there(variant: str, violated: str) -> None:
