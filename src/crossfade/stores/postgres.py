@@ -219,17 +219,17 @@ class PostgresStore:
         timeout: float,
     ) -> asyncio.Task[None]:
         """The same until ``work`` has set ``reached``; the task, which goes on behind the caller's back."""
-
-        async def first() -> None:
-            await asyncio.wait({task, reached}, return_when=asyncio.FIRST_COMPLETED)
-
         task = asyncio.ensure_future(work)
         try:
-            await self._bounded(first(), timeout)
-        except BaseException:
+            # One wait for both: each further task between a server's answer and the caller costs him a turn of the loop.
+            await asyncio.wait({task, reached}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
             self._abandon(task)
             raise
         if not reached.done():
+            if not task.done():
+                self._abandon(task)
+                raise Unanswered(STORE, self._unreachable(f"no answer within {timeout:g} s"))
             with self._translated():
                 task.result()
         self.behind.add(task)
@@ -412,6 +412,7 @@ class PostgresStore:
         decided: asyncio.Future[bool] = loop.create_future()
 
         async def work() -> None:
+            await asyncio.sleep(0)  # the primary is asked first: it is what takes longer
             await self._applying(
                 [(entity, image, rows())], committed,
                 migration=migration, epoch=epoch, timeout=timeout, prompt=True, decided=decided,
@@ -448,8 +449,7 @@ class PostgresStore:
             )  # fmt: skip
             if decided is not None:
                 # Others wait for this record meanwhile, and have as much time in all.
-                await asyncio.wait({decided}, timeout=timeout / 2)
-                if not decided.done() or not decided.result():
+                if not await _decision(decided, timeout / 2):
                     await connection.execute(b"ROLLBACK")
                     return
                 await connection.execute(b"COMMIT")
@@ -1280,6 +1280,20 @@ class Ahead:
         self._store.behind.add(self._task)
         self._task.add_done_callback(self._store._forget)
         asyncio.get_running_loop().call_later(self._timeout, self._task.cancel)
+
+
+async def _decision(decided: asyncio.Future[bool], timeout: float) -> bool:
+    """What was decided; after ``timeout`` seconds it is no."""
+
+    def give_up() -> None:
+        if not decided.done():
+            decided.set_result(False)
+
+    timer = asyncio.get_running_loop().call_later(timeout, give_up)
+    try:
+        return await decided
+    finally:
+        timer.cancel()
 
 
 async def _executed(connection: AsyncConnection[Any], statement: bytes) -> None:
