@@ -1,52 +1,70 @@
-"""A circuit breaker per store: after failures in a row, spare callers the wait for a store that is down."""
+"""A circuit breaker per store: after failures in a row, spare callers the wait for a store that is down.
+
+Nobody waits to find out whether it is back: an open breaker asks the store itself, now and then, in a task of its own.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
 
-from crossfade.board import boot_clock
+from crossfade import errors
 
 
 @dataclass
 class Breaker:
-    """Closed (calls pass), open (none does), half open (one does, and decides).
+    """Closed (calls pass) or open (none does, until the store has answered the breaker).
 
     Attributes:
+        probe: asks the store whether it is there; raises `crossfade.errors.CrossfadeError` where it is not, within a
+            time of its own.
         failures_to_open: failures in a row that open it.
-        rest: seconds that it stays open before one call may probe.
+        rest: seconds between two questions of an open one.
+        failures: in a row, until now.
     """
 
+    probe: Callable[[], Awaitable[Any]]
     failures_to_open: int = 3
     rest: float = 1.0
     failures: int = 0
-    opened: float | None = None
-    probing: bool = False
-
-    @property
-    def state(self) -> str:
-        """ "closed", "open" or "half open"."""
-        if self.opened is None:
-            return "closed"
-        return "half open" if boot_clock() - self.opened >= self.rest else "open"
+    is_open: bool = False
+    _probing: asyncio.Task[None] | None = field(default=None, repr=False)
 
     def allows(self) -> bool:
         """Whether a call may go to the store now; a call that was allowed must report its end."""
-        if self.state == "closed":
-            return True
-        if self.state == "half open" and not self.probing:
-            self.probing = True
-            return True
-        return False
+        return not self.is_open
 
     def succeeded(self) -> None:
         """The store answered (a refusal by its rules is an answer)."""
         self.failures = 0
-        self.opened = None
-        self.probing = False
+        self.is_open = False
 
     def failed(self) -> None:
         """The store did not answer."""
-        self.probing = False
         self.failures += 1
-        if self.failures >= self.failures_to_open:
-            self.opened = boot_clock()
+        if self.failures < self.failures_to_open or self.is_open:
+            return
+        self.is_open = True
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.create_task(self._ask(), name="asking a store that is down")
+
+    async def close(self) -> None:
+        """Ask no more."""
+        if self._probing is not None:
+            self._probing.cancel()
+            await asyncio.wait({self._probing})
+
+    async def _ask(self) -> None:
+        while True:
+            await asyncio.sleep(self.rest)
+            with contextlib.suppress(errors.CrossfadeError):
+                if self.is_open:
+                    await self.probe()
+                if self.is_open:
+                    # It may answer this and nothing else: the next failure opens it again.
+                    self.failures = self.failures_to_open - 1
+                    self.is_open = False
+                return

@@ -40,7 +40,14 @@ class Reader:
 
     pair: Pair
     shadow: Shadow
-    breaker: Breaker = field(default_factory=Breaker)
+    breaker: Breaker = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.breaker = Breaker(lambda: self.pair.postgres.ping(self.pair.options.secondary_deadline))
+
+    async def close(self) -> None:
+        """Let go of what goes on in the background."""
+        await self.breaker.close()
 
     async def get(self, entity: Entity, id_: Any) -> Record | None:
         """The record with this id, or None.
@@ -246,7 +253,7 @@ class Reader:
         ids: Sequence[Any],
     ) -> tuple[_T, str, bool]:
         try:
-            answer = await postgres(deadline if self.breaker.state == "closed" else 0.25)
+            answer = await postgres(deadline if self.breaker.allows() else 0.25)
         except _FAILED as cause:
             self.breaker.failed()
             if not control.phase.rules.dual or self._on_board(entity, ids):

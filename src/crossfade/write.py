@@ -124,8 +124,11 @@ class Writer:
 
     pair: Pair
     settler: Settler
-    breaker: Breaker = field(default_factory=Breaker)
+    breaker: Breaker = field(init=False)
     _background: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.breaker = Breaker(self._ask_secondary)
 
     # --- what an application calls (through migration.EntityHandle) ------------------------------------------
 
@@ -194,6 +197,7 @@ class Writer:
 
     async def close(self) -> None:
         """Wait at most a second for ``mode="async"`` writes under way; their debts stand."""
+        await self.breaker.close()
         if self._background:
             await asyncio.wait(self._background, timeout=1.0)
         for task in self._background:
@@ -255,6 +259,11 @@ class Writer:
         with contextlib.suppress(errors.CrossfadeError):
             return (await self.pair.board.refresh()).control.epoch == control.epoch
         return False
+
+    async def _ask_secondary(self) -> None:
+        pair = self.pair
+        store = pair.mongo if pair.board.control.phase.rules.primary == "postgres" else pair.postgres
+        await store.ping(pair.options.secondary_deadline)
 
     def _say(self, o: _Operation, text: str, *, warn: bool = False) -> None:
         logger = observe.log()
@@ -535,7 +544,7 @@ class Writer:
         """
         control = self.pair.board.control
         alone = not (o.rollback or o.asynchronous or o.request.steps)
-        heard = control.unreadable is None and self.breaker.state == "closed"
+        heard = control.unreadable is None and self.breaker.allows()
         if image is None or not (o.control.phase.rules.dual and alone and heard):
             yield None
             return

@@ -50,7 +50,8 @@ LEASE: Final = 2.0
 #: Seconds that Redis has to answer one command: it is to be faster than the stores, or left aside.
 COMMAND_DEADLINE: Final = 0.25
 
-#: Seconds for which look-ups leave Redis aside after it failed, so that not each of them waits for it.
+#: Seconds between two questions to a Redis that has failed; look-ups leave it aside meanwhile, and never wait to find
+#: out whether it is back.
 SILENCE: Final = 1.0
 
 #: Seconds that a look-up waits for another's fill before it asks the stores itself.
@@ -109,7 +110,7 @@ class UserCache:
         self._lend = redis.register_script(_LEASE)
         self._prefix = prefix
         self._ttl = ttl
-        self._silent_until = 0.0
+        self._silence: asyncio.Task[None] | None = None
         self._loading: dict[str, asyncio.Event] = {}
         self._refreshes: set[asyncio.Task[None]] = set()
 
@@ -141,7 +142,7 @@ class UserCache:
         """
         patience = time.monotonic() + PATIENCE
         waited = False
-        while time.monotonic() >= self._silent_until:
+        while self._silence is None:
             if time.monotonic() < patience and await self._wait_for_local(user_id, patience):
                 waited = True
             try:
@@ -205,9 +206,10 @@ class UserCache:
 
     async def close(self) -> None:
         """Stop refreshing and let go of the connections."""
-        for task in self._refreshes:
+        tasks = [*self._refreshes, *([] if self._silence is None else [self._silence])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._refreshes, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._redis.aclose(close_connection_pool=True)
 
     # -- one fill at a time ------------------------------------------------------------------------
@@ -286,9 +288,16 @@ class UserCache:
             return await command
 
     def _failed(self, error: BaseException) -> None:
-        if time.monotonic() >= self._silent_until:
+        if self._silence is None:
             log.warning("Redis does not answer, asking the stores instead", cause=type(error).__name__)
-        self._silent_until = time.monotonic() + SILENCE
+            self._silence = asyncio.create_task(self._until_it_answers())
+
+    async def _until_it_answers(self) -> None:
+        while True:
+            await asyncio.sleep(SILENCE)
+            if await self.answers():
+                self._silence = None
+                return
 
     def _entry(self, user_id: str) -> str:
         return f"{self._prefix}:user:{user_id}"

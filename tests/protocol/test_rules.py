@@ -1,8 +1,10 @@
 """The tables that everything else goes by: phases, strategies, the breaker. No store needed."""
 
+import asyncio
+
 import pytest
 
-from crossfade import ConfigurationError, FailureStrategy, NotAllowedInPhase, Phase
+from crossfade import ConfigurationError, FailureStrategy, NotAllowedInPhase, Phase, StoreUnavailable
 from crossfade.breaker import Breaker
 from crossfade.control import Control
 from crossfade.phase import check_transition
@@ -125,33 +127,64 @@ def test_phase_1_reads_postgres_first_only_if_it_began_empty_and_nobody_else_wri
 # --- the breaker ---
 
 
-def test_a_breaker_opens_after_failures_in_a_row_and_not_after_scattered_ones():
-    breaker = Breaker(failures_to_open=3, rest=60)
+class _Store:
+    """What a breaker asks: there or not."""
+
+    def __init__(self) -> None:
+        self.there = False
+        self.questions: asyncio.Queue[None] = asyncio.Queue()
+
+    async def ping(self) -> None:
+        self.questions.put_nowait(None)
+        if not self.there:
+            raise StoreUnavailable("postgres", "not there")
+
+
+async def _closed(breaker: Breaker) -> None:
+    assert breaker._probing is not None
+    await breaker._probing
+    assert breaker.allows()
+
+
+async def test_a_breaker_opens_after_failures_in_a_row_and_not_after_scattered_ones():
+    breaker = Breaker(_Store().ping, failures_to_open=3, rest=60)
     for report in (breaker.failed, breaker.failed, breaker.succeeded, breaker.failed, breaker.failed):
         assert breaker.allows()
         report()
-    assert breaker.state == "closed"
+    assert breaker.allows()
     breaker.failed()
-    assert breaker.state == "open"
     assert not breaker.allows()
+    await breaker.close()
 
 
-def test_after_its_rest_an_open_breaker_lets_exactly_one_call_probe():
-    breaker = Breaker(failures_to_open=1, rest=0)
+async def test_an_open_breaker_asks_the_store_itself_and_lets_no_call_find_out():
+    store = _Store()
+    breaker = Breaker(store.ping, failures_to_open=1, rest=0)
     breaker.failed()
-    assert breaker.state == "half open"
-    assert [breaker.allows(), breaker.allows(), breaker.allows()] == [True, False, False]
+    for _ in range(3):
+        await store.questions.get()
+        assert not breaker.allows()
+    store.there = True
+    await _closed(breaker)
+    await breaker.close()
 
 
-def test_the_probe_decides_whether_the_breaker_closes_or_rests_again():
-    breaker = Breaker(failures_to_open=1, rest=0)
+async def test_a_store_that_answers_the_breaker_alone_is_left_alone_at_the_next_failure():
+    store = _Store()
+    store.there = True
+    breaker = Breaker(store.ping, failures_to_open=3, rest=0)
+    for _ in range(3):
+        breaker.failed()
+    await _closed(breaker)
+    store.there = False
     breaker.failed()
-    assert breaker.allows()
-    breaker.rest = 60
+    assert not breaker.allows()
+    await breaker.close()
+
+
+async def test_a_call_that_succeeds_closes_an_open_breaker():
+    breaker = Breaker(_Store().ping, failures_to_open=1, rest=60)
     breaker.failed()
-    assert breaker.state == "open"
-    breaker.rest = 0
-    assert breaker.allows()
     breaker.succeeded()
-    assert breaker.state == "closed"
-    assert [breaker.allows(), breaker.allows()] == [True, True]
+    assert breaker.allows()
+    await breaker.close()

@@ -141,6 +141,28 @@ async def test_a_redis_that_hangs_is_left_aside(redis_url: str, redis_proxy: Fau
     await cache.close()
 
 
+async def test_no_look_up_waits_to_find_out_whether_redis_is_back_and_one_that_is_back_is_used(
+    redis_url: str, redis_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "SILENCE", 0.0)
+    cache, stores = cache_on(redis_proxy.uri), Stores()
+    redis_proxy.swallow_answers()
+    await cache.get("u", stores)
+    before = redis_proxy.counts.requests
+    for _ in range(50):
+        assert await cache.get("u", stores) == {"v": "old"}
+    # The cache's own questions alone, each of which waits for its answer.
+    assert redis_proxy.counts.requests - before < 25
+    assert stores.asked == 51
+    redis_proxy.pass_through()
+    assert cache._silence is not None
+    await cache._silence
+    for _ in range(2):
+        await cache.get("u", stores)
+    assert stores.asked == 52
+    await cache.close()
+
+
 async def test_a_spoilt_entry_is_a_miss(redis_url: str) -> None:
     import redis
 

@@ -221,7 +221,7 @@ class PostgresStore:
         """The same until ``work`` has set ``reached``; the task, which goes on behind the caller's back."""
         task = asyncio.ensure_future(work)
         try:
-            # One wait for both: each further task between a server's answer and the caller costs him a turn of the loop.
+            # One wait for both: a further task would put a turn of the loop between the answer and the caller.
             await asyncio.wait({task, reached}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             self._abandon(task)
