@@ -431,7 +431,11 @@ def debt_key(debt: Owed | Delivery) -> tuple[Any, ...]:
 
 @dataclass
 class Pair:
-    """The two stores of one migration, and what a worker knows of them."""
+    """The two stores of one migration, and what a worker knows of them.
+
+    Attributes:
+        asked: when a caller last asked for a read or a write, by `boot_clock`: background work makes way for callers.
+    """
 
     name: str
     entities: dict[str, Entity]
@@ -440,3 +444,4 @@ class Pair:
     board: Board
     options: Options
     seen: Seen = field(default_factory=Seen)
+    asked: float = float("-inf")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from crossfade import errors, observe
-from crossfade.board import Pair
+from crossfade.board import Pair, boot_clock
 from crossfade.breaker import Breaker
 from crossfade.control import Control
 from crossfade.entity import Entity, UniqueRule
@@ -192,6 +192,7 @@ class Reader:
         ``question``: how the records are asked for, without values.
         """
         began = time.perf_counter()
+        self.pair.asked = boot_clock()
         control = self.pair.board.control
         try:
             if control.phase.rules.primary == "postgres":

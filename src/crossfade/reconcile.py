@@ -36,6 +36,10 @@ OVERLAP = timedelta(seconds=60)
 _AT_ONCE = 8
 #: Records that are settled in one transaction: none of them takes another write meanwhile.
 _TOGETHER = 250
+#: The same while callers are served by this process: what a portion takes of the processor at once, one of them waits.
+_BESIDE_CALLERS = 50
+#: Seconds after a caller's last request for which others are expected; and the rest after a portion, by what it took.
+_CALLERS, _REST = 1.0, 0.5
 #: Plain debts of an entity that are worth it.
 _MANY = 50
 _BATCH = 1000
@@ -74,6 +78,7 @@ class Reconciler:
     _task: asyncio.Task[None] | None = None
     _parked: dict[tuple[str, str, int], float] = field(default_factory=dict)
     _swept: datetime | None = None
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def start(self) -> None:
         """Reconcile in the background until `stop`."""
@@ -278,9 +283,7 @@ class Reconciler:
             settled: set[str] = set()
             try:
                 await claim.stay()
-                settled, elsewhere = await self.settler.settle_many(
-                    entity, [debt.id for debt in portion], control
-                )
+                settled, elsewhere = await self._settle_portion(entity, portion, control)
                 done.settled += len(settled)
                 done.elsewhere += len(elsewhere)
                 observe.SETTLED.labels(self.pair.name, entity.name).inc(len(settled))
@@ -291,6 +294,25 @@ class Reconciler:
             except errors.CrossfadeError:
                 pass  # what stands in its way is for `settle_one` to find out
             left += [debt for debt in portion if id_to_text(debt.id) not in settled]
+
+    async def _settle_portion(
+        self, entity: Entity, portion: Sequence[Owed], control: Control
+    ) -> tuple[set[str], set[str]]:
+        """`Settler.settle_many`; while callers are served here, little by little, in turn and with rests between."""
+        settled, elsewhere = set[str](), set[str]()
+        at = 0
+        while at < len(portion):
+            beside = boot_clock() - self.pair.asked < _CALLERS
+            some = portion[at : at + (_BESIDE_CALLERS if beside else len(portion))]
+            at += len(some)
+            async with self._turn if beside else contextlib.nullcontext():
+                began = boot_clock()
+                done = await self.settler.settle_many(entity, [debt.id for debt in some], control)
+                if beside:
+                    await asyncio.sleep((boot_clock() - began) * _REST)
+            settled |= done[0]
+            elsewhere |= done[1]
+        return settled, elsewhere
 
     def _rests(self, debt: Owed | Delivery) -> bool:
         """Whether a debt that was refused is left alone: tried again now and then, never in a hot loop."""

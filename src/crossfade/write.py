@@ -62,6 +62,8 @@ from crossfade.values import (
 )
 
 _FAILED = (errors.StoreUnavailable, Fenced)
+#: Seconds for the answer of a ``mode="async"`` write to leave the process before its other half takes the processor.
+_ANSWER_FIRST = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +213,7 @@ class Writer:
                 f"the record of {entity.name} that decides an operation cannot have a step in it: set its fields there"
             )
         began = time.perf_counter()
+        self.pair.asked = boot_clock()
         options = self.pair.options
         context, strategy, asynchronous = request.context, request.strategy, request.asynchronous
         chosen = strategy
@@ -744,6 +747,7 @@ class Writer:
         return together
 
     async def _quietly(self, entity: Entity, image: Image, o: _Operation) -> None:
+        await asyncio.sleep(_ANSWER_FIRST)
         with contextlib.suppress(errors.CrossfadeError):
             await self._try_postgres(entity, image, o)
 
@@ -1179,6 +1183,7 @@ class Writer:
         return left
 
     async def _deliver_quietly(self, owed: Delivery, o: _Operation) -> None:
+        await asyncio.sleep(_ANSWER_FIRST)
         with contextlib.suppress(errors.CrossfadeError):
             await self._try_mongo(owed, o)
 

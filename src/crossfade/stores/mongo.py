@@ -265,6 +265,8 @@ class MongoStore:
                     size -= len(raw.raw)
                     if size < 0 and images:
                         return images, False
+                    if len(images) % 16 == 15:
+                        await asyncio.sleep(0)  # what has come is decoded without a pause otherwise
                     try:
                         images.append(Image.from_raw(bytes(raw.raw)))
                     except Unmappable:
