@@ -31,6 +31,7 @@ def create_games(name: str, *own: sa.Column[Any]) -> None:
         sa.Column("local_id_key", sa.Text),
         sa.Column("game_data", JSONB),
         sa.Column("player_identities", JSONB),
+        sa.Column("nested_player_identities", JSONB),
         sa.Column("created_at", sa.DateTime(timezone=True)),
         sa.Column("updated_at", sa.DateTime(timezone=True)),
         sa.Column("version", sa.Integer),
@@ -47,9 +48,11 @@ def create_games(name: str, *own: sa.Column[Any]) -> None:
         ),
     )
     op.create_index(f"ix_{name}_local_id", name, ["local_id"])
-    op.create_index(f"ix_{name}_user_id", name, ["user_id"])
-    op.create_index(f"ix_{name}_created_at", name, ["created_at", "id"])
-    op.create_index(f"ix_{name}_player_identities", name, ["player_identities"], postgresql_using="gin")
+    newest = [sa.text("created_at NULLS FIRST"), "id"]
+    op.create_index(f"ix_{name}_user_id", name, ["user_id", *newest])
+    op.create_index(f"ix_{name}_created_at", name, newest)
+    for ids in ("player_identities", "nested_player_identities"):
+        op.create_index(f"ix_{name}_{ids}", name, [ids], postgresql_using="gin")
 
 
 def shared(name: str) -> None:
@@ -87,13 +90,6 @@ def upgrade() -> None:
         sa.Column("total_rounds", sa.Integer),
         sa.Column("target_number", sa.Integer),
         sa.Column("low_is_better", sa.Boolean),
-        sa.Column("nested_player_identities", JSONB),
-    )
-    op.create_index(
-        "ix_table_games_nested_player_identities",
-        "table_games",
-        ["nested_player_identities"],
-        postgresql_using="gin",
     )
 
 

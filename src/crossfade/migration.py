@@ -355,8 +355,14 @@ class Migration:
         if seen.control is not None:
             return
         first = self._first
-        if first.phase.rules.dual:
+        rules = first.phase.rules
+        if rules.dual:
             first = await self._prepared(first)
+        elif rules.primary == "postgres":
+            await self._prepare_postgres()
+        elif await self.pair.mongo.is_empty(self.entities.values(), timeout=options.primary_deadline):
+            # A new installation: nothing is slowed down by the indexes that hold its rules from the first write on.
+            await self.pair.mongo.prepare(self.entities.values(), timeout=options.primary_deadline)
         await self.record.begin(first, timeout=options.primary_deadline)
 
     async def _prepared(self, first: Control) -> Control:
@@ -377,6 +383,21 @@ class Migration:
         Raises:
             crossfade.errors.SchemaNotReady: an entity's table is missing.
         """
+        await self._prepare_postgres()
+        timeout = self.pair.options.primary_deadline
+        await self.pair.mongo.prepare(self.entities.values(), timeout=300.0)
+        control = (await self.record.look(timeout=timeout)).control
+        if control is not None:
+            await self.settler.finish_decided(control)
+        colliding: dict[str, list[tuple[str, Any]]] = {}
+        for entity in self.entities.values():
+            for rule in entity.unique:
+                found = await self._stamp(entity, rule.field, rule.rule)
+                # Two entities may call a rule by one name.
+                colliding.setdefault(rule.rule, []).extend(found)
+        return colliding
+
+    async def _prepare_postgres(self) -> None:
         await self.pair.postgres.connect_once()
         await self.pair.postgres.prepare()
         timeout = self.pair.options.primary_deadline
@@ -386,15 +407,6 @@ class Migration:
                 f"PostgreSQL at {self.pair.postgres.address} lacks: {'; '.join(missing)}. The schema is not at "
                 "head: run the application's migrations (alembic upgrade head)"
             )
-        await self.pair.mongo.prepare(self.entities.values(), timeout=300.0)
-        control = (await self.record.look(timeout=timeout)).control
-        if control is not None:
-            await self.settler.finish_decided(control)
-        colliding: dict[str, list[tuple[str, Any]]] = {}
-        for entity in self.entities.values():
-            for rule in entity.unique:
-                colliding[rule.rule] = await self._stamp(entity, rule.field, rule.rule)
-        return colliding
 
     async def _stamp(self, entity: Entity, field: str, rule: str) -> list[tuple[str, Any]]:
         """Stamp the keys of one rule, oldest document first."""

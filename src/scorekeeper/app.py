@@ -16,9 +16,16 @@ from scorekeeper.auth.current import Authenticator
 from scorekeeper.auth.passwords import Passwords
 from scorekeeper.auth.tokens import Tokens
 from scorekeeper.cache import UserCache
+from scorekeeper.forwarding import Forwarding, LegacyBackEnd
 from scorekeeper.friends import routes as friend_routes
 from scorekeeper.friends.repository import FriendRequestRepository
 from scorekeeper.friends.service import FriendService
+from scorekeeper.games import routes as game_routes
+from scorekeeper.games.everybodys import PublicGames
+from scorekeeper.games.guests import Players
+from scorekeeper.games.repository import GameRepository
+from scorekeeper.games.table import TableGameService
+from scorekeeper.games.wizard import WizardGameService
 from scorekeeper.http import BodyLimit, Cors, ErrorBoundary, RequestContext, Turns
 from scorekeeper.identities import routes as identity_routes
 from scorekeeper.identities.accounts import AccountIdentities
@@ -86,12 +93,22 @@ def create_app(
             app.state.aliases = AliasService(players)
             app.state.linking = linking
             app.state.identity_administration = IdentityAdministration(players, linking, users)
+            named = Players(users, players, identities)
+            wizard, table, older = (
+                GameRepository(accounts[name]) for name in ("wizard_games", "table_games", "games")
+            )
+            app.state.wizard_games = WizardGameService(wizard, named)
+            app.state.table_games = TableGameService(table, named)
+            app.state.public_games = PublicGames(wizard, older, table)
             log.info("scorekeeper serves", phase=accounts.phase.value)
             try:
                 yield
             finally:
                 await cache.close()
+                if legacy is not None:
+                    await legacy.close()
 
+    legacy = LegacyBackEnd(settings.legacy_url, settings.legacy_patience) if settings.legacy_url else None
     app = FastAPI(
         title="scorekeeper",
         description="Users and authentication of a card-game score keeper.",
@@ -104,9 +121,12 @@ def create_app(
     app.include_router(user_routes.router)
     app.include_router(friend_routes.router)
     app.include_router(identity_routes.router)
+    app.include_router(game_routes.router)
     app.include_router(operations.router)
     app.add_middleware(ErrorBoundary)
     app.add_middleware(Turns)
+    if legacy is not None:
+        app.add_middleware(Forwarding, routes=app.routes, legacy=legacy)
     app.add_middleware(BodyLimit)
     app.add_middleware(
         Cors,

@@ -32,6 +32,11 @@ DEGRADED = Counter(
     "Requests answered without something that should have been done, by what was left out.",
     ["what"],
 )
+FORWARDED = Counter(
+    "scorekeeper_forwarded_total",
+    "Requests sent on to the old back end, by outcome: answered, timeout, unreachable, broken_off, abandoned.",
+    ["outcome"],
+)
 STORE_ERRORS = Counter(
     "scorekeeper_store_errors_total", "Errors of the stores that reached a request, by class.", ["error"]
 )

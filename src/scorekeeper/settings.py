@@ -53,6 +53,20 @@ def _redis(url: SecretStr) -> SecretStr:
     return SecretStr(value)
 
 
+def _legacy(url: str | None) -> str | None:
+    value = (url or "").strip().rstrip("/").removesuffix("/api")
+    if not value:
+        return None
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or parts.query or parts.fragment:
+        raise ValueError("is not the address of a back end; write http://HOST:5000")
+    return value
+
+
 def _secret(secret: SecretStr) -> SecretStr:
     if not secret.get_secret_value().strip():
         raise ValueError("is empty; set the secret that the old back end signs its tokens with")
@@ -76,7 +90,9 @@ class Settings(BaseSettings):
         password_threads: PASSWORD_THREADS that hash at one time; hashing leaves the interpreter's lock.
         cache_ttl: CACHE_TTL in seconds. How late a role or a deletion written by *another* application takes
             effect here; what this service writes takes effect at once.
-        legacy_url: LEGACY_URL, address of the old back end. Not used yet.
+        legacy_url: LEGACY_URL, address of the old back end, always without ``/api``: requests under ``/api`` that
+            this service does not know are sent on to it. None: they are 404.
+        legacy_patience: LEGACY_PATIENCE in seconds that the old back end may be silent before it is 504.
         log_level: LOG_LEVEL.
         crossfade_shadow_sample: CROSSFADE_SHADOW_SAMPLE, the part of the reads that is compared in phase
             ``shadow_read``.
@@ -99,7 +115,8 @@ class Settings(BaseSettings):
     bcrypt_rounds: int = Field(12, ge=4, le=16)
     password_threads: int = Field(2, ge=1, le=64)
     cache_ttl: float = Field(5.0, ge=0.1, le=60.0)
-    legacy_url: str | None = None
+    legacy_url: Annotated[str | None, AfterValidator(_legacy)] = None
+    legacy_patience: float = Field(30.0, ge=0.1, le=600.0)
     log_level: str = "INFO"
     crossfade_shadow_sample: float = Field(0.1, ge=0, le=1)
     crossfade_shadow_postgres_read: bool = False

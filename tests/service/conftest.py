@@ -22,14 +22,14 @@ from alembic import command
 from alembic.config import Config
 from psycopg import sql
 
-from crossfade import Options
+from crossfade import Options, Phase
 from scorekeeper.app import create_app
 from scorekeeper.settings import Settings, sqlalchemy_url
 
 ROOT = Path(__file__).parents[2]
 SECRET = "the secret that both back ends share"  # 36 bytes
-#: The phases in which the contract is held: before, both ways in between, and with PostgreSQL deciding.
-PHASES = ("mongo_only", "dual_write", "postgres_read", "postgres_primary")
+#: The contract is held in each of them.
+PHASES = tuple(phase.value for phase in Phase)
 
 
 def with_database(uri: str, name: str) -> str:

@@ -627,6 +627,14 @@ class MongoStore:
             found = await self._documents(entity).find({"_id": {"$in": list(ids)}}, {"_id": 1}).to_list()
         return {id_to_text(document["_id"]) for document in found}
 
+    async def is_empty(self, entities: Iterable[Entity], *, timeout: float) -> bool:
+        """Whether none of the entities' collections has a document."""
+        async with self._asking(timeout):
+            for entity in entities:
+                if await self._documents(entity).find_one({}, {"_id": 1}) is not None:
+                    return False
+        return True
+
     # --- preparing ---------------------------------------------------------------------------------------
 
     async def prepare(self, entities: Iterable[Entity], *, timeout: float) -> None:

@@ -19,7 +19,7 @@ LOCAL_ID_RULE: Final = "localId"
 #: Where games name the identities of their players.
 PLAYERS: Final = "gameData.players.identityId"
 
-#: Where table games of one version of the client do.
+#: Where games of one version of the client do.
 NESTED_PLAYERS: Final = "gameData.gameData.players.identityId"
 
 
@@ -44,6 +44,10 @@ _STAMPS: Final = (
     column("updatedAt", to="updated_at"),
     column("__v", to="version"),
 )
+_PLAYERS: Final = (
+    ids_at(PLAYERS, to="player_identities"),
+    ids_at(NESTED_PLAYERS, to="nested_player_identities"),
+)
 
 
 def _card_game(name: str, collection: str, table: Table, *own: FieldColumn) -> Entity:
@@ -53,7 +57,7 @@ def _card_game(name: str, collection: str, table: Table, *own: FieldColumn) -> E
         table=table,
         columns=[*_HEAD, _DATA, *_SHARED, *own, *_STAMPS],
         unique=[_local_id()],
-        nested_ids=[ids_at(PLAYERS, to="player_identities")],
+        nested_ids=_PLAYERS,
         mapping_version=1,
     )
 
@@ -88,9 +92,6 @@ table_games = Entity(
         *_STAMPS,
     ],
     unique=[_local_id()],
-    nested_ids=[
-        ids_at(PLAYERS, to="player_identities"),
-        ids_at(NESTED_PLAYERS, to="nested_player_identities"),
-    ],
+    nested_ids=_PLAYERS,
     mapping_version=1,
 )

@@ -14,6 +14,9 @@ from sqlalchemy.dialects.postgresql import JSONB
 from crossfade.entity import DocumentId, record_columns
 from scorekeeper.schema import metadata
 
+#: The columns that games are found in by the identities of their players.
+PLAYERS = ("player_identities", "nested_player_identities")
+
 
 def _game(name: str, *own: Column[Any] | Index) -> Table:
     """A table of games. Their owners' ids name no table: an owner may be a guest, or gone."""
@@ -26,6 +29,7 @@ def _game(name: str, *own: Column[Any] | Index) -> Table:
         Column("local_id_key", Text),
         Column("game_data", JSONB),
         Column("player_identities", JSONB),
+        Column("nested_player_identities", JSONB),
         Column("created_at", DateTime(timezone=True)),
         Column("updated_at", DateTime(timezone=True)),
         Column("version", Integer),
@@ -33,9 +37,10 @@ def _game(name: str, *own: Column[Any] | Index) -> Table:
         *record_columns(),
         UniqueConstraint("local_id_key", deferrable=True, initially="IMMEDIATE"),
         Index(f"ix_{name}_local_id", "local_id"),
-        Index(f"ix_{name}_user_id", "user_id"),
-        Index(f"ix_{name}_created_at", "created_at", "id"),
-        Index(f"ix_{name}_player_identities", "player_identities", postgresql_using="gin"),
+        # Lists are newest first, and what has no date comes last then.
+        Index(f"ix_{name}_user_id", "user_id", text("created_at NULLS FIRST"), "id"),
+        Index(f"ix_{name}_created_at", text("created_at NULLS FIRST"), "id"),
+        *(Index(f"ix_{name}_{ids}", ids, postgresql_using="gin") for ids in PLAYERS),
     )
 
 
@@ -71,6 +76,4 @@ table_games = _game(
     Column("total_rounds", Integer),
     Column("target_number", Integer),
     Column("low_is_better", Boolean),
-    Column("nested_player_identities", JSONB),
-    Index("ix_table_games_nested_player_identities", "nested_player_identities", postgresql_using="gin"),
 )

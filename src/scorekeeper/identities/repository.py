@@ -82,6 +82,24 @@ class IdentityRepository:
             [{"normalizedName": sought, **LIVE}, {"aliases.normalizedName": sought, **LIVE}], limit=MOST
         )
 
+    async def called(self, names: Iterable[str]) -> list[Record]:
+        """Identities with one of these names or aliases, in normal form; those deleted and merged too."""
+        sought = any_of(names)
+        keys = ("normalizedName", "aliases.normalizedName")
+        return await self._identities.find([{key: sought} for key in keys], limit=MOST)
+
+    async def all_of(self, user_id: Any) -> list[Record]:
+        """The identities of a user, those deleted and merged too, oldest first."""
+        return await self._identities.find({"userId": user_id}, limit=MOST)
+
+    async def create(self, document: Mapping[str, Any], *, context: str) -> Record:
+        """A new identity.
+
+        Raises:
+            crossfade.DuplicateKey: its ``_id`` is taken.
+        """
+        return await self._identities.insert(document, context=context)
+
     async def unlinked_guests_like(self, names: Iterable[str], parts: Iterable[str]) -> list[Record]:
         """Live guests that have one of these names, or a name or alias with one of these parts in it; normal forms."""
         guests: dict[str, Any] = {"type": "guest", **LIVE}

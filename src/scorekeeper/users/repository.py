@@ -78,6 +78,7 @@ class UserRepository:
         password_hash: str | None,
         *,
         role: str = "user",
+        guest_metadata: Mapping[str, Any] | None = None,
         context: str = "User Registration",
         strategy: FailureStrategy | None = None,
     ) -> Record:
@@ -91,7 +92,7 @@ class UserRepository:
             "username": username,
             "passwordHash": password_hash,
             "role": role,
-            "guestMetadata": None,
+            "guestMetadata": guest_metadata,
             "lastLogin": None,
             "profilePicture": None,
             "friends": [],
