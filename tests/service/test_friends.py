@@ -303,10 +303,16 @@ async def test_two_rows_of_one_pair_in_old_data_are_lived_with(serve: Serve, pha
     service = await serve(phase)
     ann, bob = await two(service)
     one, other = ObjectId(ann.id), ObjectId(bob.id)
+    handle = service.app.state.accounts["friend_requests"]
     for sender, receiver in ((one, other), (other, one)):
-        await service.app.state.accounts["friend_requests"].insert(
-            {"sender": sender, "receiver": receiver, "status": "rejected", "createdAt": now()}
-        )
+        await handle.insert({"sender": sender, "receiver": receiver, "status": "pending", "createdAt": now()})
+    [request] = (await everything(bob))["receivedRequests"]
+    assert (await bob.call("POST", f"friend-requests/{request['id']}/accept")).status_code == 200
+    assert (await everything(ann))["receivedRequests"] == [], "what crossed it is answered with it"
+    assert (await ann.call("DELETE", f"friends/{bob.id}")).status_code == 200
+    oneself = await handle.insert({"sender": other, "receiver": other, "status": "pending"})
+    assert_problem(await bob.call("POST", f"friend-requests/{oneself.id}/accept"), 404)
+    await handle.delete(oneself.id)
     answers = await asyncio.gather(ann.ask(bob), bob.ask(ann))
     assert [answer.status_code for answer in answers].count(201) <= 1
     pending = [row for row in service.documents["friendrequests"].find() if row["status"] == "pending"]

@@ -92,7 +92,7 @@ class FriendService:
         shown = {name: plain(opened.get(name)) for name in ("sender", "receiver", "status", "createdAt")}
         return {
             "message": "Friend request sent successfully",
-            "friendRequest": {"id": plain(opened.id), **shown},
+            "friendRequest": {"id": str(plain(opened.id)), **shown},
         }
 
     async def _refuse_if_crossed(self, opened: Record, sender: Any, receiver: Any) -> None:
@@ -114,7 +114,12 @@ class FriendService:
         receiver = document_id(current.id)
         request = await self._received(request_id, receiver)
         sender = request.get("sender")
+        if not isinstance(sender, ObjectId | str) or sender == receiver:
+            # Old data; nobody else asks like that.
+            raise Problem(404, "not-found", "User not found")
         friend = await self._user(sender)
+        # Old data, and the old back end beside this one, may have a row for each direction.
+        crossed = await self._requests.of_pair(sender, receiver)
         moment = now()
         try:
             async with self._requests.operation("Friend Accept") as operation:
@@ -126,6 +131,9 @@ class FriendService:
                 )
                 operation.also("users", sender, {"updatedAt": moment}, add={"friends": [receiver]})
                 operation.also("users", receiver, {"updatedAt": moment}, add={"friends": [sender]})
+                for row in crossed:
+                    if row.id != request.id:
+                        operation.also("friend_requests", row.id, {"status": "accepted", "updatedAt": moment})
         except (ConditionNotMet, NotFound):
             raise _processed() from None
         return {"message": "Friend request accepted", "friend": person_of(friend)}
@@ -253,7 +261,7 @@ def _listed(requests: list[Record], side: str, people: dict[Any, dict[str, Any]]
     for request in requests:
         person = people.get(request.get(side))
         if person is not None:
-            one = {"id": plain(request.id), side: person, "status": plain(request.get("status"))}
+            one = {"id": str(plain(request.id)), side: person, "status": plain(request.get("status"))}
             created = request.get("createdAt")
             shown.append(one if created is None else one | {"createdAt": plain(created)})
     return shown

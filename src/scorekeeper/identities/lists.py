@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+from bson import ObjectId
+
 from crossfade import Record
 from scorekeeper import names
 from scorekeeper.auth.current import CurrentUser
@@ -17,7 +19,7 @@ from scorekeeper.identities.games import PlayedGames
 from scorekeeper.identities.linking import not_there
 from scorekeeper.identities.merges import entries_for, standing_for, target_of
 from scorekeeper.identities.repository import Found, IdentityRepository, Page
-from scorekeeper.identities.shown import document_of, name_of, pages_of, stats_of
+from scorekeeper.identities.shown import document_of, id_of, name_of, pages_of, stats_of
 from scorekeeper.users.repository import UserRepository
 from scorekeeper.wire import document_id, plain
 
@@ -52,10 +54,10 @@ class IdentityLists:
         linked = await self._identities.merged_into([each.id for each in own]) if own else []
         parts: dict[Any, list[Record]] = {each.id: [each] for each in own}
         for each in linked:
-            parts[each.get("mergedInto")].append(each)
+            parts.get(target_of(each), []).append(each)
         details = [
             {
-                "_id": plain(each.id),
+                "_id": id_of(each),
                 "displayName": name_of(each),
                 "type": plain(each.get("type")),
                 **_added(parts[each.id]),
@@ -108,12 +110,11 @@ class IdentityLists:
         merged = [each for each in found.records if target_of(each) is not None]
         ends = await standing_for(self._identities, merged)
         targets = await self._identities.get_many(filter(None, map(target_of, merged)))
-        owners = {end.get("userId") for end in ends.values() if end is not None} - {None}
-        users = {user.id: user for user in await self._users.find_many_by_id(owners)}
+        owners = {id_: _owner_of(end) for id_, end in ends.items()}
+        users = {user.id: user for user in await self._users.find_many_by_id(set(owners.values()) - {None})}
         shown = []
         for each in found.records:
-            end = ends.get(each.id)
-            user = None if end is None else users.get(end.get("userId"))
+            user = users.get(owners.get(each.id))
             target = next((one for one in targets if one.id == target_of(each)), None)
             entries = [] if target is None else entries_for(target, each.id)
             shown.append(
@@ -122,7 +123,7 @@ class IdentityLists:
                     "linkedAt": plain(entries[-1].get("linkedAt")) if entries else None,
                     "linkedToUser": None
                     if user is None
-                    else {"_id": plain(user.id), "username": str(user.get("username", ""))},
+                    else {"_id": id_of(user), "username": str(user.get("username", ""))},
                 }
             )
         return {"identities": shown, "pagination": pages_of(found)}
@@ -162,9 +163,15 @@ def _listed(found: Found) -> dict[str, Any]:
     return {"identities": [document_of(each) for each in found.records], "pagination": pages_of(found)}
 
 
+def _owner_of(identity: Record | None) -> Any:
+    """The id of an identity's user; None for none, or for what is no id."""
+    user_id = None if identity is None else identity.get("userId")
+    return user_id if isinstance(user_id, ObjectId | str) else None
+
+
 def _brief(identity: Record) -> dict[str, Any]:
     return {
-        "_id": plain(identity.id),
+        "_id": id_of(identity),
         "displayName": name_of(identity),
         "userId": plain(identity.get("userId")),
     }
@@ -173,7 +180,7 @@ def _brief(identity: Record) -> dict[str, Any]:
 def _guest(identity: Record) -> dict[str, Any]:
     stats = stats_of(identity)
     return {
-        "_id": plain(identity.id),
+        "_id": id_of(identity),
         "displayName": name_of(identity),
         "gameCount": stats["totalGames"],
         "lastSeen": stats["lastGameAt"],

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from crossfade import Record
-from scorekeeper.identities.shown import name_of
+from scorekeeper.identities.shown import id_of, name_of
 from scorekeeper.wire import plain
 
 #: The game type meant where none is named.
@@ -39,7 +39,7 @@ def rating_of(identity: Record, game_type: str, *, entries: int) -> dict[str, An
         "hasIdentity": True,
         "gameType": game_type,
         "allGameTypes": sorted(ratings),
-        "identityId": str(plain(identity.id)),
+        "identityId": id_of(identity),
         "displayName": name_of(identity),
         "currentRating": plain(rating.get("rating", FIRST)),
         "peak": plain(rating.get("peak", FIRST)),

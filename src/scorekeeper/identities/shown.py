@@ -28,6 +28,7 @@ _DEFAULTS: Final[Mapping[str, Any]] = {
 def document_of(identity: Record) -> dict[str, Any]:
     """The whole document, with the defaults of what it lacks."""
     shown: dict[str, Any] = plain({**_DEFAULTS, **identity.document})
+    shown["_id"] = id_of(identity)
     shown["linkedIdentities"] = links_of(identity)
     return shown
 
@@ -41,6 +42,11 @@ def links_of(identity: Record) -> Any:
         {name: value for name, value in link.items() if name != RESTORES} if isinstance(link, dict) else link
         for link in links
     ]
+
+
+def id_of(identity: Record) -> str:
+    """The id as text, whatever made it."""
+    return str(plain(identity.id))
 
 
 def name_of(identity: Record) -> str:
