@@ -24,11 +24,19 @@ from crossfade import errors, observe
 from crossfade.board import Pair, boot_clock, end
 from crossfade.control import Control
 from crossfade.entity import Entity, Rows, UniqueRule
+from crossfade.part import Part, carried_by, digest_with, parts_of
 from crossfade.record import CF, Applied, Debt, DebtKey, Held, Image, new_operation
 from crossfade.steps import Placed, Stepper
 from crossfade.stores.errors import RuleBroken
 from crossfade.stores.postgres import Ahead, Change, Delivery
-from crossfade.values import Unmappable, digest, digest_of_bytes, encode_document, id_to_text, text_to_id
+from crossfade.values import (
+    Unmappable,
+    decode_document,
+    digest_of_bytes,
+    encode_document,
+    id_to_text,
+    text_to_id,
+)
 
 #: Inserts of deliveries that are seen to at once.
 MOST_DELIVERIES = 1_000
@@ -63,6 +71,24 @@ def acceptable_key(key: str | None, plain: str, id_: Any) -> bool:
 def unique_key(plain: str, id_: Any) -> str:
     """The key of a record whose plain key another, older record has."""
     return f"{plain}#{id_to_text(id_)}"
+
+
+def confirmed(entity: Entity, image: Image) -> DebtKey | None:
+    """What the debt of an image that the secondary has confirmed is erased by, and what is then noted of its parts."""
+    key = image.debt_key
+    if key is None or not entity.parts:
+        return key
+    noted: list[tuple[str, Part | None]] = []
+    for name in entity.parts:
+        part = image.parts.get(name)
+        if part == image.noted.get(name):
+            continue
+        if part is not None and (
+            name in image.left_out or not entity.keeps_apart(name, image.document[name])
+        ):
+            part = None
+        noted.append((name, part))
+    return key._replace(parts=tuple(noted))
 
 
 def keys_to_stamp(entity: Entity, image: Image) -> dict[str, str]:
@@ -115,7 +141,7 @@ class Settler:
 
         ``behind``: see `PostgresStore.apply`. If that fails, the debt stands.
         """
-        if (key := image.debt_key) is not None:
+        if (key := confirmed(entity, image)) is not None:
             with contextlib.suppress(asyncio.QueueFull):
                 self._queue.put_nowait(_Confirmed(entity, key, tuple(behind)))
 
@@ -193,7 +219,7 @@ class Settler:
         for name, text in image.debt.group if image.debt is not None else ():
             other = self.pair.entities[name]
             with contextlib.suppress(Unmappable):
-                found = await self.pair.mongo.read(
+                found = await self.pair.mongo.read_owed(
                     other, text_to_id(text), timeout=self.pair.options.primary_deadline
                 )
                 if found is not None and not found.deleted and found.debt and found.debt.tentative is None:
@@ -232,7 +258,7 @@ class Settler:
         for entity in pair.entities.values():
             async for id_ in pair.mongo.unfinished(entity, timeout=pair.options.bulk_deadline):
                 try:
-                    image = await pair.mongo.read(entity, id_, timeout=timeout)
+                    image = await pair.mongo.read_owed(entity, id_, timeout=timeout)
                 except Unmappable:
                     continue  # a foreign writer has broken it since: it goes to quarantine
                 if image is None or await self.is_echo(entity, image):
@@ -324,6 +350,7 @@ class Settler:
             stale = keys_to_stamp(entity, image)
             keys = {rule: unique_key(key, id_) if rule in suffixed else key for rule, key in stale.items()}
             named = entity.keys(image.document)
+            changed = tuple(name for name in image.noted if image.parts.get(name) != image.noted[name])
             try:
                 lifted = await pair.mongo.compare_and_set(
                     entity,
@@ -332,10 +359,13 @@ class Settler:
                     set_={
                         f"{CF}.rev": Int64(max(image.rev, above, *buried.values()) + 1),
                         f"{CF}.op": new_operation(),
-                        f"{CF}.debt": Debt(control.epoch).to_document(),
+                        f"{CF}.debt": Debt(control.epoch, parts=changed).to_document(),
                         **{f"{CF}.keys.{rule}": key for rule, key in keys.items()},
                     },
-                    unset=[f"{CF}.keys.{rule}" for rule in image.keys if rule not in named],
+                    unset=[
+                        *(f"{CF}.keys.{rule}" for rule in image.keys if rule not in named),
+                        *(f"{CF}.parts.{name}" for name in changed),
+                    ],
                     also={f"{CF}.debt.tentative": {"$exists": False}, f"{CF}.deleted": {"$ne": True}},
                     timeout=timeout,
                 )
@@ -458,7 +488,10 @@ class Settler:
         pair = self.pair
         timeout = pair.options.primary_deadline
         try:
-            image = await pair.mongo.read(entity, id_, timeout=timeout)
+            image = await pair.mongo.read_owed(entity, id_, timeout=timeout)
+            if image is not None and image.left_out and (image.debt is None or image.debt.parked):
+                # What a foreign writer did to a part, only the whole document tells.
+                image = await pair.mongo.read(entity, id_, timeout=timeout)
         except Unmappable as cause:
             raw = await pair.mongo.read_raw(entity, id_, timeout=timeout)
             await self._quarantine_bytes(entity, id_, raw or b"", cause)
@@ -493,7 +526,7 @@ class Settler:
         placed = await self.with_group(entity, image)
         brought = await self.bring_together(placed, control, timeout=timeout)
         for (each, one), settled in zip(placed, brought, strict=True):
-            if settled is Settled.CONFIRMED and (key := one.debt_key) is not None:
+            if settled is Settled.CONFIRMED and (key := confirmed(each, one)) is not None:
                 await self.stepper.erase_marks(each, one)
                 await pair.mongo.settle(each, [key], timeout=timeout)
                 with contextlib.suppress(errors.CrossfadeError):
@@ -562,8 +595,13 @@ class Settler:
                 continue
             with contextlib.suppress(Unmappable):
                 ready.append((entity, image, entity.to_rows(image.document, image.keys)))
-        confirmed = await self._apply_many(ready, control, timeout=timeout)
-        settled = [key for image in confirmed if (key := image.debt_key) is not None]
+        small = [one for one in ready if one[1].left_out]
+        whole = [one for one in ready if not one[1].left_out]
+        applied = [
+            *await self._apply_many(whole, control, timeout=timeout),
+            *await self._apply_many(small, control, timeout=timeout),
+        ]
+        settled = [key for image in applied if (key := confirmed(entity, image)) is not None]
         await pair.mongo.settle(entity, settled, timeout=timeout)
         with contextlib.suppress(errors.CrossfadeError):
             await pair.postgres.release(entity, [key.id for key in settled], timeout=timeout)
@@ -608,7 +646,7 @@ class Settler:
         if steps.state == "confirmed":
             await self.stepper.close(steps)
         elif undo:
-            anchor = await self.pair.mongo.read(decider, id_, timeout=self.pair.options.primary_deadline)
+            anchor = await self.pair.mongo.read_owed(decider, id_, timeout=self.pair.options.primary_deadline)
             if anchor is not None and anchor.op == note["op"]:
                 await self.undo(decider, anchor, control)
         return Settled.OPEN
@@ -649,11 +687,9 @@ class Settler:
             assert image.debt.tentative is not None
             note = image.debt.tentative
             op = new_operation()
-            marks: dict[str, Any] = {
-                f"{CF}.rev": Int64(image.rev + 1),
-                f"{CF}.op": op,
-                f"{CF}.debt": Debt(control.epoch).to_document(),
-            }
+            set_back: dict[str, Any] = {}
+            taken_away: list[str] = []
+            marks: dict[str, Any] = {f"{CF}.rev": Int64(image.rev + 1), f"{CF}.op": op}
             also: dict[str, Any] = {f"{CF}.op": image.op, f"{CF}.debt.tentative": {"$exists": True}}
             decider = image.steps is not None and image.steps.op == image.op
             unset: list[str] = [f"{CF}.steps"] if decider else []
@@ -674,19 +710,26 @@ class Settler:
                         continue
                     also[name] = {"$eq": wrote[name]} if name in wrote else {"$exists": False}
                     if name in before:
-                        future[name] = marks[name] = before[name]
+                        future[name] = set_back[name] = before[name]
                     else:
                         future.pop(name, None)
-                        unset.append(name)
+                        taken_away.append(name)
                 plain = entity.keys(future)
                 for rule, key in plain.items():
                     kept = note["keys"].get(rule)
                     marks[f"{CF}.keys.{rule}"] = kept if acceptable_key(kept, key, image.id) else key
                 unset += [f"{CF}.keys.{rule}" for rule in image.keys if rule not in plain]
+            carried = carried_by(entity.parts, image.noted, wrote=set_back, removed=taken_away)
+            owed = tuple(dict.fromkeys((*image.debt.parts, *carried.owed)))
+            marks |= set_back | {f"{CF}.debt": Debt(control.epoch, parts=owed).to_document()}
+            unset += [*taken_away, *(f"{CF}.parts.{name}" for name in carried.erased)]
+            # Of a record that goes nothing is looked at.
+            gone = dict.fromkeys(entity.parts) if f"{CF}.deleted" in marks else carried.left_out
             try:
                 undone = await pair.mongo.compare_and_set(
-                    entity, image.id, rev=image.rev, set_=marks, unset=unset, also=also, timeout=timeout
-                )
+                    entity, image.id, rev=image.rev, set_=marks, unset=unset, also=also, left_out=gone,
+                    timeout=timeout,
+                )  # fmt: skip
             except RuleBroken as cause:
                 return await self._park(entity, image, f"the undo breaks a rule: {cause}")
             if undone is not None:
@@ -700,7 +743,7 @@ class Settler:
                     if settled is Settled.CONFIRMED:
                         self.erase_soon(entity, undone)
                 return settled if others else Settled.SUPERSEDED
-            current = await pair.mongo.read(entity, image.id, timeout=timeout)
+            current = await pair.mongo.read_owed(entity, image.id, timeout=timeout)
             if current is None:
                 return Settled.GONE
             if current.debt is None or current.debt.tentative is None or current.op != image.op:
@@ -715,7 +758,7 @@ class Settler:
         for step in anchor.steps.left if anchor.steps is not None else ():
             target = self.pair.entities[step.entity]
             try:
-                there = await self.pair.mongo.read(target, step.id, timeout=timeout)
+                there = await self.pair.mongo.read_owed(target, step.id, timeout=timeout)
                 if there is not None and there.op == anchor.op and there.debt and there.debt.tentative:
                     everywhere &= await self.undo(target, there, control) is Settled.CONFIRMED
             except (errors.CrossfadeError, Unmappable):
@@ -746,10 +789,20 @@ class Settler:
     ) -> Settled | None:
         pair = self.pair
         primary = pair.options.primary_deadline
-        row = await pair.postgres.read(entity, owed.id, timeout=primary)
         now = await pair.postgres.outbox_row(entity, owed.id, timeout=primary)
         if now is None:
             return Settled.CONFIRMED
+        small = bool(entity.parts) and not now.parts
+        row = await pair.postgres.read(entity, owed.id, timeout=primary, small=small)
+        if row is not None and row.left_out and not row.unknown and row.rev == now.rev:
+            try:
+                put = await self._put_small(entity, now, row, timeout=timeout)
+            except RuleBroken as cause:
+                return await self._refused(entity, row, now, cause, last=last, timeout=timeout)
+            if put is not None:
+                return await self._delivered(entity, now) if put else None
+        if small and row is not None:
+            row = await pair.postgres.read(entity, owed.id, timeout=primary)
         if row is None:
             gone = await pair.postgres.tombstone(entity, owed.id, timeout=primary)
             if gone is None or gone[0] != now.rev:
@@ -762,7 +815,7 @@ class Settler:
         there = None
         if raw is not None:
             try:
-                there = Image.from_raw(raw)
+                there = Image.from_raw(raw, entity.parts)
             except Unmappable:
                 there = Image(owed.id, {"_id": owed.id}, 0, None, {}, digest_of_bytes(raw))
             if there.rev > now.rev:
@@ -787,25 +840,50 @@ class Settler:
                 if not await self._put(entity, raw, row, control, timeout=timeout):
                     return None
             except RuleBroken as cause:
-                if await self._make_way(entity, row, timeout=timeout) and not last:
-                    return None
-                await pair.postgres.park(entity, row.id, now.rev, now.op, str(cause), timeout=primary)
-                observe.log().warning(
-                    f"Parked: {cause}", context="Reconcile", entity=entity.name, id=str(row.id)
-                )
-                return Settled.PARKED
-        if now.tentative is None and not await pair.postgres.settle(
-            entity, owed.id, now.rev, now.op, timeout=primary
+                return await self._refused(entity, row, now, cause, last=last, timeout=timeout)
+        return await self._delivered(entity, now)
+
+    async def _delivered(self, entity: Entity, now: Delivery) -> Settled | None:
+        timeout = self.pair.options.primary_deadline
+        if now.tentative is None and not await self.pair.postgres.settle(
+            entity, now.id, now.rev, now.op, timeout=timeout
         ):
             return None
         return Settled.CONFIRMED
 
+    async def _refused(
+        self, entity: Entity, row: Image, now: Delivery, cause: RuleBroken, *, last: bool, timeout: float
+    ) -> Settled | None:
+        if await self._make_way(entity, row, timeout=timeout) and not last:
+            return None
+        await self.pair.postgres.park(
+            entity, row.id, now.rev, now.op, str(cause), timeout=self.pair.options.primary_deadline
+        )
+        observe.log().warning(f"Parked: {cause}", context="Reconcile", entity=entity.name, id=str(row.id))
+        return Settled.PARKED
+
+    async def _put_small(self, entity: Entity, now: Delivery, row: Image, *, timeout: float) -> bool | None:
+        """Bring a row without its parts; None: the document does not hold just these, or is not as it was left."""
+        mongo = self.pair.mongo
+        raw = await mongo.read_raw(entity, row.id, timeout=timeout, without=entity.parts)
+        if raw is None:
+            return None
+        try:
+            there = Image.from_raw(raw, entity.parts, entity.parts)
+        except Unmappable:
+            return None
+        expected = (now.base_digest, there.delivered, row.digest)
+        if there.noted != row.parts or there.digest not in expected or there.rev > row.rev:
+            return None
+        values = {name: value for name, value in row.document.items() if name not in row.parts}
+        return await mongo.deliver_small(
+            entity, decode_document(raw), {**values, CF: _delivered_notes(row)}, timeout=timeout
+        )
+
     async def _put(
         self, entity: Entity, raw: bytes | None, row: Image, control: Control, *, timeout: float
     ) -> bool:
-        notes: dict[str, Any] = {"rev": Int64(row.rev), "op": row.op, "digest": row.digest}
-        if row.keys:
-            notes["keys"] = row.keys
+        notes = _delivered_notes(row)
         # It may arrive when whoever sent it is gone, and the record too: then `end_deliveries` finds it by this.
         mark = Debt(control.epoch, delivery=True, sending=new_operation())
         if raw is None:
@@ -821,7 +899,7 @@ class Settler:
             self.erase_soon(entity, replace(row, debt=mark))
             return True
         mine = await mongo.read_raw(entity, row.id, timeout=timeout)
-        if mine is not None and Image.from_raw(mine).op == row.op:
+        if mine is not None and Image.from_raw(mine, entity.parts).op == row.op:
             await mongo.deliver_removal(entity, mine, timeout=timeout)
         return False
 
@@ -850,7 +928,7 @@ class Settler:
         """
         pair, timeout = self.pair, self.pair.options.primary_deadline
         raw = await pair.mongo.read_raw(entity, id_, timeout=timeout)
-        image = None if raw is None else Image.from_raw(raw)
+        image = None if raw is None else Image.from_raw(raw, entity.parts)
         key = None if image is None else image.debt_key
         if raw is None or image is None or image.debt is None or not image.debt.delivery or key is None:
             return Settled.GONE
@@ -901,7 +979,7 @@ class Settler:
             entity,
             rival.id,
             rev=rival.rev,
-            set_={**aside, f"{CF}.digest": digest({**rival.document, **aside})},
+            set_={**aside, f"{CF}.digest": digest_with({**rival.document, **aside}, rival.parts)},
             unset=[f"{CF}.keys.{rule.rule}"],
             also={rule.field: rival.document.get(rule.field)},
             timeout=timeout,
@@ -915,8 +993,10 @@ class Settler:
             if before is None:
                 raise errors.NotFound("gone meanwhile")
             rev = max(above, before.rev) + 1
-            lifted = Image(id_, before.document, rev, op, before.keys, before.digest)
-            return Change(lifted, entity.to_rows(before.document, before.keys), rev, op)
+            parts = parts_of(before.document, entity.parts, before.parts, rev)
+            lifted = replace(before, rev=rev, op=op, parts=parts)
+            # Whatever it is lifted for, MongoDB is to have all of it.
+            return Change(lifted, entity.to_rows(before.document, before.keys), rev, op, parts=entity.parts)
 
         with contextlib.suppress(errors.NotFound):
             await self.pair.postgres.write(
@@ -1007,7 +1087,11 @@ class Settler:
         if held.rev is None or held.rev < current.rev or held.digest == current.digest or held.rev == 0:
             return
         row = await self.pair.postgres.read(entity, current.id, timeout=self.pair.options.primary_deadline)
-        if row is not None:
+        if row is None:
+            return
+        parts = parts_of(row.document, entity.parts, row.parts, row.rev)
+        # A field that was declared a part since changed the digest, not the content.
+        if digest_with(row.document, parts) != current.digest:
             await self.pair.postgres.note_conflict(
                 entity, row, cause="PostgreSQL held a revision that MongoDB never had", store="postgres",
                 timeout=self.pair.options.primary_deadline,
@@ -1018,6 +1102,8 @@ class Settler:
     ) -> Settled:
         reason = getattr(cause, "reason", str(cause))
         with contextlib.suppress(errors.StoreUnavailable):
+            if image.left_out:
+                image = await self.pair.mongo.read(entity, image.id, timeout=timeout) or image
             await self.pair.postgres.quarantine(
                 entity, image, reason=reason, field=getattr(cause, "field", None), timeout=timeout
             )
@@ -1037,6 +1123,16 @@ class Settler:
                 entity, image.id, image.rev, image.op, cause, timeout=self.pair.options.primary_deadline
             )
         return Settled.PARKED
+
+
+def _delivered_notes(row: Image) -> dict[str, Any]:
+    """What a delivery writes under ``_cf``."""
+    notes: dict[str, Any] = {"rev": Int64(row.rev), "op": row.op, "digest": row.digest}
+    if row.keys:
+        notes["keys"] = row.keys
+    if row.parts:
+        notes["parts"] = {name: part.to_document() for name, part in row.parts.items()}
+    return notes
 
 
 def _same(one: Any, other: Any) -> bool:

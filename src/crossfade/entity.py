@@ -54,10 +54,12 @@ from crossfade.fields import (
     key_of,
     list_child,
     normalised,
+    part_columns,
     record_columns,
     reference,
     single_child,
 )
+from crossfade.part import Part
 from crossfade.values import (
     BOOKKEEPING,
     Document,
@@ -85,6 +87,7 @@ __all__ = [
     "ignoring_case",
     "list_child",
     "normalised",
+    "part_columns",
     "record_columns",
     "reference",
     "single_child",
@@ -143,6 +146,7 @@ class Entity:
         parent_columns: columns of `Rows.parent`: id, mapped columns, key columns, columns of nested ids, extra,
             cf_shape.
         order: the usual order of the mapped fields in a document.
+        parts: the fields that are parts (`crossfade.part`).
     """
 
     def __init__(
@@ -184,6 +188,7 @@ class Entity:
         self.unique = tuple(unique)
         self.nested_ids = tuple(nested_ids)
         self.mapping_version = mapping_version
+        self.parts = tuple(child.field for child in children if child.is_part)
         fields = [c.field for c in columns] + [c.field for c in children]
         self.order = tuple(fields if order is None else order)
         self.parent_columns = (
@@ -209,7 +214,7 @@ class Entity:
         return f"Entity({self.name!r}, collection={self.collection!r}, table={self.table.name!r})"
 
     def to_rows(self, document: Mapping[str, Any], keys: Mapping[str, str] | None = None) -> Rows:
-        """The rows that stand for a document.
+        """The rows that stand for a document. Of a part that was left out of it there are none.
 
         Args:
             document: the document with its `_id`; a `_cf` in it is left out.
@@ -219,6 +224,8 @@ class Entity:
         Raises:
             Unmappable: the document cannot be carried to these tables and back unchanged.
         """
+        if self.parts:
+            document = {name: None if isinstance(value, Part) else value for name, value in document.items()}
         try:
             rows = self._compiled_to_rows(document, keys)
         except Unmappable:
@@ -280,6 +287,17 @@ class Entity:
 
     def _mapped_field(self, field: str) -> _Mapped:
         return next(mapped for mapped in self._mapped if mapped.field == field)
+
+    def keeps_apart(self, name: str, value: Any) -> bool:
+        """Whether this value of a part has a row of its own, and need not travel: it is not null, and it fits.
+
+        Raises:
+            Unmappable: the part's split function failed on this value.
+        """
+        for child, make in zip(self.children, self._child_rows, strict=True):
+            if child.field == name:
+                return child.is_part and value is not None and make("", value) is not None
+        return False
 
     # -- checks of the declaration -----------------------------------------------------------------
 
@@ -361,6 +379,12 @@ class Entity:
             raise self._refuse(
                 f"order= and the mapped fields differ in {', '.join(odd)}", "list each mapped field once"
             )
+        for rule in self.unique:
+            if rule.field in self.parts:
+                raise self._refuse(
+                    f"rule {rule.rule!r} is on the part {rule.field!r}, which images leave out",
+                    "leave part= out",
+                )
         rules = [rule.rule for rule in self.unique]
         if len(set(rules)) != len(rules):
             raise self._refuse("two unique rules have one name", "give each its own rule=")
@@ -436,7 +460,13 @@ class Entity:
             raise self._refuse(
                 f"{what} has the owner column {child.columns[0]} of another type", "make it a DocumentId"
             )
-        self._check_unfilled(child.table, child.columns)
+        absent = [name for name in child.stored_columns if name not in child.table.columns]
+        if absent:
+            raise self._refuse(
+                f"{what} is a part, and table {child.table.name} lacks {', '.join(absent)}",
+                "add *part_columns() to the table",
+            )
+        self._check_unfilled(child.table, child.stored_columns)
         nullable = [child.table.columns[name].nullable is not False for name in child.values]
         if child.split is None:
             return value_rows(child, kinds[-1], nullable[0])

@@ -89,3 +89,7 @@ class NotAllowedInPhase(CrossfadeError):
 
 class Quarantined(CrossfadeError):
     """The document cannot be carried to PostgreSQL unchanged; nothing was changed. Says which value and why."""
+
+
+class PartLeftOut(CrossfadeError, LookupError):
+    """This record was read, or written, without that part of it: whether it has one is not known here."""

@@ -16,6 +16,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from crossfade.columns import DocumentId
 from crossfade.errors import ConfigurationError
+from crossfade.part import PART_COLUMNS
 from crossfade.values import Unmappable, id_to_text
 
 META_COLUMNS: Final = ("cf_rev", "cf_op", "cf_digest", "cf_mapping")
@@ -49,6 +50,15 @@ def record_columns() -> list[Column[Any]]:
         Column("cf_mapping", Integer, nullable=False),
         Column("cf_shape", JSONB),
     ]
+
+
+def part_columns() -> list[Column[Any]]:
+    """The columns that the table of a part has besides its owner and its values (``single_child(..., part=True)``).
+
+    `cf_rev` revision of the image that brought the value; `cf_digest` digest of the value. Nullable: a row that was
+    there before them is brought anew. New Column objects on every call: SQLAlchemy ties a Column to one table.
+    """
+    return [Column("cf_rev", BigInteger), Column("cf_digest", LargeBinary)]
 
 
 def reference(name: str, target: str, *, of: str) -> Column[Any]:
@@ -209,6 +219,7 @@ class Child:
         columns: owner's id first, then the position if the field is a list, then the values.
         is_list: whether the field is a list, one row per element.
         split: how an element is spread over the value columns, and put together; None: one column holds it.
+        is_part: whether images leave it out while PostgreSQL holds it.
     """
 
     field: str
@@ -216,11 +227,17 @@ class Child:
     columns: tuple[str, ...]
     is_list: bool
     split: tuple[ToColumns, FromColumns] | None
+    is_part: bool = False
 
     @property
     def values(self) -> tuple[str, ...]:
         """The columns after owner and position."""
         return self.columns[2:] if self.is_list else self.columns[1:]
+
+    @property
+    def stored_columns(self) -> tuple[str, ...]:
+        """All columns that are written: of a part also what the store notes of it."""
+        return (*self.columns, *PART_COLUMNS) if self.is_part else self.columns
 
 
 def list_child(
@@ -258,6 +275,7 @@ def single_child(
     value: str | None = None,
     split: tuple[ToColumns, FromColumns] | None = None,
     columns: Sequence[str] | None = None,
+    part: bool = False,
 ) -> Child:
     """A field with one row in a table of its own, and none when it is null or missing.
 
@@ -270,8 +288,11 @@ def single_child(
             form (it then goes to `extra`); and from that dict to the value. The second is called on every
             result of the first; where it gives another value the field goes to `extra`.
         columns: the value columns of `split`; default: all others of the table.
+        part: a large field that must not travel with every small write (`crossfade.part`); the table has
+            `part_columns()`. A value that goes to `extra` travels all the same. Declare it before phase 1: the digest
+            of a record that has the field is another one afterwards, and a backfill or sweep lifts it.
     """
-    return _child(field, table, (owner,), value, split, columns)
+    return _child(field, table, (owner,), value, split, columns, part=part)
 
 
 def _child(
@@ -281,6 +302,8 @@ def _child(
     value: str | None,
     split: tuple[ToColumns, FromColumns] | None,
     columns: Sequence[str] | None,
+    *,
+    part: bool = False,
 ) -> Child:
     if (value is None) == (split is None):
         raise ConfigurationError(f"child {field!r}: give either value= (one column) or split= (several)")
@@ -289,5 +312,8 @@ def _child(
     elif columns is not None:
         names = tuple(columns)
     else:
-        names = tuple(c.name for c in table.columns if c.name not in head and REFERENCE_TO not in c.info)
-    return Child(field, table, (*head, *names), len(head) == 2, split)
+        ours = PART_COLUMNS if part else ()
+        names = tuple(
+            c.name for c in table.columns if c.name not in (*head, *ours) and REFERENCE_TO not in c.info
+        )
+    return Child(field, table, (*head, *names), len(head) == 2, split, part)

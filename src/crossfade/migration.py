@@ -63,21 +63,30 @@ class EntityHandle:
             self.entity, document, Request(context, strategy, mode == "async")
         )
 
-    async def get(self, id_: Any) -> Record | None:
+    async def get(self, id_: Any, *, parts: bool = True) -> Record | None:
         """The record with this id, or None.
+
+        ``parts=False``: without the fields that are declared as parts, which then move from no store; `Record.without`
+        names them.
 
         Raises:
             crossfade.errors.StoreUnavailable: no store that may answer did.
         """
-        return await self._migration.reader.get(self.entity, id_)
+        return await self._migration.reader.get(self.entity, id_, parts=parts)
 
-    async def find_by_key(self, rule: str, value: str) -> Record | None:
-        """The record that holds ``value`` under a unique rule: as spelt if there is one, else normalised."""
-        return await self._migration.reader.find_by_key(self.entity, rule, value)
+    async def find_by_key(self, rule: str, value: str, *, parts: bool = True) -> Record | None:
+        """The record that holds ``value`` under a unique rule: as spelt if there is one, else normalised.
 
-    async def get_many(self, ids: Iterable[Any]) -> list[Record]:
-        """The records of these ids that there are, in the order of the ids, none twice; in one round trip."""
-        return await self._migration.reader.get_many(self.entity, ids)
+        ``parts``: see `get`.
+        """
+        return await self._migration.reader.find_by_key(self.entity, rule, value, parts=parts)
+
+    async def get_many(self, ids: Iterable[Any], *, parts: bool = True) -> list[Record]:
+        """The records of these ids that there are, in the order of the ids, none twice; in one round trip.
+
+        ``parts``: see `get`.
+        """
+        return await self._migration.reader.get_many(self.entity, ids, parts=parts)
 
     async def find(
         self,
@@ -87,6 +96,7 @@ class EntityHandle:
         after: Sequence[Any] | None = None,
         limit: int = 100,
         skip: int = 0,
+        parts: bool = True,
     ) -> list[Record]:
         """The first ``limit`` records that match, the same from both stores; see `crossfade.query` for conditions.
 
@@ -97,13 +107,14 @@ class EntityHandle:
         ``after``: begin behind this place: the value of the order's field and the id of the last record seen, or its id
         alone in a tuple where the order is by id. Takes as long however far it is, and misses nothing when records come
         or go; ``skip`` leaves out so many first, and takes the longer the more.
+        ``parts``: see `get`.
 
         Raises:
             crossfade.errors.StoreUnavailable: no store that may answer did.
             crossfade.errors.ConfigurationError: an argument cannot be; PostgreSQL decides, and has no column for a key.
         """
         asked = query(where, order_by=order_by, after=after, limit=limit, skip=skip)
-        return await self._migration.reader.find(self.entity, asked)
+        return await self._migration.reader.find(self.entity, asked, parts=parts)
 
     async def find_one(self, where: Where) -> Record | None:
         """One record that matches, or None; see `find`."""
@@ -128,7 +139,8 @@ class EntityHandle:
     ) -> Record:
         """Set and remove top-level fields; ``if_revision``: only if the record is still at it.
 
-        ``where``: only if these fields of it equal these values.
+        ``where``: only if these fields of it equal these values. The record that it returns lacks the parts that it
+        left alone (`Record.without`).
 
         Raises:
             crossfade.errors.NotFound, StaleRevision, ConditionNotMet, DuplicateKey: nothing was written.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -49,61 +49,68 @@ class Reader:
         """Let go of what goes on in the background."""
         await self.breaker.close()
 
-    async def get(self, entity: Entity, id_: Any) -> Record | None:
-        """The record with this id, or None.
+    async def get(self, entity: Entity, id_: Any, *, parts: bool = True) -> Record | None:
+        """The record with this id, or None; without its ``parts`` where they are not asked for.
 
         Raises:
             crossfade.errors.StoreUnavailable: no store that may answer did.
         """
         options = self.pair.options
+        without = () if parts else entity.parts
 
         async def mongo(timeout: float) -> Image | None:
-            found = await self.pair.mongo.read(entity, id_, timeout=timeout)
+            found = await self.pair.mongo.read(entity, id_, timeout=timeout, without=without)
             if found is None or found.deleted:
                 return None
             return next(iter(await self.pair.mongo.standing(entity, [found], timeout=timeout)), None)
 
         async def postgres(timeout: float) -> Image | None:
-            return await self.pair.postgres.read(entity, id_, timeout=timeout)
+            return await self.pair.postgres.read(entity, id_, timeout=timeout, small=bool(without))
 
         found, source, stale = await self._first(
             entity, "by id", mongo, postgres, options.primary_deadline,
-            ids=(id_,), missing=lambda image: image is None,
+            ids=(id_,), missing=lambda image: image is None, without=without,
         )  # fmt: skip
-        return None if found is None else self.pair.seen.record(entity, found, source, stale=stale)
+        if found is None:
+            return None
+        return self.pair.seen.record(entity, found, source, stale=stale, without=without)
 
-    async def get_many(self, entity: Entity, ids: Iterable[Any]) -> list[Record]:
+    async def get_many(self, entity: Entity, ids: Iterable[Any], *, parts: bool = True) -> list[Record]:
         """The records of these ids that there are, in the order of the ids, none twice."""
         places = {id_to_text(id_): id_ for id_ in ids}
         if not places:
             return []
         wanted = list(places.values())
+        without = () if parts else entity.parts
 
         async def mongo(timeout: float) -> list[Image]:
-            found = await self.pair.mongo.read_many(entity, wanted, timeout=timeout)
+            found = await self.pair.mongo.read_many(entity, wanted, timeout=timeout, without=without)
             return await self.pair.mongo.standing(entity, found, timeout=timeout)
 
         async def postgres(timeout: float) -> list[Image]:
-            return await self.pair.postgres.read_many(entity, wanted, timeout=timeout)
+            return await self.pair.postgres.read_many(entity, wanted, timeout=timeout, small=bool(without))
 
         found, source, stale = await self._first(
             entity, "by ids", mongo, postgres, self.pair.options.primary_deadline, ids=wanted,
-            missing=lambda images: len(images) < len(wanted),
+            missing=lambda images: len(images) < len(wanted), without=without,
         )  # fmt: skip
         images = {id_to_text(image.id): image for image in found}
         return [
-            self.pair.seen.record(entity, images[place], source, stale=stale)
+            self.pair.seen.record(entity, images[place], source, stale=stale, without=without)
             for place in places
             if place in images
         ]
 
-    async def find_by_key(self, entity: Entity, rule_name: str, value: str) -> Record | None:
+    async def find_by_key(
+        self, entity: Entity, rule_name: str, value: str, *, parts: bool = True
+    ) -> Record | None:
         """The record that holds ``value`` under a unique rule: exactly as spelt, else normalised; or None."""
+        without = () if parts else entity.parts
         rule = _rule(entity, rule_name)
         phase = self.pair.board.control.phase
 
         async def mongo(timeout: float) -> Image | None:
-            return await self._mongo_by_key(entity, rule, value, phase, timeout)
+            return await self._mongo_by_key(entity, rule, value, phase, timeout, without)
 
         async def postgres(timeout: float) -> Image | None:
             if "\0" in value:
@@ -111,40 +118,52 @@ class Reader:
                 return None
             columns = {column.field: column.to for column in entity.columns}
             return await self.pair.postgres.look_up(
-                entity, columns[rule.field], value, rule.to, rule.normalise(value), timeout=timeout
-            )
+                entity, columns[rule.field], value, rule.to, rule.normalise(value), timeout=timeout,
+                small=bool(without),
+            )  # fmt: skip
 
         found, source, stale = await self._first(
             entity, f"by {rule.rule}", mongo, postgres, self.pair.options.primary_deadline,
-            missing=lambda image: image is None,
+            missing=lambda image: image is None, without=without,
         )  # fmt: skip
-        return None if found is None else self.pair.seen.record(entity, found, source, stale=stale)
+        if found is None:
+            return None
+        return self.pair.seen.record(entity, found, source, stale=stale, without=without)
 
     async def _mongo_by_key(
-        self, entity: Entity, rule: UniqueRule, value: str, phase: Phase, timeout: float
+        self,
+        entity: Entity,
+        rule: UniqueRule,
+        value: str,
+        phase: Phase,
+        timeout: float,
+        without: Collection[str],
     ) -> Image | None:
         spellings: list[dict[str, Any]] = [
             {rule.field: value},
             {f"{CF}.keys.{rule.rule}": rule.normalise(value)},
         ]
-        found = await self.pair.mongo.look_up(entity, spellings, timeout=timeout)
+        found = await self.pair.mongo.look_up(entity, spellings, timeout=timeout, without=without)
         if not found and phase is Phase.MONGO_ONLY:
             # Before `crossfade init` has stamped them, old documents have no normalised key.
             likeness = {"$regex": f"^\\s*{re.escape(value.strip())}\\s*$", "$options": "i"}
-            found = await self.pair.mongo.look_up(entity, [{rule.field: likeness}], timeout=timeout)
+            found = await self.pair.mongo.look_up(
+                entity, [{rule.field: likeness}], timeout=timeout, without=without
+            )
         found = await self.pair.mongo.standing(entity, found, timeout=timeout)
         exact = [image for image in found if image.document.get(rule.field) == value]
         return next(iter(exact or found), None)
 
-    async def find(self, entity: Entity, query: Query) -> list[Record]:
+    async def find(self, entity: Entity, query: Query, *, parts: bool = True) -> list[Record]:
         """The records that a query asks for, in its order."""
+        without = () if parts else entity.parts
 
         async def mongo(timeout: float) -> list[Image]:
-            found = await self.pair.mongo.find(entity, query, timeout=timeout)
+            found = await self.pair.mongo.find(entity, query, timeout=timeout, without=without)
             return await self.pair.mongo.standing(entity, found, timeout=timeout)
 
         async def postgres(timeout: float) -> list[Image]:
-            return await self.pair.postgres.find(entity, query, timeout=timeout)
+            return await self.pair.postgres.find(entity, query, timeout=timeout, small=bool(without))
 
         found, source, stale = await self._first(
             entity,
@@ -153,8 +172,9 @@ class Reader:
             postgres,
             self.pair.options.primary_deadline,
             query=query,
+            without=without,
         )
-        return [self.pair.seen.record(entity, image, source, stale=stale) for image in found]
+        return [self.pair.seen.record(entity, image, source, stale=stale, without=without) for image in found]
 
     async def count(self, entity: Entity, query: Query) -> int:
         """How many records match a query's conditions."""
@@ -186,6 +206,7 @@ class Reader:
         ids: Sequence[Any] = (),
         query: Query | None = None,
         missing: Callable[[_T], bool] | None = None,
+        without: Collection[str] = (),
     ) -> tuple[_T, str, bool]:
         """Ask the stores in the order that the phase and the board allow: (answer, source, stale).
 
@@ -200,7 +221,7 @@ class Reader:
             found = await self._mongo_primary(entity, control, mongo, postgres, deadline, ids, query, missing)
             if self._has_columns(entity, query):
                 limit = 0 if query is None else query.limit
-                self.shadow.offer(entity, question, found[0], found[1], mongo, postgres, limit)
+                self.shadow.offer(entity, question, found[0], found[1], mongo, postgres, limit, without)
             return found
         except Unmappable as cause:
             raise errors.Quarantined(f"a document of {entity.name} cannot be read: {cause}") from cause

@@ -1,24 +1,26 @@
 """A record at one revision: its image, and the notes kept beside it in the document (pure).
 
-A document carries ``_cf: {rev, op, born, keys, debt, deleted, steps, done}``, unknown to and preserved by an
+A document carries ``_cf: {rev, op, born, keys, parts, debt, deleted, steps, done}``, unknown to and preserved by an
 application that updates with ``$set``. ``debt`` exists only while the secondary has not confirmed the revision:
 settling is ``$unset``, so a sparse index on it finds every debt. A document without ``_cf`` is at revision 0.
 ``steps`` is what a decided operation still owes to other records, ``done`` the operations whose step this record
-has taken, ``born`` the insert that made it.
+has taken, ``born`` the insert that made it, ``parts`` the large fields that the secondary holds (`crossfade.part`).
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 from bson import ObjectId
 from bson.int64 import Int64
 
-from crossfade.values import decode_document, digest
+from crossfade import errors
+from crossfade.part import Part, digest_with, left_out_of, noted_parts, parts_of, with_left_out
+from crossfade.values import decode_document, encode_document
 
 #: The sub-document that holds Crossfade's notes.
 CF = "_cf"
@@ -48,6 +50,7 @@ class Debt:
         delivery: MongoDB is the secondary and owes nothing: an insert that was delivered, until it is known to stand.
         sending: of an insert, which of its sendings made this document. One that was not answered is sent again, and
             may arrive when the record has been deleted: what was confirmed of another sending does not settle it.
+        parts: the parts that were written since the secondary confirmed any revision.
     """
 
     epoch: int
@@ -56,6 +59,7 @@ class Debt:
     group: tuple[tuple[str, str], ...] = ()
     delivery: bool = False
     sending: str | None = None
+    parts: tuple[str, ...] = ()
 
     def to_document(self) -> dict[str, Any]:
         """As kept under ``_cf.debt``."""
@@ -70,6 +74,8 @@ class Debt:
             note["group"] = [list(member) for member in self.group]
         if self.sending is not None:
             note["sending"] = self.sending
+        if self.parts:
+            note["parts"] = list(self.parts)
         return note
 
     @classmethod
@@ -85,16 +91,23 @@ class Debt:
             group,
             bool(note.get("delivery")),
             note.get("sending"),
+            tuple(note.get("parts", ())),
         )
 
 
 class DebtKey(NamedTuple):
-    """What a confirmed debt is erased by: all of it must stand there still."""
+    """What a confirmed debt is erased by: all of it must stand there still.
+
+    Attributes:
+        id, rev, op, sending: of the image that was confirmed.
+        parts: what is noted in the same update: of a part, that the secondary holds it; None: that it does not.
+    """
 
     id: Any
     rev: int
     op: str
     sending: str | None
+    parts: tuple[tuple[str, Part | None], ...] = ()
 
 
 def stamped_keys(notes: Mapping[str, Any]) -> dict[str, str]:
@@ -205,15 +218,16 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """The whole state of a record at one revision.
+    """The whole state of a record at one revision; a part that the secondary holds may be left out of it.
 
     Attributes:
         id: the document's ``_id``.
-        document: the document with ``_id`` and without ``_cf``; not to be changed.
+        document: the document with ``_id`` and without ``_cf``; not to be changed. A part that was left out is a
+            `Part`.
         rev: revision; 0 for a document never written through Crossfade.
         op: operation id of the write that made this revision; None at revision 0.
         keys: normalised keys by rule, as stamped in the document.
-        digest: of ``document``, 16 bytes.
+        digest: of ``document``, its parts replaced by their own digests; 16 bytes.
         debt: the debt noted in the document, if any.
         deleted: the delete has been decided; readers and writers treat the record as gone.
         delivered: PostgreSQL primary only: digest of what the last delivery left here.
@@ -221,6 +235,9 @@ class Image:
         done: the operations of others whose step this record has taken, while they may be asked for again:
             ``{"op": id, "entity": ..., "id": id text of the record that decided}``.
         born: operation id of the insert that made the record; None when Crossfade did not.
+        parts: its parts by field, left out or not.
+        noted: those that the document notes as confirmed.
+        unknown: it was read without parts that it has no note of: ``digest`` says nothing, and it is no base of writes.
     """
 
     id: Any
@@ -235,6 +252,14 @@ class Image:
     steps: Steps | None = None
     done: tuple[Mapping[str, str], ...] = ()
     born: str | None = None
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    noted: Mapping[str, Part] = field(default_factory=dict)
+    unknown: bool = False
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """The parts that it was read or made without."""
+        return left_out_of(self.document) if self.parts else frozenset()
 
     @property
     def is_open(self) -> bool:
@@ -252,34 +277,55 @@ class Image:
         sending = None if self.debt is None else self.debt.sending
         return None if self.op is None else DebtKey(self.id, self.rev, self.op, sending)
 
+    def copy(self) -> Image:
+        """The same image, none of whose values anybody else can change."""
+        values = {name: value for name, value in self.document.items() if not isinstance(value, Part)}
+        own = decode_document(encode_document(values))
+        return replace(self, document={name: own.get(name, value) for name, value in self.document.items()})
+
     @classmethod
-    def from_raw(cls, raw: bytes) -> Image:
+    def from_raw(cls, raw: bytes, parts: Sequence[str] = (), left_out: Iterable[str] = ()) -> Image:
         """The image that a stored document stands for.
+
+        Args:
+            raw: the document's bytes.
+            parts: the entity's parts.
+            left_out: those that the document was read without.
 
         Raises:
             crossfade.values.Unmappable: the bytes hold what cannot be carried back unchanged.
         """
-        return cls.from_document(decode_document(raw))
+        return cls.from_document(decode_document(raw), parts, left_out)
 
     @classmethod
-    def from_document(cls, document: dict[str, Any]) -> Image:
+    def from_document(
+        cls, document: dict[str, Any], parts: Sequence[str] = (), left_out: Iterable[str] = ()
+    ) -> Image:
         """Like `from_raw`, of a decoded document; takes the document over."""
         notes = document.pop(CF, None)
         if not isinstance(notes, Mapping):
             notes = {}
+        rev = int(notes.get("rev", 0))
+        noted = noted_parts(notes, parts)
+        missing = {name: noted.get(name) for name in left_out}
+        document = with_left_out(document, {name: part for name, part in missing.items() if part})
+        its_parts = parts_of(document, parts, noted, rev)
         return cls(
             id=document["_id"],
             document=document,
-            rev=int(notes.get("rev", 0)),
+            rev=rev,
             op=notes.get("op"),
             keys=stamped_keys(notes),
-            digest=digest(document),
+            digest=digest_with(document, its_parts),
             debt=Debt.from_document(notes.get("debt")),
             deleted=bool(notes.get("deleted", False)),
             delivered=bytes(notes["digest"]) if "digest" in notes else None,
             steps=Steps.from_document(notes.get("steps")),
             done=tuple(notes.get("done", ())),
             born=notes.get("born"),
+            parts=its_parts,
+            noted=noted,
+            unknown=None in missing.values(),
         )
 
 
@@ -319,10 +365,11 @@ class Record:
 
     Attributes:
         id: the document's ``_id``.
-        document: without ``_cf``; a copy that the caller may change.
+        document: without ``_cf``, and without the parts in ``without``; a copy that the caller may change.
         rev: revision that was read or written.
         source: "mongo" or "postgres": the store that served it.
         stale: the primary could not be asked, and the other store's last known state is given instead.
+        without: parts that it was read or written without, which does not say that the record has none.
         image: what it was made from; Crossfade's own.
     """
 
@@ -331,12 +378,29 @@ class Record:
     rev: int
     source: str
     stale: bool = False
+    without: frozenset[str] = frozenset()
     image: Image | None = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, field: str) -> Any:
-        """A field of the document; KeyError where the document has none."""
+        """A field of the document; KeyError where the document has none.
+
+        Raises:
+            crossfade.errors.PartLeftOut: see ``without``.
+        """
+        self._assert_here(field)
         return self.document[field]
 
     def get(self, field: str, default: Any = None) -> Any:
-        """A field of the document, or ``default`` where it has none."""
+        """A field of the document, or ``default`` where it has none.
+
+        Raises:
+            crossfade.errors.PartLeftOut: see ``without``.
+        """
+        self._assert_here(field)
         return self.document.get(field, default)
+
+    def _assert_here(self, field: str) -> None:
+        if field in self.without and field not in self.document:
+            raise errors.PartLeftOut(
+                f"this record was read or written without its part {field!r}; read it whole: get(id)"
+            )

@@ -7,12 +7,14 @@ what is there. Nothing is kept for it: a record that the application has let go 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 from crossfade.entity import Entity
+from crossfade.part import digest_with
 from crossfade.record import Image, Record
-from crossfade.values import Unmappable, decode_document, digest_of_bytes, encode_document, id_to_text
+from crossfade.values import Unmappable, id_to_text
 
 
 class Seen:
@@ -21,10 +23,23 @@ class Seen:
     def __init__(self) -> None:
         self._records: weakref.WeakValueDictionary[tuple[str, str], Record] = weakref.WeakValueDictionary()
 
-    def record(self, entity: Entity, image: Image, source: str, *, stale: bool = False) -> Record:
-        """What the application gets of an image, remembered while it holds it."""
-        record = Record(image.id, image.document, image.rev, source, stale, image)
-        if not stale and not image.deleted:
+    def record(
+        self,
+        entity: Entity,
+        image: Image,
+        source: str,
+        *,
+        stale: bool = False,
+        without: Collection[str] = (),
+    ) -> Record:
+        """What the application gets of an image, remembered while it holds it; ``without``: not these parts."""
+        document, out = image.document, frozenset(without) | image.left_out
+        if entity.parts:
+            # The application's own: a part that was left out is nothing to it, and what is remembered needs none.
+            document = {name: value for name, value in document.items() if name not in out}
+            image = _small(image)
+        record = Record(image.id, document, image.rev, source, stale, out, image)
+        if not (stale or image.deleted or image.unknown):
             self._records[entity.name, id_to_text(image.id)] = record
         return record
 
@@ -34,9 +49,17 @@ class Seen:
         if record is None or record.image is None:
             return None
         try:
-            there = encode_document(record.image.document)
+            image = record.image.copy()
+            if digest_with(image.document, image.parts) != image.digest:
+                return None  # the application has changed its copy
         except Unmappable:
             return None
-        if digest_of_bytes(there) != record.image.digest:
-            return None  # the application has changed its copy
-        return replace(record.image, document=decode_document(there))
+        return image
+
+
+def _small(image: Image) -> Image:
+    """The same image without the parts that the other store holds."""
+    noted = {name: part for name, part in image.noted.items() if image.parts.get(name) == part}
+    if not noted:
+        return image
+    return replace(image, document={name: noted.get(name, value) for name, value in image.document.items()})

@@ -22,7 +22,7 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -33,6 +33,7 @@ from crossfade import errors, observe
 from crossfade.board import Pair, end
 from crossfade.control import Control
 from crossfade.entity import Entity
+from crossfade.part import digest_with, parts_of
 from crossfade.phase import Phase
 from crossfade.record import Image
 from crossfade.stores.errors import Fenced
@@ -116,6 +117,7 @@ class _Comparison:
     served: Ask
     other: Ask
     entered: int
+    without: Collection[str] = ()
     looks: int = 0
 
 
@@ -166,21 +168,23 @@ class Shadow:
         mongo: Ask,
         postgres: Ask,
         limit: int = 0,
+        without: Collection[str] = (),
     ) -> None:
         """Take an answer that was served by ``source``, to be compared; returns at once, and never raises.
 
         ``question`` says for a person how it was asked, without values. ``limit``: of a list, where it ends.
+        ``without``: parts that were not asked for.
         """
         try:
             control = self.pair.board.control
             options = self.pair.options
             if not self._tasks or not self.is_on(control) or random.random() >= options.shadow_sample:
                 return
-            told = _told(answer, computed=source == "postgres")
+            told = _told(entity, answer, without, computed=source == "postgres")
             if limit and not isinstance(told, int) and len(told) >= limit and not _in_one_order(answer):
                 return  # the two stores cut such a list at different places
             served, other = (mongo, postgres) if source == "mongo" else (postgres, mongo)
-            self._put(_Comparison(entity, question, told, served, other, control.phase_epoch))
+            self._put(_Comparison(entity, question, told, served, other, control.phase_epoch, without))
         except Exception as cause:
             observe.SHADOW_READS.labels(self.pair.name, entity.name, Outcome.FAILED.value).inc()
             _log(cause)
@@ -214,10 +218,10 @@ class Shadow:
 
     async def _look(self, one: _Comparison) -> Outcome | None:
         """Look once; None: it is to be looked at again."""
-        if not one.looks and await self._ask(one.other) == one.told:
+        if not one.looks and await self._ask(one, one.other) == one.told:
             return Outcome.EQUAL
         if one.looks:
-            served, other = await self._ask(one.served), await self._ask(one.other)
+            served, other = await self._ask(one, one.served), await self._ask(one, one.other)
             if served == other:
                 return Outcome.EQUAL
             if one.looks >= len(self.pair.options.shadow_looks):
@@ -225,9 +229,10 @@ class Shadow:
         self._again(one)
         return None
 
-    async def _ask(self, ask: Ask) -> Told:
+    async def _ask(self, one: _Comparison, ask: Ask) -> Told:
         try:
-            return _told(await ask(self.pair.options.shadow_deadline), computed=True)
+            answer = await ask(self.pair.options.shadow_deadline)
+            return _told(one.entity, answer, one.without, computed=True)
         except Unmappable:
             raise
         except _UNREADABLE:
@@ -252,7 +257,7 @@ class Shadow:
         entity = one.entity
         if isinstance(served, int) or isinstance(other, int):
             owed = self.pair.board.look is None or entity.name in self.pair.board.look.owed_entities
-            if owed or await self._ask(one.served) != served:
+            if owed or await self._ask(one, one.served) != served:
                 return Outcome.UNSETTLED
             self._note(one, f"({one.question})", Verdict(True, Cause.COUNTED_OTHERWISE))
             return Outcome.MISMATCH
@@ -266,8 +271,8 @@ class Shadow:
             if _UNTOLD in other:
                 return Outcome.UNSETTLED
             # Each record is the same in both. Then so is the answer, unless it was written meanwhile.
-            now = await self._ask(one.served)
-            if now != served or await self._ask(one.other) == now:
+            now = await self._ask(one, one.served)
+            if now != served or await self._ask(one, one.other) == now:
                 return Outcome.UNSETTLED
             found = {text: Verdict(True, Cause.FOUND_OTHERWISE) for text in differing}
         for text, verdict in found.items():
@@ -287,7 +292,7 @@ class Shadow:
             how: tuple[Cause | None, tuple[str, ...]] = (Cause.DIFFERENT, (_UNTOLD,))
             with contextlib.suppress(*_UNREADABLE):
                 row = await postgres.read(entity, id_, timeout=timeout)
-                how = differ(before, row)
+                how = differ(entity, before, row)
             cause, fields = how
             revisions = (None if before is None else before.rev, None if row is None else row.rev)
             if cause is None:
@@ -362,13 +367,13 @@ def mapping_of(entities: Iterable[Entity]) -> str:
     return ", ".join(sorted(f"{entity.name} {entity.mapping_version}" for entity in entities))
 
 
-def differ(document: Image | None, row: Image | None) -> tuple[Cause | None, tuple[str, ...]]:
+def differ(entity: Entity, document: Image | None, row: Image | None) -> tuple[Cause | None, tuple[str, ...]]:
     """How a document and its rows differ, and in which fields; a document whose delete was decided counts as gone."""
     if document is None or document.deleted:
         return (None if row is None else Cause.EXTRA), ()
     if row is None:
         return Cause.MISSING, ()
-    content = digest(row.document)
+    content = _content(entity, row)
     fields = () if content == document.digest else fields_that_differ(document.document, row.document)
     if row.rev != document.rev:
         return (Cause.BEHIND if row.rev < document.rev else Cause.AHEAD), fields
@@ -378,15 +383,25 @@ def differ(document: Image | None, row: Image | None) -> tuple[Cause | None, tup
     return (Cause.FOREIGN_WRITE if as_written else Cause.DIFFERENT), fields
 
 
-def _told(answer: Any, *, computed: bool) -> Told:
+def _told(entity: Entity, answer: Any, without: Collection[str], *, computed: bool) -> Told:
     """``computed``: by the content itself, where the digest that comes along is a stored one."""
     if isinstance(answer, int):
         return answer
     images: list[Image] = [] if answer is None else [answer] if isinstance(answer, Image) else answer
     return {
-        id_to_text(image.id): (image.rev, digest(image.document) if computed else image.digest)
+        id_to_text(image.id): (
+            image.rev,
+            _content(entity, image, without) if computed or without else image.digest,
+        )
         for image in images
     }
+
+
+def _content(entity: Entity, image: Image, without: Collection[str] = ()) -> bytes:
+    """The digest of what an image holds; ``without``: of the rest."""
+    if without:
+        return digest({name: value for name, value in image.document.items() if name not in without})
+    return digest_with(image.document, parts_of(image.document, entity.parts, {}, image.rev))
 
 
 def _in_one_order(images: Iterable[Image]) -> bool:

@@ -29,6 +29,7 @@ from crossfade import errors
 from crossfade.board import Pair, boot_clock
 from crossfade.control import Control
 from crossfade.entity import Entity
+from crossfade.part import carried_by
 from crossfade.record import CF, Debt, Image, Step, Steps, new_operation
 from crossfade.stores.errors import Unanswered
 from crossfade.values import Unmappable, id_to_text, text_to_id
@@ -99,16 +100,21 @@ class Stepper:
                 return None if image is None or image.deleted else await self._whole(target, step.id)
             if not image.is_open:
                 set_, unset = step.effect(image.document)
+                carried = carried_by(target.parts, image.noted, wrote=set_, removed=unset)
                 marks = {
                     f"{CF}.rev": Int64(image.rev + 1),
                     f"{CF}.op": new_operation(),
-                    **self._debt(control, None, group if image.debt is None else (*image.debt.group, *group)),
-                }
+                    **self._debt(
+                        control, None, group if image.debt is None else (*image.debt.group, *group),
+                        carried.owed if image.debt is None else (*image.debt.parts, *carried.owed),
+                    ),
+                }  # fmt: skip
+                erased = [f"{CF}.parts.{name}" for name in carried.erased]
                 try:
                     done = await mongo.compare_and_set(
-                        target, step.id, rev=image.rev, set_={**set_, **marks}, unset=unset,
+                        target, step.id, rev=image.rev, set_={**set_, **marks}, unset=[*unset, *erased],
                         push={f"{CF}.done": anchor_note(entity, anchor_id, op)},
-                        also=_unchanged(image, step), timeout=timeout,
+                        also=_unchanged(image, step), left_out=carried.left_out, timeout=timeout,
                     )  # fmt: skip
                 except Unanswered:
                     if boot_clock() >= ends:
@@ -126,7 +132,10 @@ class Stepper:
         notes = await self.pair.mongo.notes(
             target, step.id, looked_at, timeout=self.pair.options.primary_deadline
         )
-        return None if notes is None else await self._standing(target, Image.from_document(notes))
+        if notes is None:
+            return None
+        unseen = [name for name in target.parts if name not in step.fields]
+        return await self._standing(target, Image.from_document(notes, target.parts, unseen))
 
     async def _standing(self, target: Entity, image: Image) -> Image | None:
         """None for an insert that a delete overtook: to nobody it is a record."""
@@ -135,7 +144,7 @@ class Stepper:
 
     async def _whole(self, target: Entity, id_: Any) -> Image | None:
         with contextlib.suppress(Unmappable):
-            return await self.pair.mongo.read(target, id_, timeout=self.pair.options.primary_deadline)
+            return await self.pair.mongo.read_owed(target, id_, timeout=self.pair.options.primary_deadline)
         return None
 
     async def take_open(
@@ -164,7 +173,10 @@ class Stepper:
         assert anchor.steps is not None
         op = anchor.steps.op
         while True:
-            image = await mongo.read(target, step.id, timeout=timeout)
+            # What it writes of a part must be there, to be put back.
+            whole = any(name in target.parts for name in step.fields)
+            read = mongo.read if whole else mongo.read_owed
+            image = await read(target, step.id, timeout=timeout)
             if image is not None and image.op == op:
                 return image
             if image is None or image.deleted or await self._standing(target, image) is None:
@@ -180,15 +192,20 @@ class Stepper:
                     "keys": image.keys,
                     "anchor": anchor_note(entity, anchor.id, op),
                 }
+                carried = carried_by(target.parts, image.noted, wrote=set_, removed=unset)
                 marks = {
                     f"{CF}.rev": Int64(image.rev + 1),
                     f"{CF}.op": op,
-                    **self._debt(control, tentative, members(entity, anchor.id, anchor.steps, step)),
-                }
+                    **self._debt(
+                        control, tentative, members(entity, anchor.id, anchor.steps, step),
+                        carried.owed if image.debt is None else (*image.debt.parts, *carried.owed),
+                    ),
+                }  # fmt: skip
+                erased = [f"{CF}.parts.{name}" for name in carried.erased]
                 try:
                     done = await mongo.compare_and_set(
-                        target, step.id, rev=image.rev, set_={**set_, **marks}, unset=unset,
-                        also=_unchanged(image, step), timeout=timeout,
+                        target, step.id, rev=image.rev, set_={**set_, **marks}, unset=[*unset, *erased],
+                        also=_unchanged(image, step), left_out=carried.left_out, timeout=timeout,
                     )  # fmt: skip
                 except Unanswered:
                     if boot_clock() >= ends:
@@ -199,11 +216,16 @@ class Stepper:
             await self._pause(target, ends)
 
     def _debt(
-        self, control: Control, tentative: Mapping[str, Any] | None, group: tuple[tuple[str, str], ...]
+        self,
+        control: Control,
+        tentative: Mapping[str, Any] | None,
+        group: tuple[tuple[str, str], ...],
+        parts: tuple[str, ...],
     ) -> dict[str, Any]:
         if not control.phase.rules.dual:
             return {}
-        return {f"{CF}.debt": Debt(control.epoch, tentative, group=joined(group)).to_document()}
+        owed = tuple(dict.fromkeys(parts))
+        return {f"{CF}.debt": Debt(control.epoch, tentative, group=joined(group), parts=owed).to_document()}
 
     async def _pause(self, target: Entity, ends: float) -> None:
         if boot_clock() >= ends:

@@ -35,6 +35,7 @@ from crossfade.breaker import Breaker
 from crossfade.control import Control
 from crossfade.debt import ATTEMPTS, Settled, Settler, acceptable_key, keys_to_stamp
 from crossfade.entity import Entity
+from crossfade.part import Carried, Part, carried_by, noted_parts
 from crossfade.record import (
     CF,
     Applied,
@@ -54,8 +55,6 @@ from crossfade.strategy import FailureStrategy, check_strategy, default_strategy
 from crossfade.values import (
     CODEC_OPTIONS,
     Unmappable,
-    decode_document,
-    digest,
     encode_document,
     id_to_text,
     text_to_id,
@@ -283,20 +282,22 @@ class Writer:
         keys: Mapping[str, str],
         tentative: Any,
         notes: Mapping[str, Any] | None = None,
+        parts: tuple[str, ...] = (),
     ) -> dict[str, Any]:
-        """What a write puts under ``_cf``; ``notes`` is what stands there."""
+        """What a write puts under ``_cf``; ``notes`` is what stands there, ``parts`` are those that it writes."""
         marks: dict[str, Any] = {"rev": Int64(rev), "op": o.op}
         if keys:
             marks["keys"] = dict(keys)
         before = Debt.from_document((notes or {}).get("debt"))
         # What an earlier operation of several still owes together stays owed together.
         group = () if before is None else before.group
+        owed = parts if before is None else tuple(dict.fromkeys((*before.parts, *parts)))
         if o.request.steps:
             steps = Steps(o.op, o.request.steps, "open" if o.rollback else "decided")
             marks["steps"] = steps.to_document()
             group = (*group, *members(entity, id_, steps, None))
         if o.control.phase.rules.dual:
-            debt = Debt(o.control.epoch, tentative if o.rollback else None, group=joined(group))
+            debt = Debt(o.control.epoch, tentative if o.rollback else None, group=joined(group), parts=owed)
             marks["debt"] = debt.to_document()
         return marks
 
@@ -312,9 +313,10 @@ class Writer:
                 else None
             )
             rev = 1 if buried is None else buried.rev + 1
-            marks = self._marks(entity, document["_id"], o, rev, keys, {"kind": "insert"})
+            its_parts = tuple(name for name in entity.parts if document.get(name) is not None)
+            marks = self._marks(entity, document["_id"], o, rev, keys, {"kind": "insert"}, parts=its_parts)
             stored = {**document, CF: marks | {"born": o.op}}
-            image = Image.from_document(dict(stored))
+            image = Image.from_document(dict(stored), entity.parts)
             with self._ahead(entity, image, o) as ahead:
                 made = await self._insert_until_decided(entity, stored, image, o)
                 if made is not None:
@@ -425,7 +427,7 @@ class Writer:
     ) -> Image | None:
         while True:
             try:
-                return await self.pair.mongo.read(entity, id_, timeout=o.left())
+                return await self.pair.mongo.read_owed(entity, id_, timeout=o.left())
             except Unmappable as cause:
                 if unknown:
                     raise
@@ -474,10 +476,13 @@ class Writer:
         seen = self._seen(entity, id_, {*wrote, *removed}, if_revision, o)
         for _ in range(ATTEMPTS * 4):
             if seen is not None:
-                notes: dict[str, Any] = {**seen.document, CF: {"keys": seen.keys}}
-                rev = seen.rev
+                debt = None if seen.debt is None else seen.debt.to_document()
+                notes: dict[str, Any] = {**seen.document, CF: {"keys": seen.keys, "debt": debt}}
+                rev, noted = seen.rev, seen.noted
             else:
                 notes, rev = await self._base(entity, id_, looked_at, if_revision, o)
+                noted = noted_parts(notes.get(CF) or {}, entity.parts)
+            carried = carried_by(entity.parts, noted, wrote=wrote, removed=removed)
             missed = [name for name in where if name not in notes or notes[name] != where[name]]
             if missed:
                 raise errors.ConditionNotMet(
@@ -503,7 +508,7 @@ class Writer:
                 }  # fmt: skip
                 # The values before must still stand when the write happens, or its undo would bring back others.
                 also |= {n: {"$eq": before[n]} if n in before else {"$exists": False} for n in changed}
-            marks = self._marks(entity, id_, o, rev + 1, {}, tentative, cf)
+            marks = self._marks(entity, id_, o, rev + 1, {}, tentative, cf, carried.owed)
             set_ = {
                 **wrote,
                 **{f"{CF}.{name}": value for name, value in marks.items()},
@@ -512,10 +517,16 @@ class Writer:
                     for rule, key in keys.items()
                 },
             }
-            gone = [*removed, *(f"{CF}.keys.{rule}" for rule in stamped if rule not in plain)]
-            foreseen = None if seen is None else _foreseen(seen, wrote, removed, o)
+            gone = [
+                *removed,
+                *(f"{CF}.keys.{rule}" for rule in stamped if rule not in plain),
+                *(f"{CF}.parts.{name}" for name in carried.erased),
+            ]
+            foreseen = None if seen is None else _foreseen(entity, seen, wrote, removed, carried, o)
             with self._ahead(entity, foreseen, o) as ahead:
-                image = await self._set_until_decided(entity, id_, rev, set_, gone, also, future, o)
+                image = await self._set_until_decided(
+                    entity, id_, rev, set_, gone, also, future, o, left_out=carried.left_out
+                )
                 if image is not None:
                     self._say(o, "MongoDB write successful")
                     return await self._then_postgres(entity, image, o, ahead)
@@ -591,7 +602,7 @@ class Writer:
             if o.rollback or o.request.steps or entity.name in self._quarantined():
                 await self._assert_readable(entity, id_, o)
             if "steps" in cf and (o.request.steps or o.kind == "delete"):
-                there = await self.pair.mongo.read(entity, id_, timeout=o.left())
+                there = await self.pair.mongo.read_owed(entity, id_, timeout=o.left())
                 if there is not None and there.steps is not None:
                     await self.settler.roll_forward(entity, there, o.control, ends=o.ends)
                 continue
@@ -618,7 +629,7 @@ class Writer:
             crossfade.errors.Quarantined: a field that this write may not even touch holds such a value.
         """
         try:
-            await self.pair.mongo.read(entity, id_, timeout=o.left())
+            await self.pair.mongo.read_owed(entity, id_, timeout=o.left())
         except Unmappable as cause:
             raise errors.Quarantined(
                 f"[{o.context}] this record of {entity.name} cannot be written while it holds what no store gives "
@@ -635,6 +646,8 @@ class Writer:
         also: Mapping[str, Any],
         fields: Mapping[str, Any],
         o: _Operation,
+        *,
+        left_out: Mapping[str, Part | None],
     ) -> Image | None:
         """One compare-and-set, repeated until it is decided; None: another write was first."""
         unknown = False
@@ -645,8 +658,9 @@ class Writer:
         while True:
             try:
                 image = await self.pair.mongo.compare_and_set(
-                    entity, id_, rev=rev, set_=set_, unset=unset, also=guard, timeout=o.left()
-                )
+                    entity, id_, rev=rev, set_=set_, unset=unset, also=guard, left_out=left_out,
+                    timeout=o.left(),
+                )  # fmt: skip
             except Unanswered as cause:
                 unknown = True
                 await self._again(o, cause)
@@ -686,7 +700,8 @@ class Writer:
             set_ = {f"{CF}.{name}": value for name, value in marks.items()} | {f"{CF}.deleted": True}
             # The names that it held are free from this moment on, unless it may yet be undone.
             gone = [] if o.rollback else [f"{CF}.keys"]
-            image = await self._set_until_decided(entity, id_, rev, set_, gone, {}, {}, o)
+            none = dict.fromkeys(entity.parts)
+            image = await self._set_until_decided(entity, id_, rev, set_, gone, {}, {}, o, left_out=none)
             if image is None:
                 continue
             self._say(o, "MongoDB delete decided")
@@ -711,8 +726,7 @@ class Writer:
         if o.asynchronous:
             if len(self._background) < self.pair.options.background:
                 # The caller may change what it is given while this one is on its way.
-                own = replace(image, document=decode_document(encode_document(image.document)))
-                task = asyncio.create_task(self._quietly(entity, own, o))
+                task = asyncio.create_task(self._quietly(entity, image.copy(), o))
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
             return record
@@ -922,7 +936,7 @@ class Writer:
     async def _stands_open(self, entity: Entity, image: Image, o: _Operation) -> bool:
         """Whether the document still is as the open write left it, or cannot be asked."""
         try:
-            current = await self.pair.mongo.read(entity, image.id, timeout=o.left())
+            current = await self.pair.mongo.read_owed(entity, image.id, timeout=o.left())
         except errors.StoreUnavailable:
             return True
         return current is not None and current.op == o.op
@@ -951,11 +965,11 @@ class Writer:
                     },
                     unset=[f"{CF}.debt.tentative"],
                     also={f"{CF}.op": o.op, f"{CF}.debt.tentative": {"$exists": True}},
-                    timeout=o.left(),
+                    left_out=dict.fromkeys(entity.parts), timeout=o.left(),
                 )  # fmt: skip
                 if done is not None:
                     return True
-                now = await self.pair.mongo.read(entity, image.id, timeout=o.left())
+                now = await self.pair.mongo.read_owed(entity, image.id, timeout=o.left())
                 if now is None or now.op != o.op:
                     buried = await self.pair.mongo.tombstone(entity, image.id, timeout=o.left())
                     if buried is not None and buried.op == o.op:
@@ -1096,9 +1110,18 @@ class Writer:
             rows = entity.to_rows(document, keys)
         except Unmappable as cause:
             raise errors.Quarantined(f"[{o.context}] PostgreSQL cannot hold this record: {cause}") from cause
-        image = Image.from_document({**document, CF: {"rev": rev, "op": o.op, "keys": keys}})
+        there: Mapping[str, Any] = {} if before is None else before.document
+        parts = [name for name in entity.parts if document.get(name) is not there.get(name)]
+        notes = {
+            name: part.to_document()
+            for name, part in (before.parts if before else {}).items()
+            if name not in parts
+        }
+        image = Image.from_document(
+            {**document, CF: {"rev": rev, "op": o.op, "keys": keys, "parts": notes}}, entity.parts
+        )
         kind = "insert" if before is None else "update"
-        return Change(image, rows, rev, o.op, self._tentative(kind, before, o))
+        return Change(image, rows, rev, o.op, self._tentative(kind, before, o), tuple(parts))
 
     @staticmethod
     def _tentative(kind: str, before: Image | None, o: _Operation) -> dict[str, Any] | None:
@@ -1128,7 +1151,7 @@ class Writer:
             try:
                 return await self.pair.postgres.write(
                     writes, migration=self.pair.name, epoch=o.control.epoch,
-                    timeout=o.left(), keep_in_outbox=keep_in_outbox, op=o.op,
+                    timeout=o.left(), keep_in_outbox=keep_in_outbox, op=o.op, small=not o.rollback,
                 )  # fmt: skip
             except _AlreadyWritten:
                 return await self._written_already(writes, mine[-1], o)
@@ -1317,12 +1340,26 @@ class _AlreadyWritten(Exception):
     """The record in PostgreSQL carries our operation id: the unanswered write had committed."""
 
 
-def _foreseen(seen: Image, wrote: Mapping[str, Any], removed: Iterable[str], o: _Operation) -> Image:
-    """What an update makes of the record, if nobody changes it meanwhile."""
+def _foreseen(
+    entity: Entity,
+    seen: Image,
+    wrote: Mapping[str, Any],
+    removed: Iterable[str],
+    carried: Carried,
+    o: _Operation,
+) -> Image | None:
+    """What an update makes of the record, if nobody changes it meanwhile; None: a part of it is not at hand."""
     after = {**seen.document, **wrote}
     for name in removed:
         after.pop(name, None)
-    return Image(seen.id, after, seen.rev + 1, o.op, seen.keys, digest(after))
+    left_out = {name: carried.left_out.get(name) for name in seen.left_out if name in after}
+    if None in left_out.values():
+        return None
+    notes = {
+        "rev": seen.rev + 1, "op": o.op, "keys": seen.keys,
+        "parts": {name: part.to_document() for name, part in carried.left_out.items()},
+    }  # fmt: skip
+    return Image.from_document({**after, **left_out, CF: notes}, entity.parts)
 
 
 def _still(entity: Entity, seen: Image) -> dict[str, Any]:

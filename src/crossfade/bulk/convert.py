@@ -6,13 +6,14 @@ import contextlib
 import gc
 import struct
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import bson
 
-from crossfade.entity import Rows
+from crossfade.entity import Child, Rows
+from crossfade.part import digest_with, parts_of
 from crossfade.record import CF, Image
 from crossfade.stores.bulk_mongo import id_of
 from crossfade.stores.bulk_postgres import BadDocument, EntityTables, PreparedRow
@@ -46,8 +47,10 @@ def canonical(raw: bytes, document: dict[str, Any]) -> bytes:
     return encode_document(document)
 
 
-def image_of(raw: bytes) -> tuple[Image, bytes]:
+def image_of(raw: bytes, parts: Sequence[str] = ()) -> tuple[Image, bytes]:
     """The image that a stored document stands for (as `Image.from_raw`), and its canonical bytes.
+
+    ``parts``: the entity's.
 
     Raises:
         crossfade.values.Unmappable: the bytes, or the notes in ``_cf``, cannot be understood.
@@ -56,18 +59,21 @@ def image_of(raw: bytes) -> tuple[Image, bytes]:
     content = canonical(raw, document)
     notes = document.pop(CF, None)
     try:
-        own = Image.from_document({"_id": document["_id"], CF: notes}) if isinstance(notes, Mapping) else None
+        own = (
+            Image.from_document({"_id": document["_id"], CF: notes}, parts)
+            if isinstance(notes, Mapping)
+            else Image(document["_id"], {}, 0, None, {}, b"")
+        )
     except (TypeError, ValueError, AttributeError):
         raise Unmappable("the field '_cf' does not hold what Crossfade wrote there", CF) from None
     except KeyError:
         raise Unmappable("the document has no _id", "_id") from None
-    digest = digest_of_bytes(content)
-    if own is None:
-        return Image(id=document["_id"], document=document, rev=0, op=None, keys={}, digest=digest), content
+    its_parts = parts_of(document, parts, own.noted, own.rev)
     return (
         Image(
-            id=own.id, document=document, rev=own.rev, op=own.op, keys=own.keys, digest=digest, debt=own.debt,
-            deleted=own.deleted, delivered=own.delivered,
+            id=own.id, document=document, rev=own.rev, op=own.op, keys=own.keys,
+            digest=digest_with(document, its_parts) if its_parts else digest_of_bytes(content),
+            debt=own.debt, deleted=own.deleted, delivered=own.delivered, parts=its_parts, noted=own.noted,
         ),
         content,
     )  # fmt: skip
@@ -117,7 +123,7 @@ class Chunk:
         self.size += len(raw)
         image = None
         try:
-            image, _ = image_of(raw)
+            image, _ = image_of(raw, tables.entity.parts)
             self.last = (image.id,)
             if image.deleted:
                 self.deleted += 1
@@ -149,8 +155,23 @@ def prepare(raw: bytes, image: Image, rows: Rows, tables: EntityTables) -> Prepa
         image.rev,
         image.digest,
         tables.write_parent((*rows.parent, image.rev, op, image.digest, mapping)),
-        tuple([write(made) for write, made in zip(tables.write_children, rows.children, strict=True)]),
+        tuple(
+            [
+                write(_noted(image, child, made))
+                for child, write, made in zip(
+                    tables.entity.children, tables.write_children, rows.children, strict=True
+                )
+            ]
+        ),
     )
+
+
+def _noted(image: Image, child: Child, rows: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
+    """Child rows with what is noted of a part beside its values."""
+    if not (child.is_part and rows):
+        return rows
+    part = image.parts[child.field]
+    return [(*row, part.rev, part.digest) for row in rows]
 
 
 def chunks(

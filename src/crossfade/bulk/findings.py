@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from crossfade.bulk.convert import bad_document, image_of
 from crossfade.entity import Entity
+from crossfade.part import digest_with, parts_of
 from crossfade.record import Image
 from crossfade.stores.bulk_postgres import BadDocument, StoredRecord
 from crossfade.values import Unmappable, digest_of_bytes, encode_document, fields_that_differ
@@ -64,10 +66,10 @@ class Source:
     id: Any = None
 
     @classmethod
-    def of(cls, raw: bytes) -> Source:
-        """Of a stored document."""
+    def of(cls, raw: bytes, parts: Sequence[str] = ()) -> Source:
+        """Of a stored document; ``parts``: its entity's."""
         try:
-            image, content = image_of(raw)
+            image, content = image_of(raw, parts)
             # Its id text may not exist, too.
             text = bad_document(raw, Unmappable(""), image).text
         except Unmappable as problem:
@@ -128,7 +130,7 @@ def differing_fields(entity: Entity, source: Source, row: StoredRecord) -> list[
     found: list[str] = []
     if content != source.content:
         found = list(fields_that_differ(source.image.document, rebuilt))
-    elif row.digest != digest_of_bytes(content):
+    elif row.digest != source.image.digest:
         found = ["cf_digest"]
     keys = {**entity.keys(source.image.document), **source.image.keys}
     for rule in entity.unique:
@@ -140,10 +142,10 @@ def differing_fields(entity: Entity, source: Source, row: StoredRecord) -> list[
 def is_as_written(entity: Entity, row: StoredRecord) -> bool:
     """Whether rows give the content that their stored digest is of."""
     try:
-        content = encode_document(entity.from_rows(row.parent, row.children))
+        document = entity.from_rows(row.parent, row.children)
+        return digest_with(document, parts_of(document, entity.parts, {}, row.rev)) == row.digest
     except (Unmappable, ValueError, KeyError, IndexError, TypeError):
         return False
-    return digest_of_bytes(content) == row.digest
 
 
 def judge(

@@ -10,6 +10,7 @@ from bson.errors import BSONError
 
 from crossfade.bulk.findings import Notes, Source, judge
 from crossfade.entity import Entity
+from crossfade.part import digest_with, parts_of
 from crossfade.record import CF, stamped_keys
 from crossfade.stores.bulk_postgres import BulkPostgres, EntityTables, StoredRecord
 from crossfade.values import CODEC_OPTIONS, Unmappable, digest_of_bytes, encode_document
@@ -74,7 +75,7 @@ class Whole:
             plain = plainly_equal(entity, raw, row)
             if plain is not None:
                 return Compared(False, True, f"{text} {plain} {row.digest.hex()}")
-        source = None if raw is None else Source.of(raw)
+        source = None if raw is None else Source.of(raw, entity.parts)
         # Without the notes, whatever is not plainly equal is a suspect.
         suspect = judge(entity, source, row, Notes()) is not None
         if source is None or source.is_gone:
@@ -124,9 +125,11 @@ def plainly_equal(entity: Entity, raw: bytes, row: StoredRecord) -> int | None:
             return None
         rev = int(notes.get("rev", 0))
         keys = {**entity.keys(rebuilt), **stamped_keys(notes)}
+        its_parts = parts_of(rebuilt, entity.parts, {}, rev)
+        digest = digest_with(rebuilt, its_parts) if its_parts else digest_of_bytes(content)
     except (Unmappable, BSONError, ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
-    if row.rev != rev or row.mapping != entity.mapping_version or row.digest != digest_of_bytes(content):
+    if row.rev != rev or row.mapping != entity.mapping_version or row.digest != digest:
         return None
     for rule in entity.unique:
         if row.parent[entity.parent_columns.index(rule.to)] != keys.get(rule.rule):

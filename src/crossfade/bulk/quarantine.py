@@ -179,4 +179,7 @@ def with_notes(raw: bytes, document: dict[str, Any]) -> dict[str, Any] | None:
     # As exported, also where that is legible only because what was not valid was replaced: a person has to say so.
     if encode_document(stored) == encode_document(document):
         return None
-    return document if notes is None else {**document, CF: notes}
+    if notes is None:
+        return document
+    # A part may be what was mended: its note does not hold any more.
+    return {**document, CF: {name: note for name, note in notes.items() if name != "parts"}}

@@ -135,7 +135,7 @@ class Rehearsal:
         report, image = self._report, None
         report.read += 1
         try:
-            image, _ = image_of(raw)
+            image, _ = image_of(raw, self.entity.parts)
             if image.deleted:
                 report.deleted += 1
                 return

@@ -486,7 +486,7 @@ async def _fetch(entity: Entity, source: BulkMongo, texts: Sequence[str]) -> lis
             continue  # the document's id has no text; its entry in quarantine goes by its digest
     # A thread of its own: the first one is busy with the next chunk.
     found = await asyncio.to_thread(source.fetch, entity, ids)
-    return [Source.of(raw) for raw in found]
+    return [Source.of(raw, entity.parts) for raw in found]
 
 
 def _chunks(documents: Iterable[bytes], count: Callable[[], int]) -> Iterator[dict[str, bytes]]:

@@ -178,7 +178,7 @@ class EntityTables:
         self.write_parent: Callable[[tuple[Any, ...]], bytes] = compile_row([parent[c] for c in self.columns])
         self.write_children: tuple[Callable[[Any], bytes], ...] = tuple(
             compile_rows(
-                [types[_key(child.table)][c] for c in child.columns],
+                [types[_key(child.table)][c] for c in child.stored_columns],
                 [child.columns.index(of) for of in followers(child.table)] if loading else [],
             )
             for child in entity.children
@@ -235,15 +235,15 @@ class EntityTables:
         self.copy_children: list[sql.Composed] = []
         self.insert_children: list[sql.Composed | None] = []
         for number, child in enumerate(entity.children):
-            into, columns_ = identifier(child.table), child.columns
+            into, columns_ = identifier(child.table), child.stored_columns
             if self._loading:
                 columns_ += tuple(followers(child.table).values())
                 self.insert_children.append(None)
             elif followers(child.table):
                 into = sql.Identifier(f"crossfade_stage_{entity.name}_{number}")
                 stages.append(into)
-                self.create_stages.append(_create_stage(into, _list(child.columns), identifier(child.table)))
-                self.insert_children.append(linked_rows(child.table, child.columns, into))
+                self.create_stages.append(_create_stage(into, _list(columns_), identifier(child.table)))
+                self.insert_children.append(linked_rows(child.table, columns_, into))
             else:
                 self.insert_children.append(None)
             self.copy_children.append(_copy(into, _list(columns_)))
@@ -380,7 +380,7 @@ class BulkPostgres:
         with translated(self.address):
             for table, wanted in [
                 (entity.table, (*entity.parent_columns, *META_COLUMNS)),
-                *((child.table, child.columns) for child in entity.children),
+                *((child.table, child.stored_columns) for child in entity.children),
             ]:
                 found = types[_key(table)] = await self._column_types(table)
                 missing = [c for c in wanted if c not in found]

@@ -15,7 +15,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +46,7 @@ from pymongo.write_concern import WriteConcern
 
 from crossfade import errors
 from crossfade.entity import Entity
+from crossfade.part import Part
 from crossfade.query import Query
 from crossfade.record import CF, Debt, DebtKey, Image, new_operation
 from crossfade.stores.bulk_mongo import id_of
@@ -232,20 +233,36 @@ class MongoStore:
     def _raw_documents(self, entity: Entity) -> AsyncCollection[RawBSONDocument]:
         return self._raw[entity.collection]
 
-    async def read(self, entity: Entity, id_: Any, *, timeout: float) -> Image | None:
+    async def read(
+        self, entity: Entity, id_: Any, *, timeout: float, without: Collection[str] = ()
+    ) -> Image | None:
         """The record's image, one with ``deleted`` included; None where there is no document.
+
+        ``without``: parts to leave out, confirmed or not.
 
         Raises:
             crossfade.values.Unmappable: the document holds bytes that cannot be carried back unchanged.
         """
         async with self._asking(timeout):
-            raw = await self._raw_documents(entity).find_one({"_id": id_})
-        return None if raw is None else Image.from_raw(bytes(raw.raw))
+            raw = await self._raw_documents(entity).find_one({"_id": id_}, _all_but(without))
+        return None if raw is None else Image.from_raw(bytes(raw.raw), entity.parts, without)
 
-    async def read_raw(self, entity: Entity, id_: Any, *, timeout: float) -> bytes | None:
-        """The document's bytes, as stored."""
+    async def read_owed(self, entity: Entity, id_: Any, *, timeout: float) -> Image | None:
+        """The record's image without its parts if PostgreSQL has confirmed them all, else whole; see `read`."""
+        if entity.parts:
+            small = {"_id": id_, **_confirmed(entity)}
+            async with self._asking(timeout):
+                raw = await self._raw_documents(entity).find_one(small, _all_but(entity.parts))
+            if raw is not None:
+                return Image.from_raw(bytes(raw.raw), entity.parts, entity.parts)
+        return await self.read(entity, id_, timeout=timeout)
+
+    async def read_raw(
+        self, entity: Entity, id_: Any, *, timeout: float, without: Collection[str] = ()
+    ) -> bytes | None:
+        """The document's bytes, as stored; ``without`` these parts."""
         async with self._asking(timeout):
-            raw = await self._raw_documents(entity).find_one({"_id": id_})
+            raw = await self._raw_documents(entity).find_one({"_id": id_}, _all_but(without))
         return None if raw is None else bytes(raw.raw)
 
     async def owing(
@@ -253,27 +270,30 @@ class MongoStore:
     ) -> tuple[list[Image], bool]:
         """The images of those of these records that are in debt, ``size`` bytes of them at most; whether that is all.
 
-        It is not where there are more, or one that cannot be read.
+        Those whose parts PostgreSQL has confirmed come without. It is not all where there are more, or one that cannot
+        be read.
         """
-        images: list[Image] = []
+        images: dict[str, Image] = {}  # one that changes meanwhile may be found twice
         all_of_them = True
         query = {"_id": {"$in": list(ids)}, f"{CF}.debt": {"$exists": True}}
-        cursor = self._raw_documents(entity).find(query)
-        async with self._asking(timeout):
-            try:
-                async for raw in cursor:
-                    size -= len(raw.raw)
-                    if size < 0 and images:
-                        return images, False
-                    if len(images) % 16 == 15:
-                        await asyncio.sleep(0)  # what has come is decoded without a pause otherwise
-                    try:
-                        images.append(Image.from_raw(bytes(raw.raw)))
-                    except Unmappable:
-                        all_of_them = False
-            finally:
-                await cursor.close()
-        return images, all_of_them
+        for more, without in _small_first(entity):
+            cursor = self._raw_documents(entity).find({**query, **more}, _all_but(without))
+            async with self._asking(timeout):
+                try:
+                    async for raw in cursor:
+                        size -= len(raw.raw)
+                        if size < 0 and images:
+                            return list(images.values()), False
+                        if len(images) % 16 == 15:
+                            await asyncio.sleep(0)  # what has come is decoded without a pause otherwise
+                        try:
+                            image = Image.from_raw(bytes(raw.raw), entity.parts, without)
+                            images[id_to_text(image.id)] = image
+                        except Unmappable:
+                            all_of_them = False
+                finally:
+                    await cursor.close()
+        return list(images.values()), all_of_them
 
     async def notes(
         self, entity: Entity, id_: Any, fields: Iterable[str], *, timeout: float
@@ -283,33 +303,44 @@ class MongoStore:
         async with self._asking(timeout):
             return await self._documents(entity).find_one({"_id": id_}, projection)
 
-    async def read_many(self, entity: Entity, ids: Sequence[Any], *, timeout: float) -> list[Image]:
-        """Images of the records of these ids that there are, deleted ones left out, in no order."""
+    async def read_many(
+        self, entity: Entity, ids: Sequence[Any], *, timeout: float, without: Collection[str] = ()
+    ) -> list[Image]:
+        """Images of the records of these ids that there are, deleted ones left out, in no order; see `read`."""
         query = {"_id": {"$in": list(ids)}, f"{CF}.deleted": {"$ne": True}}
         async with self._asking(timeout):
-            found = await self._raw_documents(entity).find(query).to_list()
-        return [Image.from_raw(bytes(raw.raw)) for raw in found]
+            found = await self._raw_documents(entity).find(query, _all_but(without)).to_list()
+        return [Image.from_raw(bytes(raw.raw), entity.parts, without) for raw in found]
 
-    async def find(self, entity: Entity, query: Query, *, timeout: float) -> list[Image]:
-        """Images of the records that a query asks for, deleted ones left out."""
+    async def find(
+        self, entity: Entity, query: Query, *, timeout: float, without: Collection[str] = ()
+    ) -> list[Image]:
+        """Images of the records that a query asks for, deleted ones left out; see `read`."""
         standing = {f"{CF}.deleted": {"$ne": True}}
         parts = [part for part in (as_filter(entity, query.where), as_filter_behind(query), standing) if part]
-        cursor = self._raw_documents(entity).find({"$and": parts}).sort(as_sort(query.order))
+        cursor = (
+            self._raw_documents(entity).find({"$and": parts}, _all_but(without)).sort(as_sort(query.order))
+        )
         async with self._asking(timeout):
             found = await cursor.skip(query.skip).limit(query.limit).to_list()
-        return [Image.from_raw(bytes(raw.raw)) for raw in found]
+        return [Image.from_raw(bytes(raw.raw), entity.parts, without) for raw in found]
 
     async def look_up(
-        self, entity: Entity, alternatives: Sequence[Mapping[str, Any]], *, timeout: float
+        self,
+        entity: Entity,
+        alternatives: Sequence[Mapping[str, Any]],
+        *,
+        timeout: float,
+        without: Collection[str] = (),
     ) -> list[Image]:
         """Images of the few records that match any of these filters, each on an index, deleted ones left out.
 
-        In no order: sorting by ``_id`` would tempt a server into walking that index.
+        In no order: sorting by ``_id`` would tempt a server into walking that index. ``without``: see `read`.
         """
         query = {"$or": list(alternatives), f"{CF}.deleted": {"$ne": True}}
         async with self._asking(timeout):
-            found = await self._raw_documents(entity).find(query).limit(4).to_list()
-        return [Image.from_raw(bytes(raw.raw)) for raw in found]
+            found = await self._raw_documents(entity).find(query, _all_but(without)).limit(4).to_list()
+        return [Image.from_raw(bytes(raw.raw), entity.parts, without) for raw in found]
 
     async def count(self, entity: Entity, where: Sequence[Mapping[str, Any]], *, timeout: float) -> int:
         """How many records match these conditions, deleted ones left out."""
@@ -336,13 +367,16 @@ class MongoStore:
         unset: Iterable[str] = (),
         push: Mapping[str, Any] | None = None,
         also: Mapping[str, Any] | None = None,
+        left_out: Mapping[str, Part | None] | None = None,
         timeout: float,
     ) -> Image | None:
         """Change a document that is at revision ``rev``, and return its image after; None: no match.
 
         ``set_``, ``unset`` and ``push`` (one value to the end of an array) name paths; ``also`` narrows the filter
-        further.
+        further. ``left_out`` are parts that the image does not need; the document must note them so, None: or not.
         """
+        without = left_out or {}
+        noted = {f"{CF}.parts.{n}.rev": Int64(part.rev) for n, part in without.items() if part is not None}
         update: dict[str, Any] = {"$set": dict(set_)}
         if push:
             update["$push"] = dict(push)
@@ -351,11 +385,12 @@ class MongoStore:
             update["$unset"] = gone
         async with self._asking(timeout):
             raw = await self._raw_documents(entity).find_one_and_update(
-                {"_id": id_, **_rev_filter(rev), **(also or {})},
+                {"_id": id_, **_rev_filter(rev), **noted, **(also or {})},
                 update,
+                _all_but(without),
                 return_document=ReturnDocument.AFTER,
             )
-        return None if raw is None else Image.from_raw(bytes(raw.raw))
+        return None if raw is None else Image.from_raw(bytes(raw.raw), entity.parts, without)
 
     async def remove(self, entity: Entity, id_: Any, *, rev: int, op: str, timeout: float) -> bool:
         """Remove a document whose delete was decided at this revision by this operation."""
@@ -402,6 +437,25 @@ class MongoStore:
             result = await self._documents(entity).replace_one(_exactly(before), dict(document))
         return result.matched_count == 1
 
+    async def deliver_small(
+        self, entity: Entity, before: Mapping[str, Any], document: Mapping[str, Any], *, timeout: float
+    ) -> bool | None:
+        """The same of documents without their parts, which stay as they are; None: an update cannot do that."""
+        names, wanted = ([name for name in one if name != CF] for one in (before, document))
+        new = [name for name in wanted if name not in before]
+        gone = [name for name in names if name not in document]
+        stay = [name for name in names if name in document]
+        if stay + new != wanted or len(new) > 1 or not all(map(_is_path, {*names, *wanted})):
+            return None  # an update puts new fields to the end, several of them in an order of its own
+        seen = {name: {"$eq": value, "$exists": True} for name, value in before.items()}
+        update: dict[str, Any] = {"$set": {name: value for name, value in document.items() if name != "_id"}}
+        if gone:
+            update["$unset"] = dict.fromkeys(gone, "")
+        filter_ = {**seen, **{name: {"$exists": False} for name in new}, "_id": before["_id"]}
+        async with self._asking(timeout):
+            result = await self._documents(entity).update_one(filter_, update)
+        return result.matched_count == 1
+
     async def deliver_removal(self, entity: Entity, before: bytes, *, timeout: float) -> bool:
         """Remove the document if it is exactly ``before``."""
         async with self._asking(timeout):
@@ -435,38 +489,32 @@ class MongoStore:
     # --- debts -------------------------------------------------------------------------------------------
 
     async def settle(self, entity: Entity, settled: Sequence[DebtKey], *, timeout: float) -> None:
-        """Erase these debts, where they still stand."""
-        if not settled:
-            return
+        """Erase these debts, where they still stand, and note what was confirmed of their parts."""
+        plain = [key for key in settled if not key.parts]
+        noting = [UpdateOne({**_still_owed(key), **_CLOSED}, _noting(key)) for key in settled if key.parts]
         # One command with every pair in its filter: a server takes several times as long over a command each.
-        for at in range(0, len(settled), _PAIRS):
-            portion = settled[at : at + _PAIRS]
+        for at in range(0, len(plain), _PAIRS):
+            portion = plain[at : at + _PAIRS]
             still = {
                 "_id": {"$in": [key.id for key in portion]},
-                "$or": [
-                    {
-                        "_id": key.id,
-                        f"{CF}.rev": Int64(key.rev),
-                        f"{CF}.op": key.op,
-                        f"{CF}.debt.sending": {"$eq": key.sending},
-                    }
-                    for key in portion
-                ],
-                f"{CF}.debt.tentative": {"$exists": False},
-                # What it owes to other records, and a mark that nobody needs any more, is found by its debt.
-                f"{CF}.steps": {"$exists": False},
-                f"{CF}.done.0": {"$exists": False},
+                "$or": [_still_owed(key) for key in portion],
+                **_CLOSED,
             }
             async with self._asking(timeout):
                 await self._documents(entity).update_many(still, {"$unset": {f"{CF}.debt": ""}})
+        if noting:
+            async with self._asking(timeout):
+                await self._documents(entity).bulk_write(noting, ordered=False)
 
     async def owe(self, entity: Entity, id_: Any, rev: int, debt: Debt, *, timeout: float) -> None:
         """Lift a document at this revision that cannot be read, into this debt."""
         marks = {"rev": Int64(rev + 1), "op": new_operation(), "debt": debt.to_document()}
+        update: dict[str, Any] = {"$set": {f"{CF}.{name}": value for name, value in marks.items()}}
+        if entity.parts:
+            update["$unset"] = {f"{CF}.parts": ""}  # whoever mends it may mend a part
         async with self._asking(timeout):
             await self._documents(entity).update_one(
-                {"_id": id_, **_rev_filter(rev), f"{CF}.debt": {"$exists": False}},
-                {"$set": {f"{CF}.{name}": value for name, value in marks.items()}},
+                {"_id": id_, **_rev_filter(rev), f"{CF}.debt": {"$exists": False}}, update
             )
 
     async def park(
@@ -592,9 +640,12 @@ class MongoStore:
     async def changed_since(
         self, entity: Entity, field: str, since: Any, *, batch: int, timeout: float
     ) -> AsyncIterator[Image | tuple[Any, bytes]]:
-        """Images of documents whose ``field`` (a date) is at or after ``since``; see `scan`."""
-        async for found in self._iterate(entity, {field: {"$gte": since}}, batch=batch, timeout=timeout):
-            yield found
+        """Images of documents whose ``field``, a date, is at or after ``since``; confirmed parts left out."""
+        for more, without in _small_first(entity):
+            query = {field: {"$gte": since}, **more}
+            found = self._iterate(entity, query, batch=batch, timeout=timeout, without=without)
+            async for one in found:
+                yield one
 
     async def scan(
         self, entity: Entity, *, batch: int, timeout: float
@@ -604,10 +655,16 @@ class MongoStore:
             yield found
 
     async def _iterate(
-        self, entity: Entity, query: Mapping[str, Any], *, batch: int, timeout: float
+        self,
+        entity: Entity,
+        query: Mapping[str, Any],
+        *,
+        batch: int,
+        timeout: float,
+        without: Collection[str] = (),
     ) -> AsyncIterator[Image | tuple[Any, bytes]]:
         # The limit is on each round trip, not on the whole: a full pass takes as long as it takes.
-        cursor = self._raw_documents(entity).find(query, batch_size=batch)
+        cursor = self._raw_documents(entity).find(query, _all_but(without), batch_size=batch)
         while True:
             async with self._asking(timeout):
                 try:
@@ -615,7 +672,7 @@ class MongoStore:
                 except StopAsyncIteration:
                     return
             try:
-                yield Image.from_raw(bytes(raw.raw))
+                yield Image.from_raw(bytes(raw.raw), entity.parts, without)
             except Unmappable:
                 # Not raw["_id"], which decodes the whole; without an id that can be told there is nothing to adopt.
                 with contextlib.suppress(ValueError):
@@ -788,6 +845,55 @@ class MongoStore:
                 with contextlib.suppress(DuplicateKeyError):
                     await self.database[CONTROL].insert_one({"_id": migration, **record})
         return done.matched_count == 1
+
+
+def _all_but(parts: Collection[str]) -> dict[str, int] | None:
+    """A projection; None for the whole document."""
+    return dict.fromkeys(parts, 0) if parts else None
+
+
+def _confirmed(entity: Entity) -> dict[str, Any]:
+    """A filter: the document notes of every part that PostgreSQL holds it."""
+    return {f"{CF}.parts.{name}": {"$exists": True} for name in entity.parts}
+
+
+def _small_first(entity: Entity) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
+    """Filters that share out the documents, each with the parts that may be left out of what it finds."""
+    if not entity.parts:
+        return [({}, ())]
+    some = {"$or": [{path: {"$exists": False}} for path in _confirmed(entity)]}
+    return [(_confirmed(entity), entity.parts), (some, ())]
+
+
+#: A debt that may be erased: nothing of it is open, nor does it show others the way to what is.
+_CLOSED: dict[str, Any] = {
+    f"{CF}.debt.tentative": {"$exists": False},
+    # What it owes to other records, and a mark that nobody needs any more, is found by its debt.
+    f"{CF}.steps": {"$exists": False},
+    f"{CF}.done.0": {"$exists": False},
+}
+
+
+def _still_owed(key: DebtKey) -> dict[str, Any]:
+    return {
+        "_id": key.id,
+        f"{CF}.rev": Int64(key.rev),
+        f"{CF}.op": key.op,
+        f"{CF}.debt.sending": {"$eq": key.sending},
+    }
+
+
+def _noting(key: DebtKey) -> dict[str, Any]:
+    """The update that erases a debt and notes what was confirmed of its parts."""
+    held = {f"{CF}.parts.{name}": part.to_document() for name, part in key.parts if part is not None}
+    gone = [f"{CF}.parts.{name}" for name, part in key.parts if part is None]
+    update = {"$unset": dict.fromkeys([f"{CF}.debt", *gone], "")}
+    return {**update, "$set": held} if held else update
+
+
+def _is_path(name: str) -> bool:
+    """Whether a field's name can be said in a filter and an update."""
+    return bool(name) and "." not in name and not name.startswith("$")
 
 
 def _exactly(seen: bytes) -> dict[str, Any]:

@@ -33,17 +33,18 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRe
 from crossfade import errors
 from crossfade.entity import Entity, Rows
 from crossfade.query import Order, Query
-from crossfade.record import Applied, Held, Image, new_operation
+from crossfade.record import CF, Applied, Held, Image, new_operation
 from crossfade.stores.conditions import Clause, as_clause, as_clauses_behind, as_order, can_order
 from crossfade.stores.errors import Fenced, RuleBroken, Unanswered
 from crossfade.stores.references import PORTION, references_of
 from crossfade.stores.rows import RowStatements, Statement, held
 from crossfade.stores.shadow_notes import ShadowNotes
-from crossfade.values import decode_document, digest, encode_document, id_to_text, text_to_id
+from crossfade.values import decode_document, encode_document, id_to_text, text_to_id
 
 STORE = "postgres"
 SCHEMA_VERSION = "3"
 
+_LOCKED = " WHERE p.id = %s FOR NO KEY UPDATE OF p"
 #: Images of one entity that are worth a statement for all of them.
 _MANY = 8
 #: Seconds for the caller to go on before what is left to do behind its back takes the processor from it.
@@ -83,6 +84,7 @@ class Delivery:
         base_digest: digest of what the last confirmed delivery left in MongoDB; None: nothing.
         tentative: ``ROLLBACK_BOTH``: ``{"kind": ..., "before": hex of the BSON before}``; None once confirmed.
         parked: why MongoDB refuses it, or None.
+        parts: the parts that were written since the last confirmed delivery.
     """
 
     entity: str
@@ -92,6 +94,7 @@ class Delivery:
     base_digest: bytes | None
     tentative: Mapping[str, Any] | None
     parked: str | None
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,7 @@ class Change:
         image: the new image; None deletes the record at ``rev``.
         rows: its rows.
         tentative: kept in the outbox row until success may be told.
+        parts: the parts that it writes.
     """
 
     image: Image | None
@@ -109,6 +113,7 @@ class Change:
     rev: int
     op: str
     tentative: Mapping[str, Any] | None = None
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -464,7 +469,11 @@ class PostgresStore:
     ) -> tuple[list[Statement], list[Statement]]:
         """What applies these images, and what then says, in their order, what is there."""
         own = self.statements(images[0][0])
-        alike = [(image, rows) for entity, image, rows in images if entity is own.entity and rows is not None]
+        alike = [
+            (image, rows)
+            for entity, image, rows in images
+            if entity is own.entity and rows is not None and not image.left_out
+        ]
         if len(images) >= _MANY and len(alike) == len(images) and own.has_many:
             put, look = own.apply_many(alike, migration=migration, epoch=epoch)
             # Their sizes are unknown to a plan that is made once, and a table that is being filled has no statistics.
@@ -667,50 +676,64 @@ class PostgresStore:
 
     # --- reading -----------------------------------------------------------------------------------------
 
-    async def read(self, entity: Entity, id_: Any, *, timeout: float) -> Image | None:
-        """A record, in one statement; None where there is no row."""
-        return await self.read_where(entity, "id", id_to_text(id_), timeout=timeout)
+    async def read(self, entity: Entity, id_: Any, *, timeout: float, small: bool = False) -> Image | None:
+        """A record, in one statement; None where there is no row. ``small``: without its parts."""
+        return await self.read_where(entity, "id", id_to_text(id_), timeout=timeout, small=small)
 
-    async def read_where(self, entity: Entity, column: str, value: Any, *, timeout: float) -> Image | None:
+    async def read_where(
+        self, entity: Entity, column: str, value: Any, *, timeout: float, small: bool = False
+    ) -> Image | None:
         """The record whose column holds this value (the lowest id of several)."""
         own = self.statements(entity)
-        query = own.reading(" WHERE p.{} = %s ORDER BY p.id LIMIT 1", column)
+        query = own.reading(" WHERE p.{} = %s ORDER BY p.id LIMIT 1", column, small=small)
         rows = await self._rows(query, [value], timeout)
-        return own.image(rows[0]) if rows else None
+        return own.image(rows[0], small=small) if rows else None
 
     async def look_up(
-        self, entity: Entity, column: str, value: str, key_column: str, key: str, *, timeout: float
+        self,
+        entity: Entity,
+        column: str,
+        value: str,
+        key_column: str,
+        key: str,
+        *,
+        timeout: float,
+        small: bool = False,
     ) -> Image | None:
         """The record whose column holds this value, else the one that holds its normalised key; in one round trip."""
         own = self.statements(entity)
         query = own.reading(
-            " WHERE p.{} = %s OR p.{} = %s ORDER BY p.{} = %s DESC, p.id LIMIT 1", column, key_column, column
-        )
+            " WHERE p.{} = %s OR p.{} = %s ORDER BY p.{} = %s DESC, p.id LIMIT 1",
+            column, key_column, column, small=small,
+        )  # fmt: skip
         rows = await self._rows(query, [value, key, value], timeout)
-        return own.image(rows[0]) if rows else None
+        return own.image(rows[0], small=small) if rows else None
 
-    async def read_many(self, entity: Entity, ids: Sequence[Any], *, timeout: float) -> list[Image]:
-        """The records of these ids that there are, in no order; in one statement."""
+    async def read_many(
+        self, entity: Entity, ids: Sequence[Any], *, timeout: float, small: bool = False
+    ) -> list[Image]:
+        """The records of these ids that there are, in no order; in one statement. ``small``: without their parts."""
         own = self.statements(entity)
-        query = own.reading(" WHERE p.{} = ANY(%s::text[])", "id")
-        return [own.image(row) for row in await self._rows(query, [[id_to_text(i) for i in ids]], timeout)]
+        query = own.reading(" WHERE p.{} = ANY(%s::text[])", "id", small=small)
+        rows = await self._rows(query, [[id_to_text(i) for i in ids]], timeout)
+        return [own.image(row, small=small) for row in rows]
 
     def can_find(self, entity: Entity, where: Sequence[Mapping[str, Any]], order: Order) -> bool:
         """Whether these conditions, and this order, can be asked of PostgreSQL's columns exactly."""
         return can_order(entity, order) and as_clause(entity, where) is not None
 
-    async def find(self, entity: Entity, query: Query, *, timeout: float) -> list[Image]:
+    async def find(self, entity: Entity, query: Query, *, timeout: float, small: bool = False) -> list[Image]:
         """The records that a query asks for; see `can_find`. One statement, behind a place in an order at most two."""
         own = self.statements(entity)
         condition, values = self._condition(entity, query.where, query.order)
         found: list[Image] = []
         for behind, place in as_clauses_behind(entity, query):
-            statement = own.select + sql.SQL(" WHERE ({}) AND ({}) ORDER BY {} LIMIT %s OFFSET %s").format(
-                condition, behind, as_order(entity, query.order)
-            )
+            statement = own.select(small=small) + sql.SQL(
+                " WHERE ({}) AND ({}) ORDER BY {} LIMIT %s OFFSET %s"
+            ).format(condition, behind, as_order(entity, query.order))
             left = query.limit - len(found)
             rows = await self._rows(statement, [*values, *place, left, query.skip], timeout)
-            found += map(own.image, rows)
+            found += (own.image(row, small=small) for row in rows)
             if len(found) == query.limit:
                 break
         return found
@@ -746,13 +769,14 @@ class PostgresStore:
         timeout: float,
         keep_in_outbox: bool = True,
         op: str | None = None,
+        small: bool = False,
     ) -> list[Change | None]:
         """Read records under their locks, let each ``decide`` make its change, write them and their outbox rows.
 
         ``writes`` are (entity, id, decide). ``decide`` gets the image (None: no row) and the highest revision that a
         tombstone of this id has (0: none); it returns None to leave this record alone, and raises to change nothing
-        at all. ``op``: the operation that asks; its own open write does not stand in its way. All in one transaction
-        bound to ``epoch``.
+        at all. ``op``: the operation that asks; its own open write does not stand in its way. ``small``: read the
+        records without their parts, where the rows say which these are. All in one transaction bound to ``epoch``.
 
         Raises:
             Fenced: PostgreSQL is at another epoch.
@@ -762,7 +786,9 @@ class PostgresStore:
 
         async def work() -> list[Change | None]:
             async with self._connection(timeout) as connection, connection.transaction():
-                there = await self._lock(connection, writes, migration=migration, epoch=epoch, op=op)
+                there = await self._lock(
+                    connection, writes, migration=migration, epoch=epoch, op=op, small=small
+                )
                 changes = [
                     decide(before, buried)
                     for (_, _, decide), (before, buried) in zip(writes, there, strict=True)
@@ -846,6 +872,7 @@ class PostgresStore:
         migration: str,
         epoch: int,
         op: str | None,
+        small: bool,
     ) -> list[tuple[Image | None, int]]:
         """Lock these records; (image, revision of the tombstone) of each as given."""
         names = [{"entity": entity.name, "id": id_to_text(id_)} for entity, id_, _ in writes]
@@ -856,7 +883,7 @@ class PostgresStore:
             fence = await connection.execute(QUERIES["epoch_is"], {"migration": migration, "epoch": epoch})
             for (entity, _, _), name in zip(writes, names, strict=True):
                 # NO KEY: a writer that changes its mind must not keep others from linking to the record meanwhile.
-                select = self.statements(entity).reading(" WHERE p.id = %s FOR NO KEY UPDATE OF p")
+                select = self.statements(entity).reading(_LOCKED, small=small)
                 row = await connection.execute(select, [name["id"]])
                 buried = await connection.execute(QUERIES["tombstone"], name)
                 cursors.append((row, buried, await connection.execute(QUERIES["outbox_row"], name)))
@@ -868,12 +895,13 @@ class PostgresStore:
         for (entity, _, _), (stored, tombstone, owed) in zip(writes, found, strict=True):
             if owed is not None and owed[3] is not None and owed[1].hex != op:
                 raise errors.Busy(f"a write of this record of {entity.name} waits for its outcome")
-            answers.append(
-                (
-                    None if stored is None else self.statements(entity).image(stored),
-                    0 if tombstone is None else int(tombstone[0]),
-                )
-            )
+            own = self.statements(entity)
+            image = None if stored is None else own.image(stored, small=small)
+            if image is not None and image.unknown:
+                # A row from before its part had a revision.
+                cursor = await connection.execute(own.reading(_LOCKED), [id_to_text(image.id)])
+                image = own.image((await cursor.fetchall())[0])
+            answers.append((image, 0 if tombstone is None else int(tombstone[0])))
         return answers
 
     def _put(
@@ -907,6 +935,7 @@ class PostgresStore:
             note = {
                 "entity": entity.name, "id": key, "rev": change.rev, "op": change.op, "epoch": epoch,
                 "base_digest": None if before is None else before.digest, "tentative": tentative,
+                "parts": list(change.parts),
             }  # fmt: skip
             statements = [*statements, (QUERIES["outbox_put"], note)]  # type: ignore[list-item]
         return statements
@@ -980,9 +1009,10 @@ class PostgresStore:
             statements = [(QUERIES["bury"], bury), *own.drop(key, rev)]  # type: ignore[list-item]
         else:
             before = decode_document(base64.b64decode(tentative["before"]))
-            image = Image(id_, before, rev, op, tentative["keys"], digest(before))
-            rows = entity.to_rows(before, image.keys)
-            cursor = await connection.execute(own.reading(" WHERE p.id = %s FOR NO KEY UPDATE OF p"), [key])
+            notes = {"rev": rev, "op": op, "keys": tentative["keys"]}
+            image = Image.from_document({**before, CF: notes}, entity.parts)
+            rows = entity.to_rows(image.document, image.keys)
+            cursor = await connection.execute(own.reading(_LOCKED), [key])
             there = await cursor.fetchone() is not None
             statements = own.update(image, rows, rev=rev - 1) if there else own.insert(image, rows)
         for query, parameters in statements:
@@ -1014,9 +1044,9 @@ class PostgresStore:
         return [
             Delivery(
                 entity, text_to_id(id_), rev, op.hex, None if base is None else bytes(base),
-                None if tentative is None else orjson.loads(tentative), parked,
+                None if tentative is None else orjson.loads(tentative), parked, tuple(parts),
             )
-            for entity, id_, rev, op, base, tentative, parked in rows
+            for entity, id_, rev, op, base, tentative, parked, parts in rows
         ]  # fmt: skip
 
     async def outbox_row(self, entity: Entity, id_: Any, *, timeout: float) -> Delivery | None:
@@ -1024,10 +1054,10 @@ class PostgresStore:
         rows = await self._ask("outbox_row", timeout, entity=entity.name, id=id_to_text(id_))
         if not rows:
             return None
-        rev, op, base, tentative, parked = rows[0]
+        rev, op, base, tentative, parked, parts = rows[0]
         return Delivery(
             entity.name, id_, rev, op.hex, None if base is None else bytes(base),
-            None if tentative is None else orjson.loads(tentative), parked,
+            None if tentative is None else orjson.loads(tentative), parked, tuple(parts),
         )  # fmt: skip
 
     async def settle(self, entity: Entity, id_: Any, rev: int, op: str, *, timeout: float) -> bool:
@@ -1155,7 +1185,7 @@ class PostgresStore:
         for entity in entities:
             own = self.statements(entity)
             try:
-                await self._rows(own.select + sql.SQL(" LIMIT 0"), [], timeout)
+                await self._rows(own.select() + sql.SQL(" LIMIT 0"), [], timeout)
             except errors.SchemaNotReady as cause:
                 missing.append(f"table {entity.table.name} ({str(cause.__cause__).splitlines()[0]})")
         return missing
@@ -1251,7 +1281,9 @@ class Ahead:
     def brings(self, image: Image) -> bool:
         """Whether what the primary decided is what was foreseen, and may still be committed."""
         mine = self._image
-        same = (mine.rev, mine.op, mine.digest, mine.keys) == (image.rev, image.op, image.digest, image.keys)
+        same = (mine.rev, mine.op, mine.digest, mine.keys, mine.parts) == (
+            image.rev, image.op, image.digest, image.keys, image.parts,
+        )  # fmt: skip
         return same and not self._decided.done()
 
     async def commit(self, behind: list[asyncio.Task[None]]) -> tuple[Applied, Held] | None:

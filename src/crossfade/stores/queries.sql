@@ -62,18 +62,20 @@ WHERE t.rev < EXCLUDED.rev
 SELECT rev, op FROM crossfade.tombstones WHERE entity = %(entity)s AND id = %(id)s
 
 -- name: outbox_put
--- One row per record: a later write replaces the note, but not what the last confirmed delivery left behind.
-INSERT INTO crossfade.outbox (entity, id, rev, op, epoch, base_digest, tentative)
-VALUES (%(entity)s, %(id)s, %(rev)s, %(op)s::uuid, %(epoch)s, %(base_digest)s, %(tentative)s::jsonb)
+-- One row per record: a later write replaces the note, but not what the last confirmed delivery left behind, and adds
+-- the parts that it wrote.
+INSERT INTO crossfade.outbox AS o (entity, id, rev, op, epoch, base_digest, tentative, parts)
+VALUES (%(entity)s, %(id)s, %(rev)s, %(op)s::uuid, %(epoch)s, %(base_digest)s, %(tentative)s::jsonb, %(parts)s)
 ON CONFLICT (entity, id) DO UPDATE
-SET rev = EXCLUDED.rev, op = EXCLUDED.op, epoch = EXCLUDED.epoch, tentative = EXCLUDED.tentative, parked = NULL
+SET rev = EXCLUDED.rev, op = EXCLUDED.op, epoch = EXCLUDED.epoch, tentative = EXCLUDED.tentative, parked = NULL,
+    parts = ARRAY(SELECT DISTINCT unnest(o.parts || EXCLUDED.parts))
 
 -- name: outbox
-SELECT entity, id, rev, op, base_digest, tentative, parked FROM crossfade.outbox
+SELECT entity, id, rev, op, base_digest, tentative, parked, parts FROM crossfade.outbox
 WHERE entity = ANY(%(entities)s) ORDER BY since LIMIT %(limit)s
 
 -- name: outbox_row
-SELECT rev, op, base_digest, tentative, parked FROM crossfade.outbox WHERE entity = %(entity)s AND id = %(id)s
+SELECT rev, op, base_digest, tentative, parked, parts FROM crossfade.outbox WHERE entity = %(entity)s AND id = %(id)s
 
 -- name: reserved
 -- Whether an open write of another record would need one of these normalised keys back, were it undone.

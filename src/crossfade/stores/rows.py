@@ -9,7 +9,7 @@ image takes two statements: each costs a caller more than what it does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,9 @@ from sqlalchemy.engine import Dialect
 
 from crossfade.entity import DocumentId, Entity, Rows
 from crossfade.errors import ConfigurationError
+from crossfade.part import PART_COLUMNS, Part, digest_with
 from crossfade.record import Held, Image
 from crossfade.stores.references import followers, identifier, link_some, lock_around
-from crossfade.values import digest
 
 _new_dialect: Callable[[], Dialect] = postgresql.dialect
 _DIALECT = _new_dialect()
@@ -82,6 +82,7 @@ class _ChildStatements:
     drop_all: bytes
     drop_covered: bytes
     drop_now: bytes
+    part: str | None
 
 
 class RowStatements:
@@ -136,16 +137,10 @@ class RowStatements:
             "EXISTS (SELECT FROM crossfade.control WHERE migration = %s AND epoch = %s) "
             "FROM (SELECT) AS one LEFT JOIN {} AS r ON r.id = %s"
         ).format(self.table)
-        self._held = rendered(held)
-        replacing = [
-            sql.SQL("{} AS ({}), {} AS ({})").format(
-                _cte("gone", child), statements.drop_others, _cte("put", child), statements.put
-            )
-            for child, statements in zip(entity.children, self._children, strict=True)
-        ]
-        self._replace_children = rendered(
-            sql.SQL("WITH {} {}").format(sql.SQL(", ").join(replacing), held) if replacing else held
-        )
+        self._held, self._held_of = rendered(held), held
+        self._followed_sets = sql.Composed(links)
+        self._replacing: dict[frozenset[str], bytes] = {}
+        self._applying_small: dict[frozenset[str], bytes] = {}
         self._covered = rendered(
             sql.SQL(
                 "SELECT p.id FROM crossfade.tombstones AS t JOIN {} AS p ON p.id = t.id "
@@ -160,6 +155,10 @@ class RowStatements:
                 "WHERE p.id = %s AND t.entity = %s AND t.id = p.id AND t.rev >= p.cf_rev"
             ).format(self.table)
         )
+        self._reading: dict[tuple[bool, tuple[str, ...]], bytes] = {}
+
+    def select(self, *, small: bool = False) -> sql.Composed:
+        """What reads images, up to the condition on the parent row ``p``; ``small``: without the values of parts."""
         arrays = [
             sql.SQL("ARRAY(SELECT c.{} FROM {} AS c WHERE c.{} = p.id ORDER BY {})").format(
                 sql.Identifier(name),
@@ -167,14 +166,57 @@ class RowStatements:
                 sql.Identifier(child.columns[0]),
                 _names(statements.key),
             )
-            for child, statements in zip(entity.children, self._children, strict=True)
-            for name in child.columns
+            for child, statements in zip(self.entity.children, self._children, strict=True)
+            for name in (PART_COLUMNS if small and child.is_part else child.stored_columns)
         ]
-        self.select = sql.SQL("SELECT {} FROM {} AS p").format(
+        return sql.SQL("SELECT {} FROM {} AS p").format(
             sql.SQL(", ").join([*(sql.SQL("p.") + sql.Identifier(n) for n in self.columns), *arrays]),
             self.table,
         )
-        self._reading: dict[tuple[str, ...], bytes] = {}
+
+    def _replace_children(self, left_out: frozenset[str]) -> bytes:
+        if left_out not in self._replacing:
+            replacing = [
+                sql.SQL("{} AS ({}), {} AS ({})").format(
+                    _cte("gone", child), statements.drop_others, _cte("put", child), statements.put
+                )
+                for child, statements in zip(self.entity.children, self._children, strict=True)
+                if child.field not in left_out
+            ]
+            held = self._held_of
+            self._replacing[left_out] = rendered(
+                sql.SQL("WITH {} {}").format(sql.SQL(", ").join(replacing), held) if replacing else held
+            )
+        return self._replacing[left_out]
+
+    def _apply_small(self, left_out: frozenset[str]) -> bytes:
+        """An image without parts replaces only a row that holds just these, and under the present mapping."""
+        if left_out not in self._applying_small:
+            table = self.entity.table
+            updated = [name for name in self.columns if name != "id"]
+            held = [
+                sql.SQL(
+                    "AND EXISTS (SELECT FROM {} AS c WHERE c.{} = t.id AND c.cf_rev = %s AND c.cf_digest = %s)"
+                ).format(identifier(child.table), sql.Identifier(child.columns[0]))
+                for child in self.entity.children
+                if child.field in left_out
+            ]
+            self._applying_small[left_out] = rendered(
+                sql.SQL(
+                    "UPDATE {table} AS t SET ({columns}) = ROW({values}){links} "
+                    "WHERE id = %s AND cf_rev < %s AND cf_mapping = %s "
+                    "AND EXISTS (SELECT FROM crossfade.control WHERE migration = %s AND epoch = %s) "
+                    "AND NOT EXISTS (SELECT FROM crossfade.tombstones AS d "
+                    "WHERE d.entity = %s AND d.id = t.id AND d.rev >= %s) {held}"
+                ).format(
+                    table=self.table,
+                    columns=_names(updated),
+                    values=sql.SQL(", ").join(sql.SQL("%s::") + _type(table.c[name]) for name in updated),
+                    links=self._followed_sets,
+                    held=sql.SQL(" ").join(held),
+                )
+            )
+        return self._applying_small[left_out]
 
     @staticmethod
     def _arrays(table: Table, columns: Iterable[str]) -> sql.Composed:
@@ -216,8 +258,8 @@ class RowStatements:
                     name=identifier(child.table),
                     owner=sql.Identifier(child.columns[0]),
                     keys=self._arrays(child.table, statements.key),
-                    arrays=self._arrays(child.table, child.columns),
-                    columns=_names(child.columns),
+                    arrays=self._arrays(child.table, child.stored_columns),
+                    columns=_names(child.stored_columns),
                     key=_names(statements.key),
                     mine=sql.SQL(", ").join(sql.SQL("k.") + sql.Identifier(c) for c in statements.key),
                     theirs=sql.SQL(", ").join(sql.SQL("c.") + sql.Identifier(c) for c in statements.key),
@@ -233,16 +275,17 @@ class RowStatements:
             ).format(ours=ours, replacing=sql.SQL(", ").join(replacing), table=self.table)
         )
 
-    def reading(self, where: str, *columns: str) -> bytes:
+    def reading(self, where: str, *columns: str, small: bool = False) -> bytes:
         """The statement that reads images: `select`, and what comes behind it, with ``columns`` for its braces."""
-        key = (where, *columns)
+        key = (small, (where, *columns))
         if key not in self._reading:
-            self._reading[key] = rendered(self.select + sql.SQL(where).format(*map(sql.Identifier, columns)))
+            condition = sql.SQL(where).format(*map(sql.Identifier, columns))
+            self._reading[key] = rendered(self.select(small=small) + condition)
         return self._reading[key]
 
     def _child(self, child: Any) -> _ChildStatements:
         table: Table = child.table
-        columns: tuple[str, ...] = child.columns
+        columns: tuple[str, ...] = child.stored_columns
         key = tuple(column.name for column in table.primary_key.columns)
         if not key or key[0] != columns[0]:
             raise ConfigurationError(
@@ -301,6 +344,7 @@ class RowStatements:
             rendered(sql.SQL(drop + "<= %s").format(*around)),
             rendered(sql.SQL(drop_covered).format(*around)),
             rendered(sql.SQL(drop + "= %s").format(*around)),
+            child.field if child.is_part else None,
         )
 
     def _parent_values(self, image: Image, rows: Rows) -> list[Any]:
@@ -311,8 +355,23 @@ class RowStatements:
         ]
 
     def apply(self, image: Image, rows: Rows, *, migration: str, epoch: int) -> Statement:
-        """Put an image where it is newer than what is there, and where no tombstone covers it; its parent row."""
+        """Put an image where it is newer than what is there, and where no tombstone covers it; its parent row.
+
+        One without parts: where the row holds them.
+        """
         parent = self._parent_values(image, rows)
+        if left_out := image.left_out:
+            followed = [parent[at] for at in self._followed]
+            held = [
+                value
+                for child in self._children
+                if child.part in left_out
+                for value in (image.parts[child.part].rev, image.parts[child.part].digest)
+            ]
+            return self._apply_small(left_out), [
+                *parent[1:], *followed, rows.parent[0], image.rev, self.entity.mapping_version,
+                migration, epoch, self.entity.name, image.rev, *held,
+            ]  # fmt: skip
         return self._apply, [*parent, migration, epoch, self.entity.name, rows.parent[0], image.rev]
 
     def replace_children(
@@ -321,15 +380,18 @@ class RowStatements:
         """Give the parent row, where this image is the one that stands there, its child rows; then `held_of`."""
         guard = [rows.parent[0], image.rev, image.op, image.digest]
         parameters: list[Any] = []
+        left_out = image.left_out
         for child, child_rows in zip(self._children, rows.children, strict=True):
-            parameters += [*guard, *self._child_arrays(child, child_rows), *guard]
+            if child.part is None or child.part not in left_out:
+                noted = _noted(child, image, child_rows)
+                parameters += [*guard, *self._child_arrays(child, noted), *guard]
         _, look = self.held_of(rows.parent[0], migration=migration, epoch=epoch)
-        return self._replace_children, [*parameters, *look]
+        return self._replace_children(left_out), [*parameters, *look]
 
     def apply_many(
         self, images: Sequence[tuple[Image, Rows]], *, migration: str, epoch: int
     ) -> tuple[Statement, Statement]:
-        """`apply` and `replace_children` of many records, no id twice, in one statement each.
+        """`apply` and `replace_children` of many records, no id twice and none without a part, in one statement each.
 
         The second gives a row as of `held_of` for each of them, in their order.
         """
@@ -344,7 +406,7 @@ class RowStatements:
         ]
         parameters: list[Any] = [*guard]
         for number, child in enumerate(self._children):
-            every = [row for _, rows in images for row in rows.children[number]]
+            every = [row for image, rows in images for row in _noted(child, image, rows.children[number])]
             parameters += self._child_arrays(child, every)
         return put, (self._replace_many, [*parameters, self.entity.name, migration, epoch])
 
@@ -402,26 +464,59 @@ class RowStatements:
         """What PostgreSQL holds of a record, and whether it is at this epoch."""
         return self._held, [self.entity.name, id_, migration, epoch, id_]
 
-    def image(self, row: Sequence[Any]) -> Image:
+    def image(self, row: Sequence[Any], *, small: bool = False) -> Image:
         """The image that a row of `select` stands for."""
-        parent = row[: len(self.entity.parent_columns)]
+        entity = self.entity
+        parent = row[: len(entity.parent_columns)]
         rev, op, stored, _mapping = row[len(parent) : len(self.columns)]
         at = len(self.columns)
-        children = []
-        for child in self._children:
-            arrays = row[at : at + len(child.columns)]
-            at += len(child.columns)
-            children.append(tuple(zip(*arrays, strict=True)))
-        document = self.entity.from_rows(parent, children)
-        keys = {rule.rule: parent[self.entity.parent_columns.index(rule.to)] for rule in self.entity.unique}
+        children: list[tuple[tuple[Any, ...], ...]] = []
+        noted: dict[str, tuple[int | None, bytes | None]] = {}
+        for child in entity.children:
+            columns = PART_COLUMNS if small and child.is_part else child.stored_columns
+            rows = tuple(zip(*row[at : at + len(columns)], strict=True))
+            at += len(columns)
+            if child.is_part:
+                for one in rows:
+                    noted[child.field] = one[-2:]
+                rows = () if small else tuple(one[:-2] for one in rows)
+            children.append(rows)
+        document = entity.from_rows(parent, children)
+        keys = {rule.rule: parent[entity.parent_columns.index(rule.to)] for rule in entity.unique}
+        parts, unknown = _parts_of_row(document, noted, left_out=small)
+        if small:
+            document.update(parts)
         return Image(
             id=document["_id"],
             document=document,
             rev=rev,
             op=None if op is None else op.hex,
             keys={name: key for name, key in keys.items() if key is not None},
-            digest=bytes(stored) if stored is not None else digest(document),
+            digest=bytes(stored) if stored is not None else digest_with(document, parts),
+            parts=parts,
+            noted=parts,
+            unknown=unknown,
         )
+
+
+def _noted(child: _ChildStatements, image: Image, rows: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
+    """Child rows with what is noted of a part beside its values."""
+    if child.part is None or not rows:
+        return rows
+    part = image.parts[child.part]
+    return [(*row, part.rev, part.digest) for row in rows]
+
+
+def _parts_of_row(
+    document: Mapping[str, Any], noted: Mapping[str, tuple[int | None, bytes | None]], *, left_out: bool
+) -> tuple[dict[str, Part], bool]:
+    """The parts of which a row notes a state; and whether one was left out that it notes nothing of."""
+    parts = {}
+    for at, name in enumerate(field for field in document if field != "_id"):
+        rev, own = noted.get(name, (None, None))
+        if rev is not None and own is not None:
+            parts[name] = Part(rev, bytes(own), at)
+    return parts, left_out and len(parts) < len(noted)
 
 
 def held(row: Sequence[Any]) -> tuple[Held, bool]:

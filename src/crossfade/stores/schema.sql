@@ -46,6 +46,7 @@ CREATE TABLE IF NOT EXISTS crossfade.outbox (
     tentative   jsonb,            -- ROLLBACK_BOTH: the values before, until success may be told
     parked      text,             -- why MongoDB refuses it
     since       timestamptz NOT NULL DEFAULT now(),
+    parts       text[] NOT NULL DEFAULT '{}', -- those written since the last confirmed delivery
     PRIMARY KEY (entity, id)
 );
 
@@ -208,6 +209,8 @@ CREATE TABLE IF NOT EXISTS crossfade.mismatches (
     resolved_why text,
     PRIMARY KEY (entity, id)
 );
+
+ALTER TABLE crossfade.outbox ADD COLUMN IF NOT EXISTS parts text[] NOT NULL DEFAULT '{}';
 
 INSERT INTO crossfade.meta (name, value) VALUES ('schema', '3')
 ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value;
