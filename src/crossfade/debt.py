@@ -350,7 +350,7 @@ class Settler:
             stale = keys_to_stamp(entity, image)
             keys = {rule: unique_key(key, id_) if rule in suffixed else key for rule, key in stale.items()}
             named = entity.keys(image.document)
-            changed = tuple(name for name in image.noted if image.parts.get(name) != image.noted[name])
+            changed = tuple(n for n in entity.parts if image.parts.get(n) != image.noted.get(n))
             try:
                 lifted = await pair.mongo.compare_and_set(
                     entity,

@@ -129,10 +129,11 @@ def carried_by(
 ) -> Carried:
     """What a write that sets ``wrote`` and removes ``removed`` does about parts, of which ``noted`` are confirmed.
 
-    One that removes any field moves what stands behind it, so it carries all parts.
+    One that removes any field moves what stands behind it, so it carries all parts. A note is erased whether it is
+    known of or not: it may have been made since.
     """
     gone = frozenset(removed)
     touched = gone | frozenset(wrote)
-    erased = tuple(name for name in noted if gone or name in touched)
+    erased = tuple(name for name in names if gone or name in touched)
     left_out = {name: part for name, part in noted.items() if name not in erased}
     return Carried(left_out, erased, tuple(name for name in names if name in touched))

@@ -548,6 +548,8 @@ class Writer:
         seen = self.pair.seen.last(entity, id_)
         if seen is None or if_revision not in (None, seen.rev) or keys_to_stamp(entity, seen):
             return None
+        if seen.parts != seen.noted:
+            return None  # what has been confirmed of its parts since need not travel again
         return seen
 
     @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import pymongo
 import pytest
 
-from crossfade import Crossfade, DuplicateKey, FailureStrategy
+from crossfade import Crossfade, DuplicateKey, Entity, FailureStrategy
 from crossfade.errors import CrossfadeError
 from crossfade.record import CF, Image
 from crossfade.testing.failure_points import Failure, FailurePoints, Killed, Point
@@ -34,6 +34,11 @@ ENDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(NOTHING, ("before",)),
 }
 _numbers = itertools.count()
+
+
+def entities() -> list[Entity]:
+    """Users, who may have pictures, and friend requests."""
+    return [users_entity(pictures=True), requests_entity()]
 
 
 @dataclass(frozen=True)
@@ -98,13 +103,13 @@ class Stage:
             # Nobody looks by himself here: one lease is enough for all.
             options=replace(FAST, **({"lease": 600.0} | options)), background=False,
         )  # fmt: skip
-        return cf, cf.migration("accounts", [users_entity(), requests_entity()])
+        return cf, cf.migration("accounts", entities())
 
     @contextlib.asynccontextmanager
     async def worker(self, **options: Any) -> AsyncIterator[World]:
         cf, migration = self._crossfade(**options)
         async with cf:
-            yield World(cf, migration, users_entity(), self.documents["users"], self.database_url)
+            yield World(cf, migration, entities()[0], self.documents["users"], self.database_url)
 
     # --- one case ---
 
@@ -188,7 +193,7 @@ class Stage:
     async def _differences(self, w: World) -> list[str]:
         """What is left over, or unlike in the two stores."""
         found = []
-        for entity in (users_entity(), requests_entity()):
+        for entity in entities():
             rows = {}
             for text, id_, _ in await w.postgres.ids_after(entity, "", limit=100_000, timeout=PATIENCE):
                 rows[text] = await w.postgres.read(entity, id_, timeout=PATIENCE)
@@ -221,7 +226,7 @@ class Stage:
     async def _held(self) -> dict[str, dict[Any, tuple[Any, dict[str, Any]]]]:
         """By entity, by id and by user name: (id, document) as MongoDB holds it; PostgreSQL's is equal."""
         held: dict[str, dict[Any, tuple[Any, dict[str, Any]]]] = {}
-        for entity in (users_entity(), requests_entity()):
+        for entity in entities():
             there = held[entity.name] = {}
             for document in self.documents[entity.collection].find():
                 id_, state = document["_id"], {k: v for k, v in document.items() if k not in ("_id", CF)}

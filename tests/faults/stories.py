@@ -14,6 +14,7 @@ from bson import ObjectId
 
 from crossfade import FailureStrategy
 
+PICTURE = b"old" * 100
 #: A document without ``_id`` and ``_cf``, or None for no record.
 State = Mapping[str, Any] | None
 
@@ -86,6 +87,30 @@ async def rename(m: Any, name: str, strategy: FailureStrategy | None) -> Telling
     )  # fmt: skip
 
 
+async def log_in(m: Any, name: str, strategy: FailureStrategy | None) -> Telling:
+    """A field is set of a user whose picture both stores hold, and which stays where it is."""
+    old = {"username": name, "n": 1, "picture": PICTURE, "friends": []}
+    made = await m.users.insert(old)
+    await m.settler._queue.join()  # only a part that is confirmed is left out
+    return Telling(
+        [("users", made.id)], [old], [{**old, "n": 2}],
+        lambda worker: worker.users.update(made.id, {"n": 2}, strategy=strategy),
+        {"before": (name,), "after": (name,)},
+    )  # fmt: skip
+
+
+async def new_picture(m: Any, name: str, strategy: FailureStrategy | None) -> Telling:
+    """A user whose picture both stores hold gets another one."""
+    old = {"username": name, "n": 1, "picture": PICTURE, "friends": []}
+    made = await m.users.insert(old)
+    await m.settler._queue.join()
+    return Telling(
+        [("users", made.id)], [old], [{**old, "n": 2, "picture": b"new" * 100}],
+        lambda worker: worker.users.update(made.id, {"n": 2, "picture": b"new" * 100}, strategy=strategy),
+        {"before": (name,), "after": (name,)},
+    )  # fmt: skip
+
+
 async def delete(m: Any, name: str, strategy: FailureStrategy | None) -> Telling:
     """An account is deleted for good."""
     old = {"username": name, "n": 1, "friends": [ObjectId()]}
@@ -102,7 +127,7 @@ async def _asked(m: Any, name: str, friends: bool) -> tuple[list[Any], list[dict
     ann, bob, other = ObjectId(), ObjectId(), ObjectId()
     states: list[dict[str, Any]] = [
         {"sender": ann, "receiver": bob, "status": "accepted" if friends else "pending"},
-        {"username": f"ann-{name}", "friends": [bob] if friends else []},
+        {"username": f"ann-{name}", "friends": [bob] if friends else [], "picture": PICTURE},
         {"username": f"bob-{name}", "friends": [other, ann] if friends else [other], "__v": 3},
     ]
     made = await m["friend_requests"].insert(states[0])
@@ -156,5 +181,6 @@ async def part(m: Any, name: str, strategy: FailureStrategy | None) -> Telling:
 
 
 STORIES: dict[str, Story] = {
-    story.__name__: story for story in (insert, insert_again, update, rename, delete, accept, part)
+    story.__name__: story
+    for story in (insert, insert_again, update, rename, log_in, new_picture, delete, accept, part)
 }

@@ -22,6 +22,7 @@ from sqlalchemy import (
     DateTime,
     ForeignKey,
     Integer,
+    LargeBinary,
     MetaData,
     Table,
     Text,
@@ -38,8 +39,10 @@ from crossfade import (
     column,
     list_child,
     normalised,
+    part_columns,
     record_columns,
     reference,
+    single_child,
 )
 from crossfade.control import Control
 from crossfade.record import CF, Image
@@ -66,6 +69,13 @@ FRIENDS = Table(
     Column("position", Integer, primary_key=True),
     Column("friend_id", DocumentId, nullable=False),
     reference("friend_ref", "users.id", of="friend_id"),
+)
+PICTURES = Table(
+    "user_pictures",
+    SCHEMA,
+    Column("user_id", DocumentId, ForeignKey("users.id"), primary_key=True),
+    Column("data", LargeBinary, nullable=False),
+    *part_columns(),
 )
 
 
@@ -95,14 +105,17 @@ def requests_entity() -> Entity:
     )
 
 
-def users_entity(mapping_version: int = 1) -> Entity:
+def users_entity(mapping_version: int = 1, *, pictures: bool = False) -> Entity:
+    """``pictures``: with a part."""
+    picture = single_child("picture", table=PICTURES, owner="user_id", value="data", part=True)
     return Entity(
         "users",
         collection="users",
         table=USERS,
         columns=[column("username", required=True), column("n"), column("updatedAt", to="updated_at")],
         children=[
-            list_child("friends", table=FRIENDS, owner="user_id", position="position", value="friend_id")
+            list_child("friends", table=FRIENDS, owner="user_id", position="position", value="friend_id"),
+            *([picture] if pictures else []),
         ],
         unique=[normalised("username", to="username_norm")],
         mapping_version=mapping_version,

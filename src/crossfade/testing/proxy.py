@@ -61,7 +61,8 @@ class Fault:
 class Counts:
     """What the proxy has seen and done since its start.
 
-    connections: accepted; refused: turned away; requests: whole ones, cut or not; faults: requests that met
+    connections: accepted; refused: turned away; requests: whole ones, cut or not; passed: bytes that were passed
+    on, either way; faults: requests that met
     a fault; swallowed: bytes of answers not passed on; cut: connections reset on purpose; unanswered:
     requests to be cut after, to which the server gave no answer (in 30 seconds, or it ended the connection).
     """
@@ -69,6 +70,7 @@ class Counts:
     connections: int = 0
     refused: int = 0
     requests: int = 0
+    passed: int = 0
     faults: int = 0
     swallowed: int = 0
     cut: int = 0
@@ -317,6 +319,7 @@ class _Pair:
                 fault = self._proxy.take_fault(request)
                 if fault is None:
                     self._answers.expect(request)
+                    self._proxy._counts.passed += len(request.data)
                     await _write(self._server, request.data)
                 elif fault.deliver:
                     await self._deliver_and_cut(request)
@@ -349,6 +352,7 @@ class _Pair:
                 self.swallowed = True
                 self._proxy._counts.swallowed += len(data)
             else:
+                self._proxy._counts.passed += len(data)
                 await _write(self._client, data)
         if self._acted is not None:
             # The server ended the connection instead of answering; `_deliver_and_cut` cuts the other end.

@@ -59,7 +59,7 @@ class Authenticator:
         user_id = document_id(claims.user_id)
 
         async def load() -> Loaded:
-            record = await self._users.get(user_id)
+            record = await self._users.get(user_id, parts=False)
             if record is None:
                 return Loaded(None)
             return Loaded(normalised(record), cacheable=not record.stale)

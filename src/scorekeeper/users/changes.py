@@ -65,7 +65,10 @@ class AccountChanges:
         """
         if user_id != current.id:
             raise forbidden("You can only change your own name")
-        record = await self._rename(user_id, name, by=document_id(current.id), context="User Rename")
+        renamed = await self._rename(user_id, name, by=document_id(current.id), context="User Rename")
+        record = await self._users.with_picture(renamed)
+        if record is None:
+            raise unauthorized("Invalid or expired token")
         user = user_of(record)
         return {
             "message": "Name updated successfully",
@@ -89,7 +92,7 @@ class AccountChanges:
             raise invalid(problem)
         id_ = document_id(user_id)
         # Before `crossfade init` has stamped old documents there is no index to decide it.
-        holder = await self._users.find_by_case_insensitive_username(name)
+        holder = await self._users.find_by_case_insensitive_username(name, picture=False)
         if holder is not None and holder.id != id_:
             raise name_taken()
         if await self._identities.is_anothers_alias(name, id_):
@@ -230,7 +233,7 @@ class AccountChanges:
     # -- all of them -------------------------------------------------------------------------------
 
     async def _user(self, id_: Any) -> Record:
-        record = await self._users.find_by_id(id_)
+        record = await self._users.find_by_id(id_, picture=False)
         if record is None:
             raise _no_such_user()
         return record

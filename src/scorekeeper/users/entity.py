@@ -61,6 +61,7 @@ users = Entity(
             owner="user_id",
             split=(picture_to_columns, picture_from_columns),
             columns=("content_type", "data"),
+            part=True,
         ),
         list_child("friends", table=user_friends, owner="user_id", position="position", value="friend_id"),
     ],
@@ -77,5 +78,5 @@ users = Entity(
         "updatedAt",
         "__v",
     ],
-    mapping_version=1,
+    mapping_version=2,
 )

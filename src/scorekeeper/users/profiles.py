@@ -14,7 +14,7 @@ from scorekeeper import names
 from scorekeeper.errors import Problem
 from scorekeeper.identities.accounts import AccountIdentities, primary_of
 from scorekeeper.users.repository import UserRepository
-from scorekeeper.users.shown import listed_for_admin, person_of, user_of
+from scorekeeper.users.shown import listed_for_admin, named, person_of, user_of
 from scorekeeper.wire import document_id
 
 #: Roles of those who have an account; a document without one is a user's.
@@ -34,12 +34,12 @@ class ProfileService:
         Raises:
             Problem: 404 with ``found: false`` and the ``message`` that the client shows.
         """
-        record = await self._users.find_by_case_insensitive_username(username)
+        record = await self._users.find_by_case_insensitive_username(username, picture=False)
         if record is None:
             sentence = "User not found"
             raise Problem(404, "not-found", sentence, members={"found": False, "message": sentence})
-        shown = person_of(record)
-        del shown["profilePicture"]
+        shown = named(record)
+        del shown["role"]
         return {"found": True, "user": shown}
 
     async def profile(self, username_or_id: str) -> dict[str, Any]:

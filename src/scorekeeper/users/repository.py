@@ -32,23 +32,30 @@ class UserRepository:
 
     # -- finding -----------------------------------------------------------------------------------
 
-    async def find_by_id(self, id_: Any) -> Record | None:
-        """The user of this ``_id``, or None."""
-        return await self._users.get(id_)
+    async def find_by_id(self, id_: Any, *, picture: bool = True) -> Record | None:
+        """The user of this ``_id``, or None; without ``picture`` its megabytes stay where they are."""
+        return await self._users.get(id_, parts=picture)
 
     async def find_many_by_id(self, ids: Iterable[Any]) -> list[Record]:
         """Those of these users that are there, in this order; in one round trip."""
         return await self._users.get_many(ids)
 
-    async def find_by_case_insensitive_username(self, username: str) -> Record | None:
+    async def with_picture(self, record: Record) -> Record | None:
+        """The same user with the picture, which no write brings along; None: deleted meanwhile."""
+        return await self._users.get(record.id) if record.without else record
+
+    async def find_by_case_insensitive_username(
+        self, username: str, *, picture: bool = True
+    ) -> Record | None:
         """The user of this name in any letter case, blanks around it aside; the exact spelling comes first.
 
-        Old data may hold two names that differ only in letter case; both are found as they are spelt.
+        Old data may hold two names that differ only in letter case; both are found as they are spelt. ``picture``: see
+        `find_by_id`.
         """
         name = names.trimmed(username)
         if not name or names.fault(name) is not None:
             return None
-        return await self._users.find_by_key(USERNAME_RULE, name)
+        return await self._users.find_by_key(USERNAME_RULE, name, parts=picture)
 
     async def find_by_exact_username(self, username: str) -> Record | None:
         """The user whose name is spelt exactly so, or None."""
@@ -132,7 +139,7 @@ class UserRepository:
         context: str,
         strategy: FailureStrategy | None = None,
     ) -> Record:
-        """Set fields and the time of the change; with ``if_revision``, only on that one.
+        """Set fields and the time of the change; with ``if_revision``, only on that one. See `with_picture`.
 
         Raises:
             crossfade.NotFound, StaleRevision, DuplicateKey: nothing was written.

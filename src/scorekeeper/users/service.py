@@ -56,7 +56,7 @@ class UserService:
         if not names.is_unicode(password) or names.length(password) < SHORTEST_PASSWORD:
             raise invalid(f"The password must be at least {SHORTEST_PASSWORD} characters long")
         # Only to spare the hash: who gets the name is decided by the rule in the store.
-        holder = await self._users.find_by_case_insensitive_username(name)
+        holder = await self._users.find_by_case_insensitive_username(name, picture=False)
         if holder is not None and not await self._is_unclaimed_guest(holder):
             AUTH.labels("register", "name_taken").inc()
             raise name_taken()
@@ -85,7 +85,7 @@ class UserService:
     async def _take_over(self, guest: Record, name: str, hashed: str) -> Record:
         """Make a guest a user; of two who try, the revision lets one."""
         try:
-            return await self._users.update(
+            claimed = await self._users.update(
                 guest.id,
                 {"username": name, "passwordHash": hashed, "role": "user"},
                 if_revision=guest.rev,
@@ -93,6 +93,10 @@ class UserService:
             )
         finally:
             await self._cache.forget(str(plain(guest.id)))
+        record = await self._users.with_picture(claimed)
+        if record is None:
+            raise NotFound("the account was deleted in the moment in which it was claimed")
+        return record
 
     async def log_in(self, username: str, password: str) -> dict[str, Any]:
         """A token for the account of this name and password.
@@ -100,10 +104,12 @@ class UserService:
         Raises:
             Problem: 401, the same answer after the same work whether the name or the password is wrong.
         """
-        record = await self._users.find_by_case_insensitive_username(username)
+        record = await self._users.find_by_case_insensitive_username(username, picture=False)
         held = None if record is None else record.get("passwordHash")
         right = names.is_unicode(password) and await self._passwords.verify(password, held)
-        if record is None or not right:
+        # The megabytes of a picture are for those who have shown who they are.
+        record = await self._users.with_picture(record) if record is not None and right else None
+        if record is None:
             AUTH.labels("login", "refused").inc()
             raise unauthorized("Invalid username or password")
         await self._stamp_login(record)

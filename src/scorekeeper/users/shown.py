@@ -15,14 +15,18 @@ def picture_of(record: Record) -> str | None:
     return picture if isinstance(picture, str) else None
 
 
-def user_of(record: Record) -> dict[str, Any]:
-    """A user as their client knows them; ``createdAt`` is absent where the document has none."""
+def named(record: Record) -> dict[str, Any]:
+    """A user without the picture; ``createdAt`` is absent where the document has none."""
     user: dict[str, Any] = normalised(record)
     created = record.get("createdAt")
     if created is not None:
         user["createdAt"] = str(plain(created))
-    user["profilePicture"] = picture_of(record)
     return user
+
+
+def user_of(record: Record) -> dict[str, Any]:
+    """A user as their client knows them."""
+    return {**named(record), "profilePicture": picture_of(record)}
 
 
 def person_of(record: Record) -> dict[str, Any]:
@@ -34,9 +38,8 @@ def person_of(record: Record) -> dict[str, Any]:
 
 def account_of(record: Record) -> dict[str, Any]:
     """A user as an administrator's change of it is answered, ``_id`` and all."""
-    user = user_of(record)
+    user = named(record)
     user["_id"] = user.pop("id")
-    del user["profilePicture"]
     return user
 
 

@@ -17,7 +17,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from crossfade.entity import DocumentId, record_columns, reference
+from crossfade.entity import DocumentId, part_columns, record_columns, reference
 from scorekeeper.schema import metadata
 
 ROLES = ("user", "admin", "guest")
@@ -62,4 +62,5 @@ user_pictures = Table(
     Column("user_id", DocumentId, ForeignKey("users.id"), primary_key=True),
     Column("content_type", Text, nullable=False),
     Column("data", LargeBinary, nullable=False),
+    *part_columns(),
 )
