@@ -476,11 +476,12 @@ class Settler:
         return Settled.SUPERSEDED
 
     async def settle_one(
-        self, entity: Entity, id_: Any, control: Control, *, undo_tentative: bool = False
+        self, entity: Entity, id_: Any, control: Control, *, undo_tentative: bool = False, owed: bool = False
     ) -> Settled:
         """Settle whatever one record owes (MongoDB primary), or adopt what a foreign writer left.
 
-        ``undo_tentative``: an open ``ROLLBACK_BOTH`` write is past its deadline.
+        ``undo_tentative``: an open ``ROLLBACK_BOTH`` write is past its deadline. ``owed``: it is for its debt that it
+        is looked at; no part is read for one that is gone.
 
         Raises:
             crossfade.errors.StoreUnavailable, Fenced: the debt stays.
@@ -489,7 +490,8 @@ class Settler:
         timeout = pair.options.primary_deadline
         try:
             image = await pair.mongo.read_owed(entity, id_, timeout=timeout)
-            if image is not None and image.left_out and (image.debt is None or image.debt.parked):
+            doubted = image is not None and (not owed if image.debt is None else image.debt.parked)
+            if image is not None and image.left_out and doubted:
                 # What a foreign writer did to a part, only the whole document tells.
                 image = await pair.mongo.read(entity, id_, timeout=timeout)
         except Unmappable as cause:
@@ -519,6 +521,8 @@ class Settler:
             # An insert that a delete overtook: settled as it is, it would stand at a revision that was told before.
             return await self.bring_tombstone(entity, id_, control, timeout=timeout)
         if image.debt is None:
+            if image.left_out:
+                return Settled.CONFIRMED  # by somebody else, in the meantime
             adopted = await self._adopt(entity, image, control)
             if adopted is None:
                 return Settled.CONFIRMED

@@ -337,7 +337,7 @@ class Reconciler:
             return await self.settler.deliver(debt, control, timeout=timeout)
         if debt.tombstone:
             return await self.settler.bring_tombstone(entity, debt.id, control, timeout=timeout)
-        return await self.settler.settle_one(entity, debt.id, control, undo_tentative=overdue)
+        return await self.settler.settle_one(entity, debt.id, control, undo_tentative=overdue, owed=True)
 
     async def link(self) -> int:
         """Set the links between records that were missed, by a crash behind a commit; how many."""
