@@ -37,6 +37,8 @@ CLOSEST = {
     "debt.py": ("images", "rules_at_the_secondary", "foreign_writes", "rollback_both", "rules", "outages"),
     "read.py": ("reads",),
     "reconcile.py": ("outages", "foreign_writes", "rules_at_the_secondary", "rollback_both"),
+    "part.py": ("parts",),
+    "stores/rows.py": ("parts", "images"),
 }
 GOAL = 0.9
 #: Seconds for one stage; a mutant that makes the tests hang is noticed by that.
@@ -175,7 +177,8 @@ def _talks(call: ast.Call) -> bool:
 def _stages(file: str) -> tuple[list[str], list[str]]:
     """What is asked, the quickest to notice first."""
     first = [f"tests/protocol/test_{name}.py" for name in CLOSEST.get(file, ())]
-    every = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "protocol").glob("test_*.py"))
+    room = "bulk" if file.startswith("bulk/") else "protocol"
+    every = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / room).glob("test_*.py"))
     return [*first, *(path for path in every if path not in first)], ["tests/faults", "tests/histories"]
 
 

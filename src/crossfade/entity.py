@@ -224,8 +224,8 @@ class Entity:
         Raises:
             Unmappable: the document cannot be carried to these tables and back unchanged.
         """
-        if self.parts:
-            document = {name: None if isinstance(value, Part) else value for name, value in document.items()}
+        if any(isinstance(document.get(name), Part) for name in self.parts):
+            document = {n: None if isinstance(value, Part) else value for n, value in document.items()}
         try:
             rows = self._compiled_to_rows(document, keys)
         except Unmappable:

@@ -78,7 +78,7 @@ def parts_of(
     Raises:
         crossfade.values.Unmappable: a value has no canonical bytes.
     """
-    if not names:
+    if all(document.get(name) is None for name in names):
         return {}
     parts: dict[str, Part] = {}
     for at, name in enumerate(field for field in document if field != "_id"):

@@ -280,8 +280,11 @@ class Image:
     def copy(self) -> Image:
         """The same image, none of whose values anybody else can change."""
         values = {name: value for name, value in self.document.items() if not isinstance(value, Part)}
-        own = decode_document(encode_document(values))
-        return replace(self, document={name: own.get(name, value) for name, value in self.document.items()})
+        return self.with_values(decode_document(encode_document(values)))
+
+    def with_values(self, values: Mapping[str, Any]) -> Image:
+        """The same image with equal values of its fields, the parts that were left out apart."""
+        return replace(self, document={n: values.get(n, value) for n, value in self.document.items()})
 
     @classmethod
     def from_raw(cls, raw: bytes, parts: Sequence[str] = (), left_out: Iterable[str] = ()) -> Image:

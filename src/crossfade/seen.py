@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from crossfade.entity import Entity
-from crossfade.part import digest_with
+from crossfade.part import Part, digest_with
 from crossfade.record import Image, Record
-from crossfade.values import Unmappable, id_to_text
+from crossfade.values import Unmappable, decode_document, digest_of_bytes, encode_document, id_to_text
 
 
 class Seen:
@@ -48,13 +48,15 @@ class Seen:
         record = self._records.get((entity.name, id_to_text(id_)))
         if record is None or record.image is None:
             return None
+        image = record.image
         try:
-            image = record.image.copy()
-            if digest_with(image.document, image.parts) != image.digest:
-                return None  # the application has changed its copy
+            there = encode_document({n: v for n, v in image.document.items() if not isinstance(v, Part)})
+            own = digest_with(image.document, image.parts) if image.parts else digest_of_bytes(there)
         except Unmappable:
             return None
-        return image
+        if own != image.digest:
+            return None  # the application has changed its copy
+        return image.with_values(decode_document(there))
 
 
 def _small(image: Image) -> Image:

@@ -79,6 +79,7 @@ def debts(app: AppOption = None, limit: LimitOption = 50, as_json: JsonOption = 
                     "rev": debt.rev,
                     "kind": "tombstone" if getattr(debt, "tombstone", False) else "image",
                     "open": bool(debt.tentative),
+                    "parts": list(debt.parts),
                     "parked": debt.parked,
                 }
                 for debt in look.debts[:limit]

@@ -93,6 +93,7 @@ class Owed:
         tentative: success has not been told yet.
         parked: why PostgreSQL refuses it, or None.
         delivery: nothing is owed: an insert that was delivered, and is not known to stand yet.
+        parts: the parts that are owed.
     """
 
     entity: str
@@ -103,6 +104,7 @@ class Owed:
     tentative: bool = False
     parked: str | None = None
     delivery: bool = False
+    parts: tuple[str, ...] = ()
 
     @property
     def is_odd(self) -> bool:
@@ -552,6 +554,7 @@ class MongoStore:
                             tentative=debt.tentative is not None,
                             parked=debt.parked,
                             delivery=debt.delivery,
+                            parts=debt.parts,
                         )
                     )
             # Tombstones last: a delete that is being carried out moves its debt from the document to one.
