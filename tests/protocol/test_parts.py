@@ -308,6 +308,31 @@ async def test_a_picture_written_in_phase_0_is_not_taken_for_the_one_that_postgr
     assert await picture_in_postgres(w, made.id) == NEW
 
 
+@mongo_decides
+async def test_a_picture_confirmed_while_it_is_being_replaced_is_not_taken_for_the_new_one(
+    open_pictured, postgres_proxy, phase
+):
+    sound, troubled = await open_pictured(phase), await open_pictured(phase, postgres=postgres_proxy)
+    postgres_proxy.refuse()
+    made = await troubled.users.insert({"username": "Bob", "picture": OLD, "n": 1})
+    look = troubled.mongo.notes
+
+    async def confirmed_behind_the_look(*args, **how):
+        seen = await look(*args, **how)
+        await sound.reconcile()
+        assert part_of_document(sound, made.id) == 1
+        return seen
+
+    troubled.mongo.notes = confirmed_behind_the_look
+    await troubled.users.update(made.id, {"picture": NEW})
+    troubled.mongo.notes = look
+    assert part_of_document(sound, made.id) is None
+    await sound.users.update(made.id, {"n": 2})
+    await sound.reconcile()
+    await sound.assert_equal()
+    assert await picture_in_postgres(sound, made.id) == NEW
+
+
 @both_directions
 async def test_two_workers_one_of_whom_holds_an_older_picture(open_pictured, phase):
     w, other = await open_pictured(phase), await open_pictured(phase)
