@@ -12,7 +12,7 @@ from crossfade.entity import Entity
 from crossfade.part import digest_with, parts_of
 from crossfade.record import Image
 from crossfade.stores.bulk_postgres import BadDocument, StoredRecord
-from crossfade.values import Unmappable, digest_of_bytes, encode_document, fields_that_differ
+from crossfade.values import Unmappable, encode_document, fields_that_differ
 
 
 class Finding(StrEnum):
