@@ -256,7 +256,7 @@ async def test_a_picture_is_changed_and_taken_away(open_pictured, phase, there):
     [
         "DELETE FROM user_pictures",
         "UPDATE user_pictures SET cf_rev = 0",
-        "UPDATE user_pictures SET cf_digest = '\\x00'",
+        "UPDATE user_pictures SET cf_digest = '\\x00', data = 'a fork'",
         "UPDATE user_pictures SET cf_rev = NULL, cf_digest = NULL",
     ],
 )
