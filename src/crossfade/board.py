@@ -64,6 +64,7 @@ class Options:
         full_sweep: between two full passes against the rows' digests; 0: none.
         board_limit: ids per entity on the board; more than that: the whole entity is read from the primary.
         mongo_pool, postgres_pool: connections at most.
+        feed: how long MongoDB is still fed once phase ``postgres_only`` was entered.
         shadow_sample: the part of the reads that is compared in phase ``shadow_read``; 1.0: all of them.
         shadow_deadline: for each look of a comparison at a store.
         shadow_looks: waits after which what differs is looked at again; it counts after the last one.
@@ -89,6 +90,7 @@ class Options:
     mongo_pool: int = 50
     postgres_pool: int = 20
     background: int = 200
+    feed: float = 7 * 24 * 3600.0
     shadow_sample: float = 0.1
     shadow_deadline: float = 1.0
     # The last look is later than several sweeps (`sweep`): what a foreign writer left has been adopted by then.
@@ -102,7 +104,8 @@ class Options:
     def from_env(cls) -> Options:
         """The defaults, with what an operator may set in the environment, by these names.
 
-        ``CROSSFADE_SHADOW_SAMPLE``, ``CROSSFADE_SHADOW_COMPARISONS``, ``CROSSFADE_SHADOW_POSTGRES_READ`` (0 or 1).
+        ``CROSSFADE_FEED_HOURS``, ``CROSSFADE_SHADOW_SAMPLE``, ``CROSSFADE_SHADOW_COMPARISONS``,
+        ``CROSSFADE_SHADOW_POSTGRES_READ`` (0 or 1).
 
         Raises:
             crossfade.errors.ConfigurationError: one of them cannot be used; the message names it.
@@ -110,6 +113,7 @@ class Options:
         usual = cls()
         return replace(
             usual,
+            feed=_number("CROSSFADE_FEED_HOURS", usual.feed / 3600, most=24 * 3650) * 3600,
             shadow_sample=_number("CROSSFADE_SHADOW_SAMPLE", usual.shadow_sample, most=1),
             shadow_comparisons=int(
                 _number("CROSSFADE_SHADOW_COMPARISONS", usual.shadow_comparisons, most=1_000_000_000)

@@ -43,6 +43,9 @@ class Control:
         phase_epoch: the epoch at which the present phase was entered.
         foreign_writers: an old application still writes to MongoDB.
         began_empty: PostgreSQL was empty when dual writing began.
+        feeding: in phase ``postgres_only``: MongoDB still receives images, so that the way back is open.
+        feed_until: until when, ISO 8601, UTC; the first worker whose clock has passed it ends it.
+        retired: MongoDB is an archive without anything of Crossfade's, and is not asked again.
         unreadable: token of the failure since which nobody may read the secondary; None: it may be read.
         lifting: the reconciler is about to make the secondary readable again.
         changed_at: ISO 8601, UTC, by the clock of whoever changed it; for people only.
@@ -59,6 +62,9 @@ class Control:
     phase_epoch: int = 0
     foreign_writers: bool = False
     began_empty: bool = False
+    feeding: bool = False
+    feed_until: str = ""
+    retired: bool = False
     unreadable: str | None = None
     lifting: bool = False
     changed_at: str = ""
@@ -76,6 +82,19 @@ class Control:
         known["phase"] = Phase(known["phase"])
         known["target"] = None if known.get("target") is None else Phase(known["target"])
         return cls(**known)
+
+    @property
+    def dual(self) -> bool:
+        """Whether the store that does not decide is owed images."""
+        return self.phase.rules.dual or (self.phase is Phase.POSTGRES_ONLY and self.feeding)
+
+    def fed_until(self, now: datetime) -> Control | None:
+        """The next version, in which MongoDB is no longer fed, if its time is over."""
+        if not self.feeding or not self.feed_until or now < datetime.fromisoformat(self.feed_until):
+            return None
+        return self.changed(
+            by="a worker", reason="MongoDB was fed for its time", state=self.state, feeding=False
+        )
 
     @property
     def postgres_first(self) -> bool:
@@ -128,14 +147,18 @@ class ControlRecord:
         self.migration = migration
         self._stores: dict[str, MongoStore | PostgresStore] = {"mongo": mongo, "postgres": postgres}
         self._postgres = postgres
+        #: MongoDB is an archive by a record that was seen: nothing of it is looked for there.
+        self._retired = False
 
     async def look(self, *, timeout: float, brief: str | None = None, brief_timeout: float = 0.25) -> Seen:
         """Read both copies at once, each bounded by ``timeout`` seconds, ``brief``'s by ``brief_timeout``."""
-        names = list(self._stores)
+        names = [name for name in self._stores if not (self._retired and name == "mongo")]
         answers = await asyncio.gather(
             *(
-                store.control(self.migration, timeout=brief_timeout if name == brief else timeout)
-                for name, store in self._stores.items()
+                self._stores[name].control(
+                    self.migration, timeout=brief_timeout if name == brief else timeout
+                )
+                for name in names
             ),
             return_exceptions=True,
         )
@@ -153,6 +176,8 @@ class ControlRecord:
                     found[name] = Control.from_document(answer)
                     versions[name] = found[name].version
         newest = max(found.values(), key=lambda c: c.version, default=None)
+        if newest is not None and newest.retired:
+            self._retired, versions["mongo"] = True, newest.version
         decisive = newest is not None and versions[newest.phase.rules.primary] != -1
         return Seen(newest, decisive, versions["mongo"], versions["postgres"])
 

@@ -60,7 +60,7 @@ async def guard(migration: Migration, target: Phase) -> list[Statement]:
         Phase.POSTGRES_PRIMARY: [
             _both_reachable, _verified, _nothing_parked, _nothing_quarantined, _no_foreign_writers,
         ],
-        Phase.POSTGRES_ONLY: [_nothing_owed],
+        Phase.POSTGRES_ONLY: [_both_reachable, _verified, _references_valid, _nothing_owed],
     }  # fmt: skip
     return [await check(migration) for check in wanted.get(target, [])]
 
@@ -108,10 +108,12 @@ async def _keys_stamped(migration: Migration) -> Statement:
 async def _runs(migration: Migration, kind: str) -> dict[str, dict[str, Any]]:
     """The newest run of this kind by entity, of those that count as evidence."""
     control = migration.control
+    # With PostgreSQL deciding only what was compared since then says how MongoDB is.
+    since = control.phase_epoch if control.phase.rules.primary == "postgres" else control.dual_epoch
     runs = await migration.pair.postgres.last_runs(
         migration.name, migration.entities, timeout=migration.pair.options.primary_deadline
     )
-    return {r["entity"]: r for r in runs if r["kind"] == kind and r["epoch"] >= control.dual_epoch}
+    return {r["entity"]: r for r in runs if r["kind"] == kind and r["epoch"] >= since}
 
 
 async def _backfilled(migration: Migration) -> Statement:
@@ -178,6 +180,19 @@ async def _debt_small(migration: Migration) -> Statement:
     number = len(look.debts)
     holds = number <= DEBT_LIMIT
     return Statement("debt", holds, f"{number} records in debt", "" if holds else "crossfade reconcile")
+
+
+async def _references_valid(migration: Migration) -> Statement:
+    found = await migration.pair.postgres.unvalidated(
+        migration.entities.values(), timeout=migration.pair.options.primary_deadline
+    )
+    names = ", ".join(found)
+    return Statement(
+        "references",
+        not found,
+        f"PostgreSQL has not checked the old rows of: {names}" if found else "every constraint is validated",
+        "crossfade validate-constraints" if found else "",
+    )
 
 
 async def _nothing_owed(migration: Migration) -> Statement:

@@ -75,20 +75,23 @@ _RULES: dict[Phase, PhaseRules] = {
 }
 
 
-def check_transition(here: Phase, there: Phase) -> None:
+def check_transition(here: Phase, there: Phase, *, feeding: bool = False) -> None:
     """Refuse a step that skips a phase.
 
     Forward goes one phase at a time, because each phase's guard rests on the one before. Back goes to any
-    earlier phase of the same primary, and across the switch only between its two neighbours (3 and 4).
+    earlier phase of the same primary, and across the switch only between its two neighbours (3 and 4). From phase 5
+    the way back is open while MongoDB is still fed (``feeding``).
 
     Raises:
         NotAllowedInPhase: names the next step that is allowed.
     """
     if there.number == here.number + 1:
         return
-    if here is Phase.POSTGRES_ONLY:
-        # Writes of phase 5 left no note for MongoDB.
-        raise NotAllowedInPhase("phase postgres_only is the last step: MongoDB has not been fed since")
+    if here is Phase.POSTGRES_ONLY and not feeding:
+        # Since then writes leave no note for MongoDB.
+        raise NotAllowedInPhase(
+            "phase postgres_only is the last step: MongoDB is no longer fed, and lacks what was written since"
+        )
     same_primary = there.rules.primary == here.rules.primary
     if there.number < here.number and same_primary:
         return

@@ -108,8 +108,9 @@ class Reconciler:
                 if options.sweep and boot_clock() >= next_sweep:
                     if adopts:
                         await self.sweep()
-                    elif control.phase.rules.dual:
+                    elif control.dual:
                         await self.settler.end_deliveries()
+                    await self._end_feeding(control)
                     next_sweep = boot_clock() + options.sweep
             except (errors.CrossfadeError, Unmappable) as cause:
                 observe.log().debug(f"Reconciling waits: {cause}", context="Reconcile")
@@ -118,6 +119,12 @@ class Reconciler:
                 # As text: what shows the variables on the way, as some loggers do, shows users' documents.
                 text = "".join(traceback.format_exception(cause))
                 observe.log().error("A round of reconciling failed", context="Reconcile", exception=text)
+
+    async def _end_feeding(self, control: Control) -> None:
+        after = control.fed_until(datetime.now(UTC))
+        if after is not None:
+            timeout = self.pair.options.primary_deadline
+            await self.pair.board.record.change(control, after, timeout=timeout)
 
     async def _background_round(self) -> None:
         board, options = self.pair.board, self.pair.options
@@ -183,8 +190,8 @@ class Reconciler:
 
     async def _end_deliveries(self, done: Round) -> int:
         """See to inserts that were delivered late; how often a store did not answer."""
-        rules = self.pair.board.control.phase.rules
-        if rules.dual and rules.primary == "postgres":
+        control = self.pair.board.control
+        if control.dual and control.phase.rules.primary == "postgres":
             try:
                 done.settled += await self.settler.end_deliveries()
             except (errors.StoreUnavailable, Fenced) as cause:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from time import monotonic
 
 from crossfade import errors
@@ -68,7 +69,7 @@ async def change_phase(
             f"migration {migration.name} is switching to {before.target}; if its coordinator is gone, run "
             "`crossfade phase abort`"
         )
-    check_transition(before.phase, target)
+    check_transition(before.phase, target, feeding=before.feeding)
     if target is Phase.DUAL_WRITE and before.phase is Phase.MONGO_ONLY:
         on_step("preparing tables, indexes and normalised keys")
         await migration.prepare()
@@ -86,6 +87,9 @@ async def change_phase(
     if before.phase.rules.primary != target.rules.primary:
         return await _switch(migration, before, target, by=by, reason=reason, forced=forced, on_step=on_step)
     fields: dict[str, object] = {"phase": target}
+    if target is Phase.POSTGRES_ONLY:
+        until = datetime.now(UTC) + timedelta(seconds=migration.pair.options.feed)
+        fields |= {"feeding": True, "feed_until": until.isoformat(timespec="seconds")}
     if target is Phase.DUAL_WRITE and before.phase is Phase.MONGO_ONLY:
         fields["dual_epoch"] = before.epoch + 1
         fields["began_empty"] = await migration.pair.postgres.is_empty(

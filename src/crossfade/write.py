@@ -1008,7 +1008,6 @@ class Writer:
         if_revision: int | None = None,
     ) -> Record:
         """One write that PostgreSQL decides; ``insert``: a new document, ``wrote``: an update, neither: a delete."""
-        dual = o.control.phase.rules.dual
         mine: list[Change] = []
 
         def decide(before: Image | None, tombstone: int) -> Change:
@@ -1049,7 +1048,9 @@ class Writer:
 
         writes = [(entity, id_, decide), *(self._step_write(step, o) for step in o.request.steps)]
         self._say(o, "Writing to PostgreSQL...")
-        change, *others = await self._decide_in_postgres(entity, writes, mine, o, keep_in_outbox=dual)
+        change, *others = await self._decide_in_postgres(
+            entity, writes, mine, o, keep_in_outbox=o.control.dual
+        )
         assert change is not None
         self._say(o, "PostgreSQL write successful")
         record = (
@@ -1057,8 +1058,8 @@ class Writer:
             if change.image is not None
             else Record(id_, {"_id": id_}, change.rev, "postgres")
         )
-        if not dual:
-            return record
+        if not o.control.phase.rules.dual:
+            return record  # what phase 5 still feeds MongoDB with, reconcilers bring: nobody waits for it
         owed = Delivery(entity.name, id_, change.rev, o.op, None, change.tentative, None)
         deliveries = [owed] + [
             Delivery(step.entity, step.id, other.rev, o.op, None, other.tentative, None)

@@ -19,7 +19,18 @@ def _show_version(asked: bool) -> None:
 def build() -> typer.Typer:
     """All commands."""
     from crossfade import observe
-    from crossfade.cli import bulk, demo, jobs, mismatches, phases, quarantine, repair, servers, settling
+    from crossfade.cli import (
+        bulk,
+        demo,
+        jobs,
+        mismatches,
+        phases,
+        quarantine,
+        repair,
+        retire,
+        servers,
+        settling,
+    )
     from crossfade.cli.context import Exit, fail
 
     app = typer.Typer(
@@ -46,6 +57,7 @@ def build() -> typer.Typer:
     settling.add_to(app)
     bulk.add_to(app)
     repair.add_to(app)
+    retire.add_to(app)
     jobs.add_to(app)
     app.add_typer(quarantine.app, name="quarantine")
     app.add_typer(mismatches.app, name="mismatches")

@@ -76,7 +76,7 @@ def repair(
 
     async def work() -> Exit:
         async with open_migration(application, begin=False) as migration:
-            if not migration.control.phase.rules.dual:
+            if not migration.control.dual:
                 raise NotAllowedInPhase(
                     f"migration {migration.name!r} is in phase {migration.control.phase.value}: a repair needs writes "
                     "to go to both stores. Run `crossfade status` for the way there"

@@ -47,7 +47,7 @@ def reconcile(
                     adopted = await migration.reconciler.full_sweep()
                     progress.update(task, description="settling")
                 done = await migration.reconciler.reconcile()
-                if migration.phase.rules.dual:
+                if migration.control.dual:
                     await migration.reconciler.link()
             if as_json:
                 print(as_json_text({

@@ -849,6 +849,60 @@ class MongoStore:
                     await self.database[CONTROL].insert_one({"_id": migration, **record})
         return done.matched_count == 1
 
+    # --- retiring ------------------------------------------------------------------------------------------
+
+    async def marked(self, entity: Entity, *, timeout: float) -> int:
+        """How many documents carry Crossfade's notes."""
+        async with self._asking(timeout):
+            return await self._documents(entity).count_documents({CF: {"$exists": True}})
+
+    async def unmark(self, entity: Entity, *, batch: int, timeout: float) -> AsyncIterator[int]:
+        """Take the notes out of every document, ``batch`` at a time; yields how many each time, and can be left."""
+        documents = self._documents(entity)
+        cursor = documents.find({CF: {"$exists": True}}, {"_id": 1}, batch_size=batch)
+        try:
+            while True:
+                ids: list[Any] = []
+                async with self._asking(timeout):
+                    while len(ids) < batch and (note := await anext(cursor, None)) is not None:
+                        ids.append(note["_id"])
+                    if not ids:
+                        return
+                    await documents.update_many({"_id": {"$in": ids}}, {"$unset": {CF: ""}})
+                yield len(ids)
+        finally:
+            await cursor.close()
+
+    async def own_indexes(self, entity: Entity, *, timeout: float) -> list[str]:
+        """Names of the indexes on Crossfade's notes."""
+        async with self._asking(timeout):
+            there = await self._documents(entity).index_information()
+        return [
+            name
+            for name, index in there.items()
+            if any(path.startswith(f"{CF}.") for path, _ in index["key"])
+        ]
+
+    async def drop_indexes(self, entity: Entity, names: Iterable[str], *, timeout: float) -> None:
+        """Drop these indexes."""
+        async with self._asking(timeout):
+            for name in names:
+                await self._documents(entity).drop_index(name)
+
+    async def count_tombstones(self, entities: Iterable[str], *, timeout: float) -> int:
+        """How many tombstones there are."""
+        async with self._asking(timeout):
+            return await self.database[TOMBSTONES].count_documents({"_id.entity": {"$in": list(entities)}})
+
+    async def forget(self, migration: str, entities: Iterable[str], *, timeout: float) -> None:
+        """Remove a migration's tombstones and its control record, and the collections that are empty then."""
+        async with self._asking(timeout):
+            await self.database[TOMBSTONES].delete_many({"_id.entity": {"$in": list(entities)}})
+            await self.database[CONTROL].delete_one({"_id": migration})
+            for name in (TOMBSTONES, CONTROL):
+                if await self.database[name].find_one() is None:
+                    await self.database[name].drop()
+
 
 def _all_but(parts: Collection[str]) -> dict[str, int] | None:
     """A projection; None for the whole document."""

@@ -36,7 +36,7 @@ from crossfade.query import Order, Query
 from crossfade.record import CF, Applied, Held, Image, new_operation
 from crossfade.stores.conditions import Clause, as_clause, as_clauses_behind, as_order, can_order
 from crossfade.stores.errors import Fenced, RuleBroken, Unanswered
-from crossfade.stores.references import PORTION, references_of
+from crossfade.stores.references import PORTION, identifier, references_of
 from crossfade.stores.rows import RowStatements, Statement, held
 from crossfade.stores.shadow_notes import ShadowNotes
 from crossfade.values import decode_document, encode_document, id_to_text, text_to_id
@@ -1190,6 +1190,36 @@ class PostgresStore:
                 missing.append(f"table {entity.table.name} ({str(cause.__cause__).splitlines()[0]})")
         return missing
 
+    async def unvalidated(self, entities: Iterable[Entity], *, timeout: float) -> list[str]:
+        """Constraints of the entities' tables that hold for new rows only: ``table.constraint``."""
+        rows = await self._ask("unvalidated", timeout, tables=_tables(entities))
+        return [f"{table}.{name}" for table, name in rows]
+
+    async def validate(self, entities: Iterable[Entity], *, timeout: float) -> list[str]:
+        """Let PostgreSQL check the old rows too, one constraint after the other, beside reads and writes.
+
+        Raises:
+            crossfade.stores.errors.RuleBroken: a row breaks one; those before it are validated.
+        """
+        done = []
+        for table, name in await self._ask("unvalidated", timeout, tables=_tables(entities)):
+            statement = sql.SQL("ALTER TABLE {} VALIDATE CONSTRAINT {}").format(
+                sql.SQL(table),
+                sql.Identifier(name),  # as regclass writes it, quoted where need be
+            )
+            await self._execute(statement, timeout)
+            done.append(f"{table}.{name}")
+        return done
+
+    async def count_tombstones(self, entities: Iterable[str], *, timeout: float) -> int:
+        """How many tombstones there are."""
+        [(number,)] = await self._ask("tombstones_count", timeout, entities=list(entities))
+        return int(number)
+
+    async def drop_tombstones(self, entities: Iterable[str], *, batch: int, timeout: float) -> int:
+        """Remove up to ``batch`` tombstones; how many. Only once no image of an older epoch can arrive."""
+        return await self._count("tombstones_drop", timeout, entities=list(entities), limit=batch)
+
     async def is_empty(self, entities: Iterable[Entity], *, timeout: float) -> bool:
         """Whether none of the entities' tables has a row."""
         for entity in entities:
@@ -1348,6 +1378,12 @@ def _verdict(image: Image, now: Held, same_epoch: bool, *, deleted: bool = False
     if now.rev == image.rev and now.digest == image.digest and (now.tombstone or -1) < image.rev:
         return Applied.APPLIED if now.op == image.op else Applied.SAME
     return Applied.BEHIND
+
+
+def _tables(entities: Iterable[Entity]) -> list[str]:
+    """The tables of these entities, as PostgreSQL reads their names."""
+    tables = {table for entity in entities for table in (entity.table, *(c.table for c in entity.children))}
+    return sorted(identifier(table).as_string(None) for table in tables)
 
 
 def _name(entity: Entity, key: str) -> dict[str, str]:

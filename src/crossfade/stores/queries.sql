@@ -152,6 +152,19 @@ SELECT DISTINCT ON (entity, kind) entity, kind, state, epoch, counts, started_at
 FROM crossfade.runs WHERE migration = %(migration)s AND entity = ANY(%(entities)s)
 ORDER BY entity, kind, started_at DESC
 
+-- name: tombstones_count
+SELECT count(*) FROM crossfade.tombstones WHERE entity = ANY(%(entities)s)
+
+-- name: tombstones_drop
+DELETE FROM crossfade.tombstones WHERE ctid = ANY(ARRAY(
+    SELECT ctid FROM crossfade.tombstones WHERE entity = ANY(%(entities)s) LIMIT %(limit)s
+))
+
+-- name: unvalidated
+-- Constraints of these tables under which old rows were never looked at.
+SELECT conrelid::regclass::text, conname FROM pg_constraint
+WHERE conrelid = ANY(%(tables)s::regclass[]) AND NOT convalidated ORDER BY 1, 2
+
 -- name: shadow_count
 INSERT INTO crossfade.shadow AS s (migration, mapping, entered, equal, mismatch, unsettled, dropped, failed)
 VALUES (%(migration)s, %(mapping)s, %(entered)s, %(equal)s, %(mismatch)s, %(unsettled)s, %(dropped)s, %(failed)s)
