@@ -6,6 +6,10 @@ Users are put into MongoDB as a worker leaves them that cannot reach PostgreSQL:
 operation and its debt. Then the reconcilers drain them, and the debts must be gone. At last once more, while other
 users are written and read by a worker in the same process; beside it the same traffic alone. Ends with a JSON line per
 figure; rates depend on the machine.
+
+A reconciler that has a worker to itself takes 250 records at once, two portions at a time. Beside callers of the same
+process it takes a fifth of that, one portion at a time, and rests half as long as each took: what is converted is
+converted on the loop that serves them.
 """
 
 from __future__ import annotations
