@@ -23,6 +23,7 @@ from scorekeeper.friends.service import FriendService
 from scorekeeper.games import routes as game_routes
 from scorekeeper.games.everybodys import PublicGames
 from scorekeeper.games.guests import Players
+from scorekeeper.games.played import ProfileGames
 from scorekeeper.games.repository import GameRepository
 from scorekeeper.games.table import TableGameService
 from scorekeeper.games.wizard import WizardGameService
@@ -83,7 +84,10 @@ def create_app(
             players = IdentityRepository(accounts)
             of_accounts = AccountIdentities(players)
             app.state.users = UserService(users, identities, passwords, tokens, cache)
-            app.state.profiles = ProfileService(users, of_accounts)
+            wizard, table, older = (
+                GameRepository(accounts[name]) for name in ("wizard_games", "table_games", "games")
+            )
+            app.state.profiles = ProfileService(users, of_accounts, ProfileGames((wizard, older), table))
             app.state.account_changes = AccountChanges(
                 users, of_accounts, accounts["friend_requests"], tokens, cache
             )
@@ -94,9 +98,6 @@ def create_app(
             app.state.linking = linking
             app.state.identity_administration = IdentityAdministration(players, linking, users)
             named = Players(users, players, identities)
-            wizard, table, older = (
-                GameRepository(accounts[name]) for name in ("wizard_games", "table_games", "games")
-            )
             app.state.wizard_games = WizardGameService(wizard, named)
             app.state.table_games = TableGameService(table, named)
             app.state.public_games = PublicGames(wizard, older, table)

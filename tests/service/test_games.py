@@ -262,6 +262,32 @@ async def test_everybody_sees_the_newest_games_and_the_shared_ones(service: Serv
         assert_problem(await service.get(f"/api/games/shared/{unknown}"), 404)
 
 
+async def test_a_profile_shows_the_newest_games_of_its_player(service: Service, ann: Client) -> None:
+    bob = await signed_in(service, "Bob")
+    kept = (await bob.keep("wizard", "w1", wizard_game("Ann", "Bob", "Cid"))).json()["game"]
+    table = (await bob.keep("table", "t1", {"gameData": table_game()})).json()["game"]
+    await bob.keep("wizard", "w2", wizard_game("Bob", "Cid", "Dee"))
+    accounts = service.app.state.accounts
+    [identity] = await accounts["identities"].find({"userId": ObjectId(ann.id)})
+    entry = {"rating": 1016, "change": 16, "placement": 1, "gameId": kept["id"]}
+    await accounts["identities"].update(identity.id, {"eloByGameType": {"wizard": {"history": [entry]}}})
+
+    games = (await service.get("/api/users/ann/profile")).json()["games"]
+    assert [(game["id"], game["gameType"]) for game in games] == [
+        (table["_id"], "table"),
+        (kept["id"], "wizard"),
+    ]
+    shown = games[1]
+    data = shown.pop("gameData")
+    assert shown == {
+        "id": kept["id"], "gameType": "wizard", "created_at": kept["createdAt"], "winner_ids": ["p1"],
+        "winner_id": "p1", "eloChange": 16, "eloRating": 1016, "eloPlacement": 1,
+    }  # fmt: skip
+    assert set(data) == {"players", "total_rounds", "final_scores", "round_data", "winner_ids"}
+    assert games[0]["gameTypeName"] == games[0]["name"] == "Skat"
+    assert (games[0]["lowIsBetter"], games[0]["eloChange"]) == (False, None)
+
+
 async def test_old_games_are_shown_whatever_is_in_them(service: Service, ann: Client) -> None:
     odd = [
         {"gameData": {"version": "1.0", "players": ["Ann", 5, None], "final_scores": [], "x": float("nan")}},

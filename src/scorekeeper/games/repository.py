@@ -8,6 +8,7 @@ from typing import Any, Final
 from bson import ObjectId
 
 from crossfade import EntityHandle, Record, any_of
+from crossfade.query import Where
 from scorekeeper.games.entity import LOCAL_ID_RULE
 from scorekeeper.wire import now
 
@@ -39,7 +40,7 @@ class GameRepository:
         return await self._games.find_one({"shareId": share_id})
 
     async def newest(
-        self, where: Mapping[str, Any], *, skip: int = 0, limit: int, oldest_first: bool = False
+        self, where: Where, *, skip: int = 0, limit: int, oldest_first: bool = False
     ) -> list[Record]:
         """A portion of a list by date."""
         order = "createdAt" if oldest_first else "-createdAt"

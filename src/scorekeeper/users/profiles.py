@@ -12,6 +12,7 @@ from typing import Any, Final
 from crossfade import Record
 from scorekeeper import names
 from scorekeeper.errors import Problem
+from scorekeeper.games.played import ProfileGames
 from scorekeeper.identities.accounts import AccountIdentities, primary_of
 from scorekeeper.users.repository import UserRepository
 from scorekeeper.users.shown import listed_for_admin, named, person_of, user_of
@@ -24,9 +25,10 @@ WITH_ACCOUNT: Final = ("user", "admin")
 class ProfileService:
     """Accounts as others see them. Knows no HTTP and no store."""
 
-    def __init__(self, users: UserRepository, identities: AccountIdentities) -> None:
+    def __init__(self, users: UserRepository, identities: AccountIdentities, played: ProfileGames) -> None:
         self._users = users
         self._identities = identities
+        self._played = played
 
     async def look_up(self, username: str) -> dict[str, Any]:
         """Whether there is an account of this name, in any letter case.
@@ -63,7 +65,7 @@ class ProfileService:
             "totalWins": _sum(totals, "totalWins"),
             "identities": [str(identity.get("displayName", "")) for identity in identities],
             "primaryIdentityId": None if primary is None else str(primary.id),
-            "games": [],
+            "games": await self._played.newest_of(identities),
         }
 
     async def _find(self, username_or_id: str) -> Record | None:
