@@ -289,8 +289,7 @@ class Reconciler:
             entity = self.pair.entities[portion[0].entity]
             settled: set[str] = set()
             try:
-                await claim.stay()
-                settled, elsewhere = await self._settle_portion(entity, portion, control)
+                settled, elsewhere = await self._settle_portion(entity, portion, claim, control)
                 done.settled += len(settled)
                 done.elsewhere += len(elsewhere)
                 observe.SETTLED.labels(self.pair.name, entity.name).inc(len(settled))
@@ -303,7 +302,7 @@ class Reconciler:
             left += [debt for debt in portion if id_to_text(debt.id) not in settled]
 
     async def _settle_portion(
-        self, entity: Entity, portion: Sequence[Owed], control: Control
+        self, entity: Entity, portion: Sequence[Owed], claim: Claim, control: Control
     ) -> tuple[set[str], set[str]]:
         """`Settler.settle_many`; while callers are served here, little by little, in turn and with rests between."""
         settled, elsewhere = set[str](), set[str]()
@@ -314,6 +313,7 @@ class Reconciler:
             at += len(some)
             async with self._turn if beside else contextlib.nullcontext():
                 began = boot_clock()
+                await claim.stay()
                 done = await self.settler.settle_many(entity, [debt.id for debt in some], control)
                 if beside:
                     await asyncio.sleep((boot_clock() - began) * _REST)
