@@ -44,7 +44,7 @@ def only(told):
 
 def test_a_job_pauses_goes_on_and_stops(stores, in_dual_write, begin):
     # So slowly that it is not done before it is told anything, however busy the machine.
-    command = begin("--batch-size", "5", "--max-rate", "40")
+    command = begin("--batch-size", "5", "--max-rate", "20")
     assert only(in_dual_write("pause", "--json"))["state"] == "paused"
     time.sleep(0.5)
     waiting = len(stores.ids())
@@ -67,7 +67,7 @@ def test_a_job_pauses_goes_on_and_stops(stores, in_dual_write, begin):
 
 
 def test_what_a_job_was_told_does_not_outlive_its_command(stores, in_dual_write, begin):
-    command = begin("--batch-size", "5", "--max-rate", "40")
+    command = begin("--batch-size", "5", "--max-rate", "20")
     in_dual_write("rate", "1")
     in_dual_write("pause")
     command.kill()
@@ -87,7 +87,7 @@ def test_a_rate_holds_for_all_workers_together(stores, in_dual_write, begin):
 
 
 def test_a_size_of_chunks_takes_effect(stores, in_dual_write, begin):
-    command = begin("--batch-size", "5", "--max-rate", "50")
+    command = begin("--batch-size", "5", "--max-rate", "20")
     assert only(in_dual_write("chunk-size", "700", "--json"))["chunk_size"] == 700
     in_dual_write("rate", "none")
     command.communicate(timeout=60)
@@ -99,7 +99,7 @@ def test_a_size_of_chunks_takes_effect(stores, in_dual_write, begin):
 
 
 def test_a_line_that_is_not_understood_changes_nothing_and_is_answered(stores, in_dual_write, begin):
-    begin("--batch-size", "5", "--max-rate", "50")
+    begin("--batch-size", "5", "--max-rate", "20")
     [path] = Path(in_dual_write.environment["XDG_RUNTIME_DIR"]).glob("crossfade/job-*.sock")
     assert path.stat().st_mode & 0o777 == 0o600
     with socket.socket(socket.AF_UNIX) as job:
@@ -117,8 +117,8 @@ def test_a_line_that_is_not_understood_changes_nothing_and_is_answered(stores, i
 
 
 def test_of_two_jobs_one_has_to_be_named(stores, in_dual_write, begin):
-    one = begin("--batch-size", "5", "--max-rate", "50")
-    begin("--batch-size", "5", "--max-rate", "50")
+    one = begin("--batch-size", "5", "--max-rate", "20")
+    begin("--batch-size", "5", "--max-rate", "20")
     until(lambda: len(in_dual_write("jobs", "--json")["jobs"]) == 2)
     assert str(one.pid) in in_dual_write("pause", "--json", status=2)["error"]
     assert only(in_dual_write("pause", "--pid", str(one.pid), "--json"))["pid"] == one.pid
