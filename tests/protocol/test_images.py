@@ -1,6 +1,7 @@
 """Images at the secondary: idempotent, in any order, guarded by revision and tombstone."""
 
 import asyncio
+import contextlib
 import itertools
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from bson import ObjectId
 from crossfade.debt import Settled
 from crossfade.record import CF, Applied, DebtKey, Image, new_operation
 from crossfade.stores.errors import Fenced
+from crossfade.testing.failure_points import Failure, FailurePoints, Killed
 from crossfade.values import id_to_text
 
 from .conftest import PATIENCE, World, eventually, users_entity
@@ -335,6 +337,26 @@ async def test_an_id_whose_delete_is_half_done_may_be_made_again_above_its_tombs
     assert again.rev > rev
     await w.reconcile()
     assert (await w.row(made.id)).document["n"] == 2
+    await w.assert_equal()
+
+
+async def test_a_name_is_free_as_soon_as_its_delete_is_decided(open_world):
+    """Whoever decided it has died behind that; in PostgreSQL the row still holds the name."""
+    w, dying = await open_world(), await open_world()
+    gone, other = await w.users.insert({"username": "Bob"}), await w.users.insert({"username": "Eve"})
+    await w.settle()
+    points = FailurePoints(dying.cf)
+    await points.run(lambda: dying.users.delete(other.id))
+    decides = next(point for point in points.points if point.call.endswith("find_one_and_update"))
+    points.plan({decides.number: Failure.KILLED_AFTER})
+    with contextlib.suppress(Killed):
+        await points.run(lambda: dying.users.delete(gone.id))
+    points.end()
+    assert w.notes(gone.id)["deleted"]
+    again = await w.users.insert({"username": "bob"})
+    assert again.id != gone.id
+    await w.reconcile()
+    assert [name for (name,) in w.sql("SELECT username FROM users")] == ["bob"]
     await w.assert_equal()
 
 
