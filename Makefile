@@ -87,7 +87,7 @@ mutants: servers-ready ## break the protocol on purpose: do the tests notice? (A
 
 serve: $(SYNCED) ## the reference service on port 5000, on one's own servers (.env) or embedded ones
 	@$(LOCATED) alembic upgrade head
-	@$(LOCATED) --jwt-secret python -m scorekeeper $(ARGS)
+	@$(LOCATED) --serve python -m scorekeeper $(ARGS)
 
 crossfade: $(SYNCED) ## any command on the same servers: make crossfade ARGS="phase set dual_write"
 	@$(LOCATED) crossfade $(ARGS)

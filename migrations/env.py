@@ -6,6 +6,7 @@ from alembic import context
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
+import scorekeeper.audit.tables
 import scorekeeper.friends.tables
 import scorekeeper.games.tables
 import scorekeeper.identities.tables

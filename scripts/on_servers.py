@@ -64,11 +64,11 @@ def main(words: list[str]) -> None:
     if words[:1] == ["--prepare"]:
         prepare()
         return
-    fresh_secret = words[:1] == ["--jwt-secret"]
-    if fresh_secret:
+    to_serve = words[:1] == ["--serve"]
+    if to_serve:
         words = words[1:]
     if not words:
-        sys.exit("usage: python scripts/on_servers.py [--prepare | [--jwt-secret] COMMAND...]")
+        sys.exit("usage: python scripts/on_servers.py [--prepare | [--serve] COMMAND...]")
     for name, value in dotenv_values(".env").items():
         if value is not None:
             os.environ.setdefault(name, value)
@@ -81,7 +81,10 @@ def main(words: list[str]) -> None:
         if "MONGO_URI" in mine:
             mine["MONGO_URI"] = with_database(mine["MONGO_URI"])
         os.environ.update(mine)
-    if fresh_secret and not os.environ.get("JWT_SECRET"):
+        if to_serve and {"MONGO_URI", "DATABASE_URL"} <= mine.keys():
+            # Never on anybody's own servers: the passwords of these accounts are known.
+            os.environ["DEMO_ACCOUNTS"] = "true"
+    if to_serve and not os.environ.get("JWT_SECRET"):
         os.environ["JWT_SECRET"] = secrets.token_hex(32)
         say("JWT_SECRET is not set: using one made for this session; tokens end with it.")
     os.execvp(words[0], words)  # noqa: S606 - it is what this script is for

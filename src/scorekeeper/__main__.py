@@ -17,8 +17,11 @@ import typer
 import uvicorn
 
 from crossfade import CrossfadeError, StoreUnavailable, observe
-from scorekeeper.app import check_start, create_app
-from scorekeeper.settings import SettingsError, load_settings
+from scorekeeper import demo_accounts
+from scorekeeper.app import check_start, create_app, crossfade_of
+from scorekeeper.auth.passwords import Passwords
+from scorekeeper.serving import DrainingProtocol, Workers
+from scorekeeper.settings import Settings, SettingsError, load_settings
 
 log = structlog.get_logger("scorekeeper")
 
@@ -46,14 +49,17 @@ def serve(
     observe.configure_logging(settings.log_level)
     try:
         asyncio.run(check_start(settings))
+        if settings.demo_accounts:
+            asyncio.run(_make_demo_accounts(settings))
     except StoreUnavailable as error:
         _stop(str(error), 3)
     except CrossfadeError as error:
         _stop(str(error), 2)
     common = {
+        "http": DrainingProtocol,
         "log_level": "warning",
         "access_log": False,
-        "timeout_graceful_shutdown": 10,
+        "timeout_graceful_shutdown": 30,
         "timeout_keep_alive": 65,
     }
     if workers == 1:
@@ -69,7 +75,7 @@ def serve(
         # Set before the workers import prometheus_client: each writes its counts there, any of them adds up.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         os.environ["PORT"], os.environ["HOST"] = str(settings.port), settings.host
-        uvicorn.run(
+        config = uvicorn.Config(
             "scorekeeper.app:from_environment",
             factory=True,
             host=settings.host,
@@ -78,6 +84,7 @@ def serve(
             workers=workers,
             **common,  # type: ignore[arg-type]
         )
+        Workers(config).run()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -91,6 +98,12 @@ def _listen(host: str, port: int) -> socket.socket:
             2,
         )
     return listener
+
+
+async def _make_demo_accounts(settings: Settings) -> None:
+    async with Passwords(settings.bcrypt_rounds, settings.password_threads) as passwords:
+        await demo_accounts.make(crossfade_of(settings), passwords)
+    demo_accounts.say_how_to_log_in(f"http://localhost:{settings.port}")
 
 
 def _say_where(uds: str | None, host: str, port: int) -> None:

@@ -8,10 +8,14 @@ from contextlib import asynccontextmanager
 
 import structlog
 from fastapi import FastAPI
+from starlette.middleware.gzip import GZipMiddleware
 
 from crossfade import Crossfade, Migration, Options, SchemaNotReady, StoreUnavailable, observe
+from crossfade.control import Control
 from crossfade.phase import Phase
-from scorekeeper import errors, operations
+from scorekeeper import errors, openapi, operations
+from scorekeeper.audit.log import AuditLog
+from scorekeeper.auth.attempts import AttemptRules, LoginAttempts
 from scorekeeper.auth.current import Authenticator
 from scorekeeper.auth.passwords import Passwords
 from scorekeeper.auth.tokens import Tokens
@@ -27,7 +31,7 @@ from scorekeeper.games.played import ProfileGames
 from scorekeeper.games.repository import GameRepository
 from scorekeeper.games.table import TableGameService
 from scorekeeper.games.wizard import WizardGameService
-from scorekeeper.http import BodyLimit, Cors, ErrorBoundary, RequestContext, Turns
+from scorekeeper.http import BodyLimit, Cors, ErrorBoundary, IdentityChanges, RequestContext, Turns
 from scorekeeper.identities import routes as identity_routes
 from scorekeeper.identities.accounts import AccountIdentities
 from scorekeeper.identities.admin import IdentityAdministration
@@ -37,6 +41,7 @@ from scorekeeper.identities.linking import LinkingService
 from scorekeeper.identities.lists import IdentityLists
 from scorekeeper.identities.repository import IdentityRepository
 from scorekeeper.identities.service import IdentityService
+from scorekeeper.limits import RateLimits, parse
 from scorekeeper.migration import accounts as account_entities
 from scorekeeper.migration import name as migration_name
 from scorekeeper.settings import Settings, load_settings
@@ -69,8 +74,20 @@ def create_app(
             prefix=f"scorekeeper:{settings.mongo_database}",
             ttl=settings.cache_ttl,
         )
-        passwords = Passwords(settings.bcrypt_rounds, settings.password_threads)
-        tokens = Tokens(settings.jwt_secret.get_secret_value())
+        limits = RateLimits(
+            settings.redis_url.get_secret_value(),
+            prefix=f"scorekeeper:{settings.mongo_database}",
+            enabled=settings.rate_limits,
+        )
+        passwords = Passwords(
+            settings.bcrypt_rounds,
+            settings.password_threads,
+            modern=lambda: hashes_are_argon2(settings, accounts.control),
+        )
+        tokens = Tokens(
+            settings.jwt_secret.get_secret_value(),
+            former=[secret.get_secret_value() for secret in settings.jwt_former_secrets],
+        )
         async with cf, passwords:
             await check_schema(accounts)
             identities = IdentityService(accounts["identities"])
@@ -78,18 +95,21 @@ def create_app(
             app.state.accounts = accounts
             app.state.cache = cache
             app.state.passwords = passwords
-            app.state.authenticator = Authenticator(accounts["users"], tokens, cache)
+            audit = AuditLog(accounts["audit_events"], limits)
+            attempts = LoginAttempts(limits, attempt_rules(settings))
+            app.state.audit = audit
+            app.state.authenticator = Authenticator(accounts["users"], tokens, cache, audit)
             users = UserRepository(accounts)
             app.state.friends = FriendService(users, FriendRequestRepository(accounts))
             players = IdentityRepository(accounts)
             of_accounts = AccountIdentities(players)
-            app.state.users = UserService(users, identities, passwords, tokens, cache)
+            app.state.users = UserService(users, identities, passwords, tokens, cache, attempts, audit)
             wizard, table, older = (
                 GameRepository(accounts[name]) for name in ("wizard_games", "table_games", "games")
             )
             app.state.profiles = ProfileService(users, of_accounts, ProfileGames((wizard, older), table))
             app.state.account_changes = AccountChanges(
-                users, of_accounts, accounts["friend_requests"], tokens, cache
+                users, of_accounts, accounts["friend_requests"], tokens, cache, audit
             )
             played = PlayedGames(accounts)
             linking = LinkingService(players, identities, users, played)
@@ -106,6 +126,7 @@ def create_app(
                 yield
             finally:
                 await cache.close()
+                await limits.close()
                 if legacy is not None:
                     await legacy.close()
 
@@ -118,14 +139,18 @@ def create_app(
         redirect_slashes=False,
     )
     errors.install(app)
+    openapi.install(app)
 
     app.include_router(user_routes.router)
     app.include_router(friend_routes.router)
     app.include_router(identity_routes.router)
     app.include_router(game_routes.router)
     app.include_router(operations.router)
+    app.add_middleware(IdentityChanges)
     app.add_middleware(ErrorBoundary)
     app.add_middleware(Turns)
+    # Answers below a packet's size gain nothing; level 5 is a third of 9's time for a few percent.
+    app.add_middleware(GZipMiddleware, minimum_size=1400, compresslevel=5)
     if legacy is not None:
         app.add_middleware(Forwarding, routes=app.routes, legacy=legacy)
     app.add_middleware(BodyLimit)
@@ -159,10 +184,31 @@ def crossfade_of(
         initial_phase=initial_phase,
         options=options
         or Options(
+            mongo_pool=settings.mongo_pool,
+            postgres_pool=settings.postgres_pool,
             shadow_sample=settings.crossfade_shadow_sample,
             shadow_postgres_read=settings.crossfade_shadow_postgres_read,
         ),
         background=background,
+    )
+
+
+def hashes_are_argon2(settings: Settings, control: Control) -> bool:
+    """Whether new password hashes are argon2id by now: nobody who can only read bcrypt has to read them."""
+    if settings.hash_scheme == "bcrypt" or control.foreign_writers:
+        return False
+    if settings.hash_scheme == "argon2id":
+        return True
+    return control.phase.rules.primary == "postgres" and settings.legacy_url is None
+
+
+def attempt_rules(settings: Settings) -> AttemptRules:
+    """The limits of log-ins and registrations, as they are set."""
+    return AttemptRules(
+        account_and_address=parse(settings.limit_login_account_address),
+        address=parse(settings.limit_login_address),
+        account=parse(settings.limit_login_account),
+        registrations=parse(settings.limit_register_address),
     )
 
 

@@ -16,6 +16,13 @@ How
 
     An entry that nears its end is refreshed in the background under a lease, while it still serves.
 
+    What somebody is shown of themselves (`Kind.SELF`) holds their identities, which others may change too, many at a
+    time. So such an entry is stamped with a word that every change of identities replaces (`forget_identities`): the
+    one that was read before the stores were asked. An entry of an older word is a miss.
+
+    Look-ups that are asked for in one turn of the event loop go to Redis as one command. It leaves after the last of
+    them was asked, so each sees every change that was acknowledged before.
+
 What breaks it, and what is done
     A change that cannot reach Redis cannot delete the entry. It is acknowledged only after every entry from
     before it has run out (``ttl`` + ``LEASE``): a slow answer while Redis is away, counted, and no stale
@@ -31,6 +38,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Final
 
 import orjson
@@ -53,6 +61,11 @@ COMMAND_DEADLINE: Final = 0.25
 #: Seconds between two questions to a Redis that has failed; look-ups leave it aside meanwhile, and never wait to find
 #: out whether it is back.
 SILENCE: Final = 1.0
+
+#: Bytes of an entry: a picture of megabytes is read from the stores.
+LARGEST: Final = 65_536
+
+_HIT, _WAITED = CACHE.labels("hit"), CACHE.labels("waited")
 
 #: Seconds that a look-up waits for another's fill before it asks the stores itself.
 PATIENCE: Final = 0.5
@@ -77,6 +90,19 @@ return redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2]) and 1 or 0
 """
 
 _FAILURES = (RedisError, OSError, TimeoutError)
+
+
+class Kind(StrEnum):
+    """What is kept of a user.
+
+    Attributes:
+        WHO: id, name and role: who is asking.
+        SELF: what they are shown of themselves, identities included.
+    """
+
+    WHO = "user"
+    SELF = "self"
+
 
 Load = Callable[[], Awaitable["Loaded"]]
 
@@ -103,7 +129,7 @@ class UserCache:
         Args:
             redis: see `connect`.
             prefix: of every key; tells deployments apart that share one Redis.
-            ttl: seconds that an entry lives, counted from before the stores were asked.
+            ttl: seconds that an entry lives, counted from before the stores were asked; 0: nothing is kept.
         """
         self._redis = redis
         self._fill = redis.register_script(_FILL)
@@ -112,6 +138,8 @@ class UserCache:
         self._ttl = ttl
         self._silence: asyncio.Task[None] | None = None
         self._loading: dict[str, asyncio.Event] = {}
+        self._asked: dict[str, asyncio.Future[bytes | None]] = {}
+        self._asking: set[asyncio.Task[None]] = set()
         self._refreshes: set[asyncio.Task[None]] = set()
 
     @classmethod
@@ -133,38 +161,40 @@ class UserCache:
         )
         return cls(Redis.from_pool(pool), prefix=prefix, ttl=ttl)
 
-    async def get(self, user_id: str, load: Load) -> dict[str, Any] | None:
+    async def get(self, user_id: str, load: Load, kind: Kind = Kind.WHO) -> dict[str, Any] | None:
         """The user, from Redis or else from the stores.
 
         Args:
             user_id: id as text.
             load: asks the stores. Its errors are the caller's.
+            kind: what of the user; each with a ``load`` of its own.
         """
+        slot = f"{kind}:{user_id}"
         patience = time.monotonic() + PATIENCE
         waited = False
-        while self._silence is None:
-            if time.monotonic() < patience and await self._wait_for_local(user_id, patience):
-                waited = True
+        while self._ttl and self._silence is None:
+            if slot in self._loading and time.monotonic() < patience:
+                waited = await self._wait_for_local(slot, patience)
             try:
-                entry = await self._command(self._redis.get(self._entry(user_id)))
-                if entry is not None and (value := self._opened(user_id, entry, load)) is not None:
-                    CACHE.labels("waited" if waited else "hit").inc()
+                entry, stamp = await self._read(self._entry(slot), kind)
+                if entry is not None and (value := self._opened(slot, entry, stamp, load)) is not None:
+                    (_WAITED if waited else _HIT).inc()
                     return value
                 if time.monotonic() >= patience:
                     break
-                if user_id in self._loading:
+                if slot in self._loading:
                     continue
-                word = await self._take_lease(user_id, entry)
+                word = await self._take_lease(slot, entry)
             except _FAILURES as error:
                 self._failed(error)
                 break
             if word is not None:
                 CACHE.labels("miss").inc()
-                done = self._loading.setdefault(user_id, asyncio.Event())
+                done = self._loading.setdefault(slot, asyncio.Event())
                 try:
-                    return await self._load_and_fill(user_id, word, load)
+                    return await self._load_and_fill(slot, word, stamp, load)
                 finally:
-                    self._loading.pop(user_id, None)
+                    self._loading.pop(slot, None)
                     done.set()
             waited = True
             # Another process is filling; 10 ms is a few times what a look-up in the stores takes.
@@ -179,11 +209,22 @@ class UserCache:
         has dropped the entry; while Redis does not answer, after ``ttl`` + `LEASE` seconds at most (see the
         module).
         """
+        slots = [f"{kind}:{user_id}" for kind in Kind]
+        keys = [key for slot in slots for key in (self._entry(slot), self._lease(slot))]
+        await self._tell(lambda: self._redis.delete(*keys))
+
+    async def forget_identities(self) -> None:
+        """A change of some identities is in the stores: the same, for what anybody is shown of their own."""
+        await self._tell(lambda: self._redis.set(self._stamp, secrets.token_hex(8)))
+
+    async def _tell(self, command: Callable[[], Awaitable[Any]]) -> None:
+        if not self._ttl:
+            return
         until = time.monotonic() + self._ttl + LEASE
         waited = False
         while True:
             try:
-                await self._command(self._redis.delete(self._entry(user_id), self._lease(user_id)))
+                await self._command(command())
             except _FAILURES as error:
                 self._failed(error)
             else:
@@ -206,7 +247,7 @@ class UserCache:
 
     async def close(self) -> None:
         """Stop refreshing and let go of the connections."""
-        tasks = [*self._refreshes, *([] if self._silence is None else [self._silence])]
+        tasks = [*self._refreshes, *self._asking, *([] if self._silence is None else [self._silence])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -214,9 +255,9 @@ class UserCache:
 
     # -- one fill at a time ------------------------------------------------------------------------
 
-    async def _wait_for_local(self, user_id: str, until: float) -> bool:
+    async def _wait_for_local(self, slot: str, until: float) -> bool:
         """Wait for a fill of this process, if there is one; whether there was."""
-        loading = self._loading.get(user_id)
+        loading = self._loading.get(slot)
         if loading is None:
             return False
         try:
@@ -226,61 +267,107 @@ class UserCache:
             pass
         return True
 
-    async def _take_lease(self, user_id: str, seen: bytes | None) -> str | None:
+    async def _take_lease(self, slot: str, seen: bytes | None) -> str | None:
         """The word to fill with, if the entry is still what was seen and nobody else is filling."""
         word = secrets.token_hex(8)
-        keys = [self._entry(user_id), self._lease(user_id)]
+        keys = [self._entry(slot), self._lease(slot)]
         taken = await self._command(self._lend(keys=keys, args=[word, int(LEASE * 1000), seen or b""]))
         return word if taken else None
 
-    async def _load_and_fill(self, user_id: str, word: str, load: Load) -> dict[str, Any] | None:
+    async def _load_and_fill(
+        self, slot: str, word: str, stamp: str | None, load: Load
+    ) -> dict[str, Any] | None:
         began = time.monotonic()
         try:
             loaded = await load()
         except Exception:
             # The next one is to find out for itself at once, not when the lease has run out.
-            await self._store(user_id, word, Loaded(None), began)
+            await self._store(slot, word, None, Loaded(None), began)
             raise
-        await self._store(user_id, word, loaded, began)
+        await self._store(slot, word, stamp, loaded, began)
         return loaded.value
 
-    async def _store(self, user_id: str, word: str, loaded: Loaded, began: float) -> None:
+    async def _store(self, slot: str, word: str, stamp: str | None, loaded: Loaded, began: float) -> None:
         left = self._ttl - (time.monotonic() - began)
         try:
-            if loaded.value is None or not loaded.cacheable or left <= 0:
+            if stamp is None and loaded.value is not None:
+                # No change of identities was ever told, or Redis has lost its word: begin with one.
+                await self._command(self._redis.set(self._stamp, secrets.token_hex(8), nx=True))
+            entry = orjson.dumps({"until": time.time() + left, "stamp": stamp, "user": loaded.value})
+            if (
+                loaded.value is None
+                or not loaded.cacheable
+                or left <= 0
+                or stamp is None
+                or len(entry) > LARGEST
+            ):
                 # Not to be filled: the next one need not wait for the lease to run out. If it is another's by
                 # now, that one loses a fill, nothing else.
-                await self._command(self._redis.delete(self._lease(user_id)))
+                await self._command(self._redis.delete(self._lease(slot)))
                 return
-            entry = orjson.dumps({"until": time.time() + left, "user": loaded.value})
-            keys = [self._entry(user_id), self._lease(user_id)]
+            keys = [self._entry(slot), self._lease(slot)]
             await self._command(self._fill(keys=keys, args=[word, entry, int(left * 1000) or 1]))
         except _FAILURES as error:
             self._failed(error)
 
-    def _opened(self, user_id: str, entry: bytes, load: Load) -> dict[str, Any] | None:
+    def _opened(self, slot: str, entry: bytes, stamp: str | None, load: Load) -> dict[str, Any] | None:
         try:
             held = orjson.loads(entry)
             value, left = held["user"], held["until"] - time.time()
+            if held["stamp"] != stamp:
+                return None
         except (orjson.JSONDecodeError, KeyError, TypeError):
             return None
         # Only *when* to refresh hangs on the wall clock; how long an entry lives is Redis's own count.
-        if left < self._ttl * REFRESH_AT and user_id not in self._loading:
-            task = asyncio.create_task(self._refresh(user_id, entry, load))
+        if left < self._ttl * REFRESH_AT and slot not in self._loading:
+            task = asyncio.create_task(self._refresh(slot, entry, stamp, load))
             self._refreshes.add(task)
             task.add_done_callback(self._refreshes.discard)
         return value if isinstance(value, dict) else None
 
-    async def _refresh(self, user_id: str, seen: bytes, load: Load) -> None:
+    async def _refresh(self, slot: str, seen: bytes, stamp: str | None, load: Load) -> None:
         try:
-            word = await self._take_lease(user_id, seen)
+            word = await self._take_lease(slot, seen)
             if word is not None:
-                await self._load_and_fill(user_id, word, load)
+                await self._load_and_fill(slot, word, stamp, load)
                 CACHE.labels("refreshed").inc()
         except Exception as error:  # nobody waits for it; the entry simply runs out
             log.debug("refresh failed", cause=type(error).__name__)
 
     # -- Redis -------------------------------------------------------------------------------------
+
+    async def _read(self, entry: str, kind: Kind) -> tuple[bytes | None, str | None]:
+        """The entry, and the word that it must be stamped with: none ("") where identities have no part in it."""
+        if kind is Kind.WHO:
+            return await asyncio.shield(self._fetch(entry)), ""
+        both = self._fetch(entry), self._fetch(self._stamp)
+        held, stamp = await asyncio.shield(both[0]), await asyncio.shield(both[1])
+        return held, None if stamp is None else stamp.decode()
+
+    def _fetch(self, key: str) -> asyncio.Future[bytes | None]:
+        """What is under a key, by the command that leaves at the end of this turn of the loop."""
+        if not self._asked:
+            task = asyncio.create_task(self._ask())
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+        if key not in self._asked:
+            self._asked[key] = asyncio.get_running_loop().create_future()
+        return self._asked[key]
+
+    async def _ask(self) -> None:
+        asked, self._asked = self._asked, {}
+        try:
+            found = await self._command(self._redis.mget(list(asked)))
+        except BaseException as error:
+            for future in asked.values():
+                future.set_exception(error if isinstance(error, Exception) else TimeoutError("closing"))
+                # Who asked may be gone; then nobody else is to be told of it.
+                future.exception()
+            if not isinstance(error, Exception):
+                raise
+            return
+        for future, value in zip(asked.values(), found, strict=True):
+            future.set_result(value)
 
     async def _command(self, command: Awaitable[Any]) -> Any:
         # The pool may make a command wait for a connection besides: twice the deadline bounds both.
@@ -299,8 +386,12 @@ class UserCache:
                 self._silence = None
                 return
 
-    def _entry(self, user_id: str) -> str:
-        return f"{self._prefix}:user:{user_id}"
+    @property
+    def _stamp(self) -> str:
+        return f"{self._prefix}:identities"
 
-    def _lease(self, user_id: str) -> str:
-        return f"{self._prefix}:lease:{user_id}"
+    def _entry(self, slot: str) -> str:
+        return f"{self._prefix}:{slot}"
+
+    def _lease(self, slot: str) -> str:
+        return f"{self._prefix}:lease:{slot}"

@@ -27,6 +27,9 @@ AUTH = Counter(
     "Decisions about who somebody is, by step (register, login, token) and outcome.",
     ["step", "outcome"],
 )
+AUDIT = Counter(
+    "scorekeeper_audit_events_total", "Decisions about who somebody is or what they may do.", ["event"]
+)
 DEGRADED = Counter(
     "scorekeeper_degraded_total",
     "Requests answered without something that should have been done, by what was left out.",

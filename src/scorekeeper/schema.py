@@ -10,7 +10,7 @@ from typing import Final
 
 from sqlalchemy import MetaData
 
-HEAD: Final = "0005"
+HEAD: Final = "0006"
 
 #: One naming rule for constraints: an error from PostgreSQL then names table and column by itself.
 metadata = MetaData(

@@ -6,9 +6,10 @@ Each mistake is named in one line with the next step, and never with a value: ad
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
+from limits import parse
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -67,6 +68,14 @@ def _legacy(url: str | None) -> str | None:
     return value
 
 
+def _limit(text: str) -> str:
+    try:
+        parse(text)
+    except ValueError:
+        raise ValueError('is not a limit; write for example "10 per 5 minutes"') from None
+    return text
+
+
 def _secret(secret: SecretStr) -> SecretStr:
     if not secret.get_secret_value().strip():
         raise ValueError("is empty; set the secret that the old back end signs its tokens with")
@@ -89,7 +98,19 @@ class Settings(BaseSettings):
             uses.
         password_threads: PASSWORD_THREADS that hash at one time; hashing leaves the interpreter's lock.
         cache_ttl: CACHE_TTL in seconds. How late a role or a deletion written by *another* application takes
-            effect here; what this service writes takes effect at once.
+            effect here; what this service writes takes effect at once. 0: no cache.
+        jwt_former_secrets: JWT_FORMER_SECRETS, separated by commas: they sign nothing any more, and what they signed
+            stays good until it expires. To replace JWT_SECRET, move its value here.
+        hash_scheme: HASH_SCHEME. What new hashes are: ``bcrypt``, which the old back end can read;
+            ``argon2id``; or ``auto``: argon2id once PostgreSQL decides, nobody else writes to MongoDB and there is no
+            LEGACY_URL. argon2id waits for the end of foreign writers in any case.
+        rate_limits: RATE_LIMITS. False: none of those that follow, for a load test from one address.
+        limit_login_account_address, limit_login_address, limit_login_account: LIMIT_LOGIN_..., failed log-ins by
+            account and address, by address, by account; see `scorekeeper.auth.attempts`.
+        limit_register_address: LIMIT_REGISTER_ADDRESS, new accounts by address.
+        demo_accounts: DEMO_ACCOUNTS. Make accounts with well-known passwords and say how to log in. Set by `make serve`
+            on the embedded servers, never to be set elsewhere.
+        mongo_pool, postgres_pool: MONGO_POOL, POSTGRES_POOL, connections of one worker at most.
         legacy_url: LEGACY_URL, address of the old back end, always without ``/api``: requests under ``/api`` that
             this service does not know are sent on to it. None: they are 404.
         legacy_patience: LEGACY_PATIENCE in seconds that the old back end may be silent before it is 504.
@@ -114,7 +135,17 @@ class Settings(BaseSettings):
     # 4 is bcrypt's least; at 16 one log-in takes 6 s of a core.
     bcrypt_rounds: int = Field(12, ge=4, le=16)
     password_threads: int = Field(2, ge=1, le=64)
-    cache_ttl: float = Field(5.0, ge=0.1, le=60.0)
+    cache_ttl: float = Field(5.0, ge=0.0, le=60.0)
+    jwt_former_secrets: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    hash_scheme: Literal["auto", "bcrypt", "argon2id"] = "auto"
+    rate_limits: bool = True
+    limit_login_account_address: Annotated[str, AfterValidator(_limit)] = "10 per 5 minutes"
+    limit_login_address: Annotated[str, AfterValidator(_limit)] = "100 per 5 minutes"
+    limit_login_account: Annotated[str, AfterValidator(_limit)] = "50 per 1 hour"
+    limit_register_address: Annotated[str, AfterValidator(_limit)] = "600 per 1 minute"
+    demo_accounts: bool = False
+    mongo_pool: int = Field(50, ge=1, le=1000)
+    postgres_pool: int = Field(20, ge=1, le=1000)
     legacy_url: Annotated[str | None, AfterValidator(_legacy)] = None
     legacy_patience: float = Field(30.0, ge=0.1, le=600.0)
     log_level: str = "INFO"
@@ -126,6 +157,13 @@ class Settings(BaseSettings):
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(origin.strip() for origin in value.split(",") if origin.strip())
+        return value
+
+    @field_validator("jwt_former_secrets", mode="before")
+    @classmethod
+    def _split_secrets(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(SecretStr(secret.strip()) for secret in value.split(",") if secret.strip())
         return value
 
     @field_validator("log_level")

@@ -24,12 +24,16 @@ from psycopg import sql
 
 from crossfade import Options, Phase
 from scorekeeper.app import create_app
+from scorekeeper.auth.current import CurrentUser
 from scorekeeper.settings import Settings, sqlalchemy_url
 
 ROOT = Path(__file__).parents[2]
 SECRET = "the secret that both back ends share"  # 36 bytes
 #: The contract is held in each of them.
 PHASES = tuple(phase.value for phase in Phase)
+
+#: Who does what an administrator does, in tests that ask a service directly.
+ADMINISTRATOR = CurrentUser("0" * 24, "Root", "admin")
 
 
 def with_database(uri: str, name: str) -> str:

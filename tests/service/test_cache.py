@@ -14,7 +14,7 @@ from crossfade.testing.proxy import FaultProxy
 from scorekeeper import cache as cache_module
 from scorekeeper.cache import LEASE, Loaded, UserCache
 
-from .conftest import Serve, assert_problem
+from .conftest import ADMINISTRATOR, Serve, assert_problem
 
 
 class Stores:
@@ -67,7 +67,8 @@ async def test_a_fill_that_began_before_a_change_is_not_kept(redis_url: str) -> 
     reader, writer, stores = cache_on(redis_url), cache_on(redis_url), Stores()
     stores.open.clear()
     late = asyncio.create_task(reader.get("u", stores))
-    await asyncio.sleep(0.05)
+    while not stores.asked:  # noqa: ASYNC110 - what it waits for has no event
+        await asyncio.sleep(0.005)
     stores.value = "new"
     await writer.forget("u")
     # Begun after the change: the one that was under way is of no use to it.
@@ -189,9 +190,9 @@ async def test_a_role_and_a_deletion_hold_on_the_very_next_request_of_every_work
     assert [await role(worker) for worker in workers] == ["user", "user"]
     for turn in range(6):
         wanted = "admin" if turn % 2 == 0 else "user"
-        await workers[turn % 2].app.state.account_changes.set_role(id_, wanted)
+        await workers[turn % 2].app.state.account_changes.set_role(ADMINISTRATOR, id_, wanted)
         assert [await role(worker) for worker in workers] == [wanted, wanted]
-    await workers[1].app.state.account_changes.remove(id_)
+    await workers[1].app.state.account_changes.remove(ADMINISTRATOR, id_)
     for worker in workers:
         assert_problem(await worker.get("/api/users/me", token), 401)
     assert_problem(await workers[0].log_in("Ann"), 401)

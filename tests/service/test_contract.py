@@ -22,7 +22,7 @@ from crossfade.testing.proxy import FaultProxy
 from scorekeeper.auth.passwords import Passwords, cost_of
 from scorekeeper.legacy.passwords import FOREIGN_PASSWORDS, PASSWORDS
 
-from .conftest import PHASES, SECRET, Serve, Service, assert_problem
+from .conftest import ADMINISTRATOR, PHASES, SECRET, Serve, Service, assert_problem
 from .test_tokens import claims, signed
 
 IMPATIENT = Options(primary_deadline=1.5, secondary_deadline=0.3)
@@ -291,7 +291,7 @@ class TestStores:
             await worker.get("/api/users/me", body["token"])
         redis_proxy.refuse()
         # Acknowledged only when no entry from before can be alive, not even for one who still reaches Redis.
-        await workers[0].app.state.account_changes.set_role(body["user"]["id"], "admin")
+        await workers[0].app.state.account_changes.set_role(ADMINISTRATOR, body["user"]["id"], "admin")
         redis_proxy.pass_through()
         for worker in workers:
             me = await worker.get("/api/users/me", body["token"])

@@ -15,7 +15,7 @@ from crossfade import Busy, Options, OutcomeUnknown, StoreUnavailable, Undone, U
 from crossfade.testing.proxy import FaultProxy
 from scorekeeper import http
 from scorekeeper.errors import too_many
-from scorekeeper.http import LARGEST_BODY
+from scorekeeper.http import LARGEST_BODY, SMALL_BODY
 
 from .conftest import Serve, Service, assert_problem
 
@@ -61,8 +61,17 @@ async def test_a_body_over_the_limit_without_a_declared_length_is_413(service: S
 
 
 async def test_a_body_of_exactly_the_limit_is_read(service: Service) -> None:
-    body = b'{"username": "Ann", "password": "secret1"}'.ljust(LARGEST_BODY)
-    assert_problem(await service.http.post("/api/users/login", content=body, headers=JSON), 401)
+    body = b'{"profilePicture": "data:"}'.ljust(LARGEST_BODY)
+    path = "/api/users/me/profile-picture"
+    assert_problem(await service.http.put(path, content=body, headers=JSON), 401)
+    assert_problem(await service.http.put(path, content=body + b" ", headers=JSON), 413)
+
+
+async def test_where_only_names_are_taken_a_megabyte_is_the_limit(service: Service) -> None:
+    body = b'{"username": "Ann", "password": "secret1"}'
+    for size, status in ((SMALL_BODY, 401), (SMALL_BODY + 1, 413)):
+        answer = await service.http.post("/api/users/login", content=body.ljust(size), headers=JSON)
+        assert_problem(answer, status)
 
 
 async def test_preflight_is_204_and_any_origin_may_read_errors_too(service: Service) -> None:
@@ -86,7 +95,7 @@ async def test_what_nobody_expected_is_500_without_a_word_about_it(
     async def broken(*_: Any) -> None:
         raise RuntimeError("psycopg says: password secret1")
 
-    monkeypatch.setattr(service.app.state.users, "look_up", broken)
+    monkeypatch.setattr(service.app.state.profiles, "look_up", broken)
     answer = await service.http.get("/api/users/lookup/ann", headers={"Origin": "https://client.example"})
     assert_problem(answer, 500)
     assert answer.headers["access-control-allow-origin"] == "*"
@@ -108,7 +117,7 @@ async def test_a_store_that_does_not_answer_is_503_with_retry_after(
     async def failing(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(service.app.state.users, "look_up", failing)
+    monkeypatch.setattr(service.app.state.profiles, "look_up", failing)
     answer = await service.get("/api/users/lookup/ann")
     assert_problem(answer, 503)
     assert int(answer.headers["retry-after"]) > 0

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
+from fastapi.security import HTTPBearer
 
 from crossfade import EntityHandle, Record
-from scorekeeper.auth.tokens import InvalidToken, Tokens
+from scorekeeper.audit.log import AuditLog
+from scorekeeper.auth.tokens import Claims, InvalidToken, Tokens
 from scorekeeper.cache import Loaded, UserCache
-from scorekeeper.errors import forbidden, unauthorized
+from scorekeeper.errors import Problem, forbidden, unauthorized
 from scorekeeper.wire import document_id, plain
 
 
@@ -37,7 +39,8 @@ class CurrentUser:
 class Authenticator:
     """Reads tokens and finds their users."""
 
-    def __init__(self, users: EntityHandle, tokens: Tokens, cache: UserCache) -> None:
+    def __init__(self, users: EntityHandle, tokens: Tokens, cache: UserCache, audit: AuditLog) -> None:
+        self._audit = audit
         self._users = users
         self._tokens = tokens
         self._cache = cache
@@ -49,13 +52,7 @@ class Authenticator:
             Problem: 401, there is no token that counts, or its user is gone.
             crossfade.StoreUnavailable: neither cache nor stores can say.
         """
-        scheme, _, token = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not token.strip():
-            raise unauthorized()
-        try:
-            claims = self._tokens.read(token.strip())
-        except InvalidToken:
-            raise unauthorized("Invalid or expired token") from None
+        claims = await self.claims_of(authorization)
         user_id = document_id(claims.user_id)
 
         async def load() -> Loaded:
@@ -66,8 +63,28 @@ class Authenticator:
 
         found = await self._cache.get(claims.user_id, load)
         if found is None:
-            raise unauthorized("Invalid or expired token")
+            raise await self.nobody()
         return CurrentUser(**found)
+
+    async def claims_of(self, authorization: str | None) -> Claims:
+        """What the token of an ``Authorization`` header says. Whether its user exists is not asked.
+
+        Raises:
+            Problem: 401, there is no token that counts.
+        """
+        scheme, _, token = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            raise unauthorized()
+        try:
+            return self._tokens.read(token.strip())
+        except InvalidToken as refused:
+            await self._audit.note_refusal("token.refused", why=refused.args[0])
+            raise unauthorized("Invalid or expired token") from None
+
+    async def nobody(self) -> Problem:
+        """401: the token is good and its user is gone."""
+        await self._audit.note_refusal("token.refused", why="no such user")
+        return unauthorized("Invalid or expired token")
 
 
 def normalised(record: Record) -> dict[str, Any]:
@@ -80,7 +97,15 @@ def normalised(record: Record) -> dict[str, Any]:
     }
 
 
-async def _current_user(request: Request) -> CurrentUser:
+#: Only so that the OpenAPI document says what a route wants: an answer of its own would not be the service's.
+_bearer = HTTPBearer(auto_error=False, bearerFormat="JWT", description="From `/register` or `/login`.")
+
+
+#: A route that reads the token itself has a parameter of this type.
+Scheme = Annotated[Any, Depends(_bearer)]
+
+
+async def _current_user(request: Request, _scheme: Scheme) -> CurrentUser:
     authenticator: Authenticator = request.app.state.authenticator
     return await authenticator.user_of(request.headers.get("authorization"))
 
@@ -89,8 +114,10 @@ async def _current_user(request: Request) -> CurrentUser:
 SignedIn = Annotated[CurrentUser, Depends(_current_user)]
 
 
-def _administrator(current: SignedIn) -> CurrentUser:
+async def _administrator(request: Request, current: SignedIn) -> CurrentUser:
     if current.role != "admin":
+        audit: AuditLog = request.app.state.audit
+        await audit.note_refusal("admin.refused", document_id(current.id))
         raise forbidden("Only an administrator may do this")
     return current
 

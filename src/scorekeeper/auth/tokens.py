@@ -1,4 +1,4 @@
-"""Tokens: JWT, HS256 and nothing else, with the claims of the old back end.
+"""Tokens: JWT, HS256 and nothing else, with the claims of the old back end; secrets that can be replaced.
 
 The client decodes the payload with plain base64 and logs out when it meets base64url's own characters, ``-``
 (62) and ``_`` (63). Why neither can arise here: in ASCII the top bit of every byte is 0. A group of three
@@ -9,13 +9,15 @@ and ``~``, 63 for ``?`` and DEL. So the payload is ASCII, and these four are wri
 
 from __future__ import annotations
 
+import hmac
 import json
 import math
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Final
 
 import jwt
@@ -54,6 +56,11 @@ class PlainBase64Encoder(json.JSONEncoder):
         return super().encode(o).translate(_ESCAPES)
 
 
+def key_id(secret: str) -> str:
+    """The ``kid`` of a secret: which one it was, to who has it; nothing to who has not."""
+    return hmac.new(secret.encode(), b"scorekeeper kid", sha256).hexdigest()[:16]
+
+
 class InvalidToken(Exception):
     """The token proves nothing. ``args[0]`` is a word for the metrics: expired, malformed, signature,
     claims.
@@ -76,16 +83,24 @@ class Claims:
 
 
 class Tokens:
-    """Issues and reads tokens with one secret."""
+    """Issues tokens with one secret; reads those of this and of former ones.
 
-    def __init__(self, secret: str, clock: Callable[[], float] = time.time) -> None:
-        """Keep the secret.
+    A token names the secret that signed it (``kid``). One that names none is the old back end's, or from before the
+    first rotation: every secret is tried.
+    """
+
+    def __init__(
+        self, secret: str, clock: Callable[[], float] = time.time, *, former: Iterable[str] = ()
+    ) -> None:
+        """Keep the secrets.
 
         Args:
             secret: JWT_SECRET, shared with the old back end; of any length, because it was chosen there.
             clock: seconds since 1970.
+            former: secrets that signed tokens which are still good (JWT_FORMER_SECRETS).
         """
-        self._secret = secret
+        self._secrets = {key_id(each): each for each in (secret, *former)}
+        self._kid = key_id(secret)
         self._clock = clock
 
     def issue(self, user_id: str, username: str) -> str:
@@ -94,7 +109,13 @@ class Tokens:
         claims = {"userId": user_id, "username": username, "iat": issued, "exp": issued + LIFETIME}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InsecureKeyLengthWarning)
-            return jwt.encode(claims, self._secret, ALGORITHM, json_encoder=PlainBase64Encoder)
+            return jwt.encode(
+                claims,
+                self._secrets[self._kid],
+                ALGORITHM,
+                headers={"kid": self._kid},
+                json_encoder=PlainBase64Encoder,
+            )
 
     def read(self, token: str) -> Claims:
         """What the token says, if it is ours or the old back end's and still good.
@@ -116,22 +137,37 @@ class Tokens:
     def _decode(self, token: str) -> Claims:
         if len(token) > LONGEST:
             raise InvalidToken("malformed")
+        *others, last = self._candidates(token)
+        for secret in others:
+            try:
+                return self._checked(self._payload(token, secret))
+            except InvalidToken as error:
+                if error.args[0] != "signature":
+                    raise
+        return self._checked(self._payload(token, last))
+
+    def _candidates(self, token: str) -> list[str]:
+        """The secrets that may have signed it: the one it names, else all, this one first."""
+        if len(self._secrets) == 1:
+            return [self._secrets[self._kid]]
+        try:
+            kid = jwt.get_unverified_header(token).get("kid")
+        except (jwt.PyJWTError, ValueError, RecursionError):
+            kid = None
+        return [self._secrets[kid]] if kid in self._secrets else list(self._secrets.values())
+
+    @staticmethod
+    def _payload(token: str, secret: str) -> dict[str, Any]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", InsecureKeyLengthWarning)
-                payload = jwt.decode(
-                    token,
-                    self._secret,
-                    algorithms=[ALGORITHM],
-                    options=_UNCHECKED,
-                )
+                return jwt.decode(token, secret, algorithms=[ALGORITHM], options=_UNCHECKED)
         except jwt.InvalidSignatureError as error:
             raise InvalidToken("signature") from error
         except jwt.InvalidAlgorithmError as error:
             raise InvalidToken("algorithm") from error
         except (jwt.PyJWTError, ValueError, RecursionError) as error:
             raise InvalidToken("malformed") from error
-        return self._checked(payload)
 
     def _checked(self, payload: dict[str, Any]) -> Claims:
         user_id, username = payload.get("userId"), payload.get("username")

@@ -253,6 +253,9 @@ def _environment(stage: Stage) -> dict[str, str]:
         "JWT_SECRET": secrets.token_urlsafe(48),
         # New passwords of the demo cost little, so that the figures show the stores and not bcrypt.
         "BCRYPT_ROUNDS": "4",
+        "HASH_SCHEME": "bcrypt",
+        # Everybody in the demo comes from one address.
+        "RATE_LIMITS": "false",
         "USE_POSTGRES": "false",
         "CROSSFADE_APP": "scorekeeper.migration:accounts",
         # Traffic for seconds, not for days: every read is compared, and fewer are asked for.

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from crossfade import DuplicateKey, EntityHandle, NotFound, Record, StaleRevision
 from scorekeeper import names
+from scorekeeper.audit.log import AuditLog
 from scorekeeper.auth.current import CurrentUser
 from scorekeeper.auth.tokens import Tokens
 from scorekeeper.cache import UserCache
@@ -25,7 +26,7 @@ from scorekeeper.identities.accounts import AccountIdentities, primary_of, relea
 from scorekeeper.users import pictures
 from scorekeeper.users.repository import UserRepository
 from scorekeeper.users.shown import account_of, person_of, picture_of, user_of
-from scorekeeper.wire import document_id, now
+from scorekeeper.wire import document_id, now, plain
 
 #: How often a record that somebody else changes meanwhile is read again.
 ATTEMPTS: Final = 5
@@ -47,12 +48,14 @@ class AccountChanges:
         requests: EntityHandle,
         tokens: Tokens,
         cache: UserCache,
+        audit: AuditLog,
     ) -> None:
         self._users = users
         self._identities = identities
         self._requests = requests
         self._tokens = tokens
         self._cache = cache
+        self._audit = audit
         self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
 
     # -- the name ----------------------------------------------------------------------------------
@@ -116,12 +119,13 @@ class AccountChanges:
                     raise
                 continue
             assert operation.result is not None
+            await self._audit.note("account.renamed", id_, by=by, before=str(plain(user.get("username"))))
             return operation.result
         raise AssertionError("the last attempt returns or raises")
 
     # -- the role ----------------------------------------------------------------------------------
 
-    async def set_role(self, user_id: str, role: str) -> dict[str, Any]:
+    async def set_role(self, current: CurrentUser, user_id: str, role: str) -> dict[str, Any]:
         """Give a user another role; holds from the next request on, on every worker, once this returns.
 
         Raises:
@@ -135,6 +139,8 @@ class AccountChanges:
                 record = await self._users.update(user.id, {"role": role}, context="Role Change")
         except NotFound:
             raise _no_such_user() from None
+        by, before = document_id(current.id), str(plain(user.get("role", "user")))
+        await self._audit.note("account.role_changed", user.id, by=by, before=before, after=role)
         return {"message": "Role updated successfully", "user": account_of(record)}
 
     # -- the picture -------------------------------------------------------------------------------
@@ -188,12 +194,12 @@ class AccountChanges:
             Problem: 401, it is gone already.
         """
         try:
-            await self._remove(current.id)
+            await self._remove(current.id, by=document_id(current.id))
         except Problem as gone:
             raise (unauthorized("Invalid or expired token") if gone.status == 404 else gone) from None
         return {"message": "Account deleted successfully"}
 
-    async def remove(self, user_id: str) -> dict[str, Any]:
+    async def remove(self, current: CurrentUser, user_id: str) -> dict[str, Any]:
         """Delete an account; its tokens count for nothing once this returns.
 
         Its friends lose it from their lists and its identities stay as players of their games, in the same operation;
@@ -202,10 +208,10 @@ class AccountChanges:
         Raises:
             Problem: 404, there is no such user.
         """
-        await self._remove(user_id)
+        await self._remove(user_id, by=document_id(current.id))
         return {"message": "User deleted successfully"}
 
-    async def _remove(self, user_id: str) -> None:
+    async def _remove(self, user_id: str, *, by: Any) -> None:
         user = await self._user(document_id(user_id))
         friends = user.get("friends")
         moment = now()
@@ -219,6 +225,7 @@ class AccountChanges:
                     release_with(operation, identity)
         except NotFound:
             raise _no_such_user() from None
+        await self._audit.note("account.deleted", user.id, by=by)
         await self._remove_requests(user.id)
 
     async def _remove_requests(self, user_id: Any) -> None:

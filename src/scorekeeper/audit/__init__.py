@@ -1,0 +1,1 @@
+"""Audit events: every security decision leaves one, in both stores."""
