@@ -7,6 +7,7 @@ import pytest
 from bson import ObjectId
 
 from crossfade import Crossfade, StoreUnavailable
+from crossfade.record import CF
 
 from .conftest import FAST, PATIENCE, World, create_tables, eventually, users_entity
 
@@ -86,6 +87,17 @@ async def test_mongo_is_away_and_postgres_decides_and_the_outbox_is_delivered_by
     mongo_proxy.pass_through()
     await eventually(lambda: nothing_owed(w))
     await w.assert_equal()
+
+
+async def test_a_document_with_odd_names_of_fields_is_delivered(open_world):
+    w = await open_world("postgres_primary")
+    odd = {"username": "Bob", "$legacy": {"$set": 1}, "theme.color": 2, "": 3, "n": {"$where": [1]}}
+    made = await w.users.insert(odd)
+    await w.users.update(made.id, {"n": 2, "bio": "x"})
+    await w.settle()
+    kept = {name: value for name, value in w.document(made.id).items() if name != CF}
+    assert list(kept.items()) == [("_id", made.id), *({**odd, "n": 2, "bio": "x"}).items()]
+    assert w.outbox() == []
 
 
 async def test_a_foreign_write_after_the_switch_is_journaled_whole_before_it_is_replaced(open_world):

@@ -183,7 +183,8 @@ class OldBackEnd:
     def _run(self) -> None:
         application, number = LegacyApplication(self.database), 0
         users, games = self.database["users"], self.database["wizard"]
-        while not self.stopping.wait(0.02) or number < 8:
+        # At an old back end's pace, and so much of it that a slow machine is not given ever more to do.
+        while (not self.stopping.wait(0.05) and number < 60) or number < 8:
             number += 1
             id_ = application.register(f"Old {number}", "hash")
             application.rename(id_, f"Older {number}")

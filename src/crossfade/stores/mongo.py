@@ -436,7 +436,12 @@ class MongoStore:
                 raise
             return True
         async with self._asking(timeout):
-            result = await self._documents(entity).replace_one(_exactly(before), dict(document))
+            if any(name.startswith("$") for name in document):
+                # Old documents have such fields; a server takes them of a pipeline, and of no replacement.
+                change = [{"$replaceWith": {"$literal": dict(document)}}]
+                result = await self._documents(entity).update_one(_exactly(before), change)
+            else:
+                result = await self._documents(entity).replace_one(_exactly(before), dict(document))
         return result.matched_count == 1
 
     async def deliver_small(
