@@ -219,7 +219,7 @@ class Reader:
             if control.phase.rules.primary == "postgres":
                 return await self._postgres_primary(entity, control, mongo, postgres, deadline, ids)
             found = await self._mongo_primary(entity, control, mongo, postgres, deadline, ids, query, missing)
-            if self._has_columns(entity, query):
+            if self.shadow.is_on(control) and self._has_columns(entity, query):
                 limit = 0 if query is None else query.limit
                 self.shadow.offer(entity, question, found[0], found[1], mongo, postgres, limit, without)
             return found

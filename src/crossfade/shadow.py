@@ -149,7 +149,7 @@ class Shadow:
         if self._tasks:
             self._tasks.clear()
             with contextlib.suppress(errors.CrossfadeError):
-                await self.flush()
+                await self.flush(timeout=1.0)  # a worker that ends waits for nothing that hangs
 
     def is_on(self, control: Control) -> bool:
         """Whether reads are compared where the migration stands."""
@@ -335,14 +335,14 @@ class Shadow:
             except errors.CrossfadeError as cause:
                 observe.log().debug(f"Shadow reads cannot be counted: {cause}", context="Shadow Read")
 
-    async def flush(self) -> None:
-        """Add to PostgreSQL what was counted here since the last time.
+    async def flush(self, *, timeout: float | None = None) -> None:
+        """Add to PostgreSQL what was counted here since the last time; ``timeout``: other than for what nobody awaits.
 
         Raises:
             crossfade.errors.StoreUnavailable: it does not answer; the counts wait for the next time.
             crossfade.errors.SchemaNotReady: its tables are older than this release.
         """
-        timeout, notes = self.pair.options.bulk_deadline, self.pair.postgres.shadow
+        timeout, notes = timeout or self.pair.options.bulk_deadline, self.pair.postgres.shadow
         # Mismatches first: a count must not be there without what it found.
         mismatches, self._mismatches = self._mismatches, {}
         try:
