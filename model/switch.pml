@@ -92,7 +92,11 @@ inline put_row(content, revision) {
  * A worker with a write or two, one after the other (Writer._operate, Board.refresh)
  * ================================================================================================================= */
 
+#ifdef TWO_COORDINATORS
+#define WRITES (w == 0 -> MOST_WRITES : 0) /* the other one only knows, and holds leases */
+#else
 #define WRITES (w == 0 -> MOST_WRITES : 1)
+#endif
 #define may_begin (step == idle && writes < WRITES && (me.lease & bit_of(me.epoch)))
 
 inline begin(next) {

@@ -36,6 +36,7 @@ def said_of(case: str) -> str:
         "foreign_writer_and_slow_secondary",
         "reads",
         "switch",
+        "switch_by_two",
     ],
 )
 def test_every_promise_holds_in_every_state(scope: str) -> None:
