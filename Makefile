@@ -55,8 +55,8 @@ test-faults: servers-ready ## every failure at every await on a store (make test
 	@timeout --foreground -s INT -k 60 $(TEST_LIMIT) \
 		$(BIN)/python -m pytest -n auto --maxprocesses=$(TEST_WORKERS) -m faults $(ARGS) tests/faults
 
-soak: servers-ready ## histories of many workers in trouble, for SOAK=1800 seconds (HISTORY_SEED=1 begins with that one)
-	@SOAK=$(or $(SOAK),1800) $(BIN)/python -m pytest -n 0 -s tests/histories $(ARGS)
+soak: servers-ready ## histories of workers in trouble, then rounds of the phases, SOAK=1800 seconds each (HISTORY_SEED=1)
+	@SOAK=$(or $(SOAK),1800) $(BIN)/python -m pytest -n 0 -s tests/histories tests/protocol/test_round.py $(ARGS)
 
 soak-bulk: servers-ready ## backfill and verify killed at fifty instants, and among writers over twenty seeds: half an hour
 	@SOAK=1 $(BIN)/python -m pytest -n 0 -o timeout=1800 tests/bulk/test_workers.py tests/bulk/test_under_writers.py $(ARGS)

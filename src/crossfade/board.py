@@ -5,8 +5,12 @@ Debt lives in the primary, the reader asks PostgreSQL; so every worker keeps the
 secondary as readable has therefore seen every debt that was written before that.
 
 A look's age counts from its *start*, on a clock that runs through suspension. The lease is the same look: a
-write is acknowledged only if the lease was still valid when the answer arrived, so a coordinator that waits
-for the lease's length knows that no older acknowledgement can follow.
+write is acknowledged only if the lease of *its* epoch was still valid when the answer arrived, so a coordinator that
+waits for the lease's length knows that no older acknowledgement can follow; or reads it in the registry, sooner
+(`crossfade.workers`).
+
+While a switch is under way the record alone is looked at, every few milliseconds. Whoever sees that its coordinator has
+held writes for longer than it may goes back from it.
 """
 
 from __future__ import annotations
@@ -14,19 +18,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from crossfade import errors, observe
-from crossfade.control import SWITCHING, Control, ControlRecord
+from crossfade.clock import boot_clock
+from crossfade.control import STEADY, Control, ControlRecord
+from crossfade.control import Seen as SeenCopies
 from crossfade.entity import Entity
 from crossfade.record import new_operation
 from crossfade.seen import Seen
 from crossfade.stores.mongo import MongoStore, Owed
 from crossfade.stores.postgres import Delivery, PostgresStore
 from crossfade.values import id_to_text
+from crossfade.workers import Gate, Membership, Registry
+
+#: Beyond the pause limit before a worker goes back from a switch: its coordinator does so at the limit.
+_GRACE = 0.25
+#: Seconds for which a switch may be announced and not begun.
+_ANNOUNCED = 10.0
+#: Seconds between two looks for workers that are gone.
+_REAP = 5.0
 
 
 async def end(task: asyncio.Task[None]) -> None:
@@ -40,11 +53,6 @@ async def end(task: asyncio.Task[None]) -> None:
         await asyncio.wait({task}, timeout=0.1)
 
 
-def boot_clock() -> float:
-    """Seconds on a monotonic clock that runs through suspension of the machine."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
 @dataclass(frozen=True, slots=True)
 class Options:
     """Times and limits; the defaults are protocol.md's. All times in seconds.
@@ -54,6 +62,7 @@ class Options:
         bulk_deadline: for one round trip of what nobody waits for: stamping, sweeping, preparing.
         secondary_deadline: for the other one: how much longer it may make a caller wait.
         poll: between two looks at the control record and the debts.
+        glance: between two looks at the control record alone, while a switch is under way.
         board_age: the oldest board that a reader accepts; a write that leaves debt on a failure waits it out.
         lease: how long a look allows a worker to acknowledge writes.
         tentative: how long a ``ROLLBACK_BOTH`` write may stay open before the reconciler undoes it.
@@ -79,6 +88,7 @@ class Options:
     bulk_deadline: float = 60.0
     secondary_deadline: float = 0.25
     poll: float = 0.25
+    glance: float = 0.015
     board_age: float = 0.5
     lease: float = 2.0
     tentative: float = 2.0
@@ -176,6 +186,9 @@ class Board:
     record: ControlRecord
     options: Options
     look: Look | None = None
+    gate: Gate = field(default_factory=Gate)
+    #: This process in the registry, once it is one that may acknowledge writes.
+    member: Membership | None = None
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _flagging: asyncio.Lock = field(default_factory=asyncio.Lock)
     _task: asyncio.Task[None] | None = None
@@ -186,6 +199,14 @@ class Board:
     _first_seen: dict[tuple[Any, ...], float] = field(default_factory=dict)
     #: Looks since the secondary answered.
     _silent: int = 0
+    #: By epoch, when the latest look began that gave a lease under it.
+    _leased: dict[int, float] = field(default_factory=dict)
+    _signing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _signed: asyncio.Task[None] | None = None
+    #: The switch that is under way and how far it is, and since when this worker has seen it so.
+    _under_way: tuple[str, bool] = ("", False)
+    _under_way_since: float = 0.0
+    _reaped: float = 0.0
 
     @property
     def control(self) -> Control:
@@ -205,27 +226,100 @@ class Board:
 
     @property
     def lease_valid(self) -> bool:
-        """Whether a write may be acknowledged now."""
-        return self.age <= self.options.lease
+        """Whether a write that is admitted now may be acknowledged."""
+        return self.look is not None and self.leased(self.look.control.epoch)
+
+    def leased(self, epoch: int) -> bool:
+        """Whether a write that was admitted under this epoch may be acknowledged now."""
+        return boot_clock() - self._leased.get(epoch, float("-inf")) <= self.options.lease
+
+    def vouches_for(self, control: Control) -> bool:
+        """Whether the primary of this record is known to have been it until now."""
+        if control.holds_writes:
+            return False  # acknowledged: it may have been decided already
+        return self.age <= self.options.lease if self.member is None else self.leased(control.epoch)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it looks by itself."""
+        return self._task is not None and not self._task.done()
 
     async def start(self) -> None:
-        """Take the first look, and go on looking in the background."""
-        with contextlib.suppress(errors.CrossfadeError):
-            await self.refresh()
+        """Enter the registry, take the first look, and go on looking in the background.
+
+        Raises:
+            crossfade.errors.SchemaNotReady: the primary lacks a table of Crossfade's, so there will never be a lease.
+        """
+        with contextlib.suppress(errors.StoreUnavailable):
+            await self.obtain_lease()
         self._task = asyncio.create_task(self._run(), name=f"board of {self.migration}")
 
     async def stop(self) -> None:
-        """Stop looking."""
-        if self._task is not None:
-            await end(self._task)
+        """Stop looking, and leave the registry."""
+        for task in (self._task, self._signed):
+            if task is not None:
+                await end(task)
+        if self.member is not None:
+            await self.member.leave(timeout=min(1.0, self.options.primary_deadline))
+
+    async def obtain_lease(self) -> None:
+        """Enter the registry if this process is not in it, and look.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: the primary does not answer.
+        """
+        if self.member is None:
+            registry = Registry(self.migration, self.record.stores)
+            self.member = Membership(registry, self.gate, self.options.lease)
+        # The first look says which store is primary; the entry stands there before the second.
+        for _ in range(2):
+            await self.refresh()
+            if self.lease_valid:
+                return
 
     async def _run(self) -> None:
+        refreshed = boot_clock()
         while True:
-            await asyncio.sleep(self.options.poll)
+            control = None if self.look is None else self.look.control
+            under_way = control is not None and control.state != STEADY
+            await asyncio.sleep(self.options.glance if under_way else self.options.poll)
             try:
-                await self.refresh()
+                young = boot_clock() - refreshed < self.options.poll
+                if not (under_way and young and await self._is_unchanged()):
+                    refreshed = boot_clock()
+                    await self.refresh()
+                    await self._reap()
+                await self._go_back_from_an_orphan()
             except errors.CrossfadeError as cause:
                 observe.log().debug(f"The debt board could not be read: {cause}", context="Debt Board")
+
+    async def _is_unchanged(self) -> bool:
+        """Whether the control record is the one that is known; that renews the lease as a whole look does."""
+        began, known = boot_clock(), self.control
+        if not await self.record.glance(known, timeout=self.options.lease / 2):
+            return False
+        self._grant(known, began)
+        return True
+
+    async def _go_back_from_an_orphan(self) -> None:
+        """Go back from a switch whose coordinator must have done so: it is gone, or late."""
+        control, now = self.control, boot_clock()
+        if control.state == STEADY:
+            return
+        if self._under_way != (control.attempt, control.holds_writes):
+            self._under_way, self._under_way_since = (control.attempt, control.holds_writes), now
+        allowed = control.limit + _GRACE if control.holds_writes else _ANNOUNCED
+        if now - self._under_way_since <= allowed:
+            return
+        back = control.abandoned(by="a worker", reason="the switch's coordinator is gone")
+        if await self.record.change(control, back, timeout=self.options.primary_deadline):
+            observe.log().warning("Went back from a switch: its coordinator is gone", context="Switch")
+
+    async def _reap(self) -> None:
+        if self.member is not None and boot_clock() - self._reaped >= _REAP:
+            self._reaped = boot_clock()
+            primary = self.control.phase.rules.primary
+            await self.member.registry.reap(primary, timeout=self.options.lease / 2)
 
     async def refresh(self) -> Look:
         """Look now.
@@ -239,6 +333,11 @@ class Board:
         # A secondary that hangs must not age the board and the lease: only the primary is waited for.
         known = self.look.control.phase.rules.secondary if self.look is not None else None
         seen = await self.record.look(timeout=options.lease / 2, brief=known, brief_timeout=self._brief())
+        if seen.control is not None and not seen.decisive and seen.control.phase.rules.primary == known:
+            # It has become the primary: it has all the time that a primary has.
+            began = boot_clock()
+            seen = await self.record.look(timeout=options.lease / 2)
+        seen = seen.not_before(None if self.look is None else self.look.control)
         control = seen.control
         if control is None:
             raise errors.SchemaNotReady(
@@ -285,8 +384,43 @@ class Board:
             self._note_ages(look)
             self._note_flag(control, began)
             self.look = look
+            self._grant(control, began)
+            if control.state != STEADY:
+                self.gate.hear_of(control.attempt)
             self._changed.notify_all()
+        await self._give_sign(control, seen)
         return look
+
+    def _grant(self, control: Control, began: float) -> None:
+        """Take the lease that a look at this record gives."""
+        if self.member is not None and self.member.grants(control, began):
+            older = sorted(self._leased)[-4:]
+            self._leased = {epoch: self._leased[epoch] for epoch in older}
+            self._leased[control.epoch] = max(began, self._leased.get(control.epoch, began))
+
+    async def _give_sign(self, control: Control, seen: SeenCopies) -> None:
+        """Acknowledge this record in the registry; behind the caller's back while older writes are under way."""
+        if self.member is None or not self.member.is_due(control) or self._signing.locked():
+            return
+        there = seen.answered(control.phase.rules.secondary) and not control.retired
+        secondary = self._brief() if there else 0.0
+        if self.gate.is_clear(control.epoch):
+            await self._sign(secondary)
+        elif self._signed is None or self._signed.done():
+            self._signed = asyncio.create_task(self._sign_once_clear(secondary))
+
+    async def _sign(self, secondary: float) -> None:
+        assert self.member is not None
+        async with self._signing:
+            if not self.control.holds_writes:
+                await self.gate.nobody_waits()  # they may go on, and what they waited belongs into the entry
+            if self.gate.is_clear(self.control.epoch):
+                await self.member.sign(self.control, timeout=self.options.lease / 2, secondary=secondary)
+
+    async def _sign_once_clear(self, secondary: float) -> None:
+        await self.gate.cleared(self.control.epoch)
+        with contextlib.suppress(errors.CrossfadeError):
+            await self._sign(secondary)
 
     def _note_flag(self, control: Control, began: float) -> None:
         """Remember since when this worker has seen the flag that stands now, and in which look last."""
@@ -329,11 +463,16 @@ class Board:
             ) from None
 
     async def steady(self) -> Control:
-        """The control record; while a switch is under way, the one that it leads to."""
+        """The control record; while a switch holds writes, the one that it leads to.
+
+        Raises:
+            crossfade.errors.Busy: the switch held this write past its deadline.
+        """
         control = self.control
-        if control.state == SWITCHING:
-            control = await self.wait_until(lambda c: c.state != SWITCHING, self.options.primary_deadline)
-        return control
+        if not control.holds_writes:
+            return control
+        with self.gate.held(control.attempt):
+            return await self.wait_until(lambda c: not c.holds_writes, self.options.primary_deadline)
 
     # --- "secondary unreadable" ----------------------------------------------------------------------------
 

@@ -8,12 +8,29 @@ under.
 Why a copy that lags does no harm: PostgreSQL refuses an image of an epoch other than its own copy's, so a
 write with a newer epoch leaves its debt until the copy has followed; and a worker holds a lease only while the
 store that is primary *by the newest record it has seen* answers.
+
+The switch of the primary is a sequence of versions of this record, in the *old* primary's store until the last:
+
+========== ======= ============================================================================================
+state      writes  what it says
+========== ======= ============================================================================================
+steady     go on
+announced  go on   a switch is coming: workers look every few milliseconds
+switching  wait    the fence; the copy in the new primary's store stays behind until every worker is fenced
+prepared   wait    drained and verified, and said so in *both* stores before anything is decided
+steady     go on   the point of no return: the new phase, under the epoch of *prepared*
+========== ======= ============================================================================================
+
+So where the new primary's copy is not *prepared*, nothing was decided. Who sees it prepared and cannot ask the old
+store does not know, and writes nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict, dataclass, replace
+import contextlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,7 +41,13 @@ from crossfade.stores.mongo import MongoStore
 from crossfade.stores.postgres import PostgresStore
 
 STEADY = "steady"
+ANNOUNCED = "announced"
 SWITCHING = "switching"
+PREPARED = "prepared"
+#: What a person's decision adds to version and epoch: whatever the lost store holds is below.
+_ABOVE_ALL = 1_000
+#: Versions that one switch makes, and more.
+_STEPS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +59,13 @@ class Control:
         version: +1 with every change of any kind; the compare-and-set is on it.
         epoch: +1 with every change of phase or state; never reused.
         phase: where the migration stands.
-        state: "steady", or "switching": writes wait until the primary is decided.
+        state: "steady", or how far a switch of the primary is; see the module's docstring.
         target: the phase that a switch under way leads to.
-        attempt: id of the change that made this version.
+        attempt: id of the switch under way, or of the last one.
+        limit: seconds for which that switch may hold writes before anybody goes back from it.
+        coordinator: who carries it out, for people: host and process.
+        forced: guards of that switch that do not hold and were overridden by name.
+        strategy: of writes that ask for none, where the phase allows it; None: the phase's default.
         dual_epoch: the epoch at which dual writing began; evidence older than it counts for nothing.
         phase_epoch: the epoch at which the present phase was entered.
         foreign_writers: an old application still writes to MongoDB.
@@ -48,7 +75,8 @@ class Control:
         retired: MongoDB is an archive without anything of Crossfade's, and is not asked again.
         unreadable: token of the failure since which nobody may read the secondary; None: it may be read.
         lifting: the reconciler is about to make the secondary readable again.
-        changed_at: ISO 8601, UTC, by the clock of whoever changed it; for people only.
+        since: when the phase was entered: ISO 8601, UTC, by the clock of whoever changed it; for people only.
+        changed_at, changed_by, reason: of this version.
     """
 
     migration: str
@@ -58,6 +86,10 @@ class Control:
     state: str = STEADY
     target: Phase | None = None
     attempt: str = ""
+    limit: float = 2.0
+    coordinator: str = ""
+    forced: tuple[str, ...] = ()
+    strategy: str | None = None
     dual_epoch: int = 0
     phase_epoch: int = 0
     foreign_writers: bool = False
@@ -67,6 +99,7 @@ class Control:
     retired: bool = False
     unreadable: str | None = None
     lifting: bool = False
+    since: str = ""
     changed_at: str = ""
     changed_by: str = ""
     reason: str = ""
@@ -80,6 +113,7 @@ class Control:
         """The reverse of `to_document`; fields of a newer release are passed over."""
         known = {name: stored[name] for name in cls.__slots__ if name in stored}
         known["phase"] = Phase(known["phase"])
+        known["forced"] = tuple(known.get("forced", ()))
         known["target"] = None if known.get("target") is None else Phase(known["target"])
         return cls(**known)
 
@@ -107,21 +141,79 @@ class Control:
             return self.began_empty and not self.foreign_writers
         return self.phase.rules.read == "postgres"
 
+    @property
+    def holds_writes(self) -> bool:
+        """Whether new writes wait: the primary is being decided."""
+        return self.state in (SWITCHING, PREPARED)
+
+    @property
+    def token(self) -> tuple[int, str]:
+        """What a worker acknowledges: this epoch, and that it has heard of this switch."""
+        return self.epoch, self.attempt
+
     def changed(self, *, by: str, reason: str, **fields: Any) -> Control:
         """The next version, a new epoch if phase or state change."""
-        epoch = self.epoch + (1 if any(name in fields for name in ("phase", "state")) else 0)
-        enters = fields.get("phase", self.phase) is not self.phase
+        new_epoch = any(name in fields for name in ("phase", "state"))
+        return self._next(by, reason, epochs=1 if new_epoch else 0, **fields)
+
+    def announced(
+        self, target: Phase, *, by: str, reason: str, limit: float, coordinator: str, forced: tuple[str, ...]
+    ) -> Control:
+        """A switch is coming; writes go on, so the epoch is the same."""
+        return self._next(
+            by, reason, state=ANNOUNCED, target=target, attempt=new_operation(), limit=limit,
+            coordinator=coordinator, forced=forced,
+        )  # fmt: skip
+
+    def announced_again(self) -> Control:
+        """The same as another attempt: what workers noted since the first is forgotten."""
+        return self._next(self.changed_by, self.reason, attempt=new_operation())
+
+    def taken_over(self, *, by: str, coordinator: str) -> Control:
+        """The same switch, carried out by another coordinator: the first one's next step finds another version."""
+        return self._next(by, self.reason, coordinator=coordinator)
+
+    def fenced(self) -> Control:
+        """Writes wait from now on."""
+        return self._next(self.changed_by, self.reason, epochs=1, state=SWITCHING)
+
+    def prepared(self) -> Control:
+        """All is drained and verified: what is missing is the decision, under this very epoch."""
+        return self._next(self.changed_by, self.reason, epochs=1, state=PREPARED)
+
+    def decided(self, *, reason: str) -> Control:
+        """The new primary; no write was made under this epoch before."""
+        assert self.target is not None
+        return self._next(
+            self.changed_by, reason, state=STEADY, phase=self.target, target=None, unreadable=None, lifting=False
+        )  # fmt: skip
+
+    def abandoned(self, *, by: str, reason: str) -> Control:
+        """Back to the old primary."""
+        # The epoch of *prepared* may stand in the other store already.
+        return self._next(by, reason, epochs=1 if self.holds_writes else 0, state=STEADY, target=None)
+
+    def resolved(self, *, by: str, reason: str) -> Control:
+        """What a person decides when the old primary's store is lost: the new one, above whatever that one holds."""
+        return replace(
+            self.decided(reason=reason), changed_by=by,
+            version=self.version + _ABOVE_ALL, epoch=self.epoch + _ABOVE_ALL,
+        )  # fmt: skip
+
+    def _next(self, by: str, reason: str, *, epochs: int = 0, **fields: Any) -> Control:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        if "phase" in fields and fields["phase"] is not self.phase:
+            fields |= {"since": now, "phase_epoch": self.epoch + epochs}
         return replace(
             self,
-            version=self.version + 1,
-            epoch=epoch,
-            phase_epoch=epoch if enters else self.phase_epoch,
-            attempt=new_operation(),
-            changed_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            changed_by=by,
-            reason=reason,
+            version=self.version + 1, epoch=self.epoch + epochs, changed_at=now, changed_by=by, reason=reason,
             **fields,
-        )
+        )  # fmt: skip
+
+    def tells_more_than(self, old: Control | None) -> bool:
+        """Whether this version belongs into the history: not the flags that workers set and lift by themselves."""
+        kept = ("phase", "state", "foreign_writers", "strategy", "coordinator")
+        return old is None or any(getattr(self, name) != getattr(old, name) for name in kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +224,24 @@ class Seen:
         control: the newest version seen; None: neither store has one.
         decisive: the store that is primary by it answered, so the look may renew a lease.
         mongo, postgres: the version that each store holds; None: no record; -1: the store did not answer.
+        copies: the record that each store holds, by store, of those that have one.
     """
 
     control: Control | None
     decisive: bool
     mongo: int | None
     postgres: int | None
+    copies: Mapping[str, Control] = field(default_factory=dict)
+
+    def answered(self, store: str) -> bool:
+        """Whether the store did."""
+        return (self.mongo if store == "mongo" else self.postgres) != -1
+
+    def not_before(self, known: Control | None) -> Seen:
+        """The same, of somebody who has seen a newer version before: a decision is not forgotten with its store."""
+        if known is None or (self.control is not None and self.control.version >= known.version):
+            return self
+        return replace(self, control=known, decisive=self.answered(known.phase.rules.primary))
 
 
 class ControlRecord:
@@ -145,19 +249,16 @@ class ControlRecord:
 
     def __init__(self, migration: str, mongo: MongoStore, postgres: PostgresStore) -> None:
         self.migration = migration
-        self._stores: dict[str, MongoStore | PostgresStore] = {"mongo": mongo, "postgres": postgres}
-        self._postgres = postgres
+        self.stores: dict[str, MongoStore | PostgresStore] = {"mongo": mongo, "postgres": postgres}
         #: MongoDB is an archive by a record that was seen: nothing of it is looked for there.
         self._retired = False
 
     async def look(self, *, timeout: float, brief: str | None = None, brief_timeout: float = 0.25) -> Seen:
         """Read both copies at once, each bounded by ``timeout`` seconds, ``brief``'s by ``brief_timeout``."""
-        names = [name for name in self._stores if not (self._retired and name == "mongo")]
+        names = [name for name in self.stores if not (self._retired and name == "mongo")]
         answers = await asyncio.gather(
             *(
-                self._stores[name].control(
-                    self.migration, timeout=brief_timeout if name == brief else timeout
-                )
+                self.stores[name].control(self.migration, timeout=brief_timeout if name == brief else timeout)
                 for name in names
             ),
             return_exceptions=True,
@@ -179,17 +280,31 @@ class ControlRecord:
         if newest is not None and newest.retired:
             self._retired, versions["mongo"] = True, newest.version
         decisive = newest is not None and versions[newest.phase.rules.primary] != -1
-        return Seen(newest, decisive, versions["mongo"], versions["postgres"])
+        return Seen(newest, decisive, versions["mongo"], versions["postgres"], found)
+
+    async def glance(self, known: Control, *, timeout: float) -> bool:
+        """Whether the store that is primary by ``known`` still holds just this version.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: it does not answer.
+        """
+        found = await self.stores[known.phase.rules.primary].control(self.migration, timeout=timeout)
+        return found is not None and int(found["version"]) == known.version
 
     async def spread(self, seen: Seen, *, timeout: float) -> None:
-        """Bring the copy that lags behind up to the newest version."""
-        if seen.control is None:
+        """Bring the copy that lags behind up to the newest version, its history with it.
+
+        Not while a switch is under way: what the other store holds then says how far it has come.
+        """
+        if seen.control is None or seen.control.state != STEADY:
             return
         record = seen.control.to_document()
         for name, version in (("mongo", seen.mongo), ("postgres", seen.postgres)):
             if version is None or 0 <= version < seen.control.version:
                 try:
-                    await self._stores[name].copy_control(self.migration, record, timeout=timeout)
+                    await self.stores[name].copy_control(self.migration, record, timeout=timeout)
+                    # The other steps of a switch stand in the old primary's store alone.
+                    await self._copy_history(to=name, after=(version or 0) - _STEPS, timeout=timeout)
                 except errors.CrossfadeError:
                     continue  # it is down: the next look finds it lagging still
 
@@ -202,7 +317,7 @@ class ControlRecord:
         seen = await self.look(timeout=timeout)
         if seen.control is not None:
             return seen.control
-        primary = self._stores[control.phase.rules.primary]
+        primary = self.stores[control.phase.rules.primary]
         await primary.change_control(self.migration, control.to_document(), expected=None, timeout=timeout)
         seen = await self.look(timeout=timeout)
         if seen.control is None:
@@ -213,25 +328,70 @@ class ControlRecord:
     async def change(self, old: Control, new: Control, *, timeout: float, copy: bool = True) -> bool:
         """Compare-and-set from ``old`` to ``new`` in the store that is primary by ``old``, then copy.
 
-        ``copy=False``: leave the copy to the next look, because the other store is known not to answer.
-        False: somebody else changed it first.
+        ``copy=False``: leave the copy to the next look, because the other store is known not to answer, or is not to
+        know yet. False: somebody else changed it first.
         """
-        record = new.to_document()
-        primary = old.phase.rules.primary
-        if not await self._stores[primary].change_control(
-            self.migration, record, expected=old.version, timeout=timeout
+        primary, secondary = old.phase.rules.primary, old.phase.rules.secondary
+        if not await self.stores[primary].change_control(
+            self.migration, new.to_document(), expected=old.version, timeout=timeout
         ):
             return False
-        if not copy:
-            return True
-        secondary = old.phase.rules.secondary
-        try:
-            await self._stores[secondary].copy_control(self.migration, record, timeout=timeout)
-            if new.epoch != old.epoch:
-                await self._postgres.note_history(
-                    self.migration, new.epoch, new.phase.value,
-                    changed_by=new.changed_by, reason=f"{new.state}: {new.reason}", timeout=timeout,
-                )  # fmt: skip
-        except errors.CrossfadeError:
-            pass  # decided already; every worker's next look carries the copy over
+        told = new.tells_more_than(old)
+        if told:
+            await self._note(primary, new, timeout=timeout)
+        if copy:
+            # Decided already; where this fails every worker's next look carries the copy over.
+            with contextlib.suppress(errors.CrossfadeError):
+                await self.copy(new, to=secondary, timeout=timeout)
+                if told:
+                    await self._note(secondary, new, timeout=timeout)
         return True
+
+    async def copy(self, control: Control, *, to: str, timeout: float) -> None:
+        """Write this version into a store whose copy is older.
+
+        Raises:
+            crossfade.errors.CrossfadeError: the store does not answer, or lacks Crossfade's tables.
+        """
+        await self.stores[to].copy_control(self.migration, control.to_document(), timeout=timeout)
+
+    # --- who changed what, and why ---------------------------------------------------------------------------
+
+    async def _note(self, store: str, control: Control, *, timeout: float) -> None:
+        # The change stands: that it cannot be noted must not look as if it did not.
+        with contextlib.suppress(errors.CrossfadeError):
+            await self.stores[store].note_history(self.migration, [_entry(control)], timeout=timeout)
+
+    async def _copy_history(self, *, to: str, after: int, timeout: float) -> None:
+        source = self.stores["postgres" if to == "mongo" else "mongo"]
+        entries = await source.history(self.migration, after=after, timeout=timeout)
+        await self.stores[to].note_history(self.migration, entries, timeout=timeout)
+
+    async def history(self, *, timeout: float) -> list[dict[str, Any]]:
+        """Every change that a person or a coordinator made, the oldest first, of both stores or the one that answers.
+
+        Each is ``version, epoch, phase, state, changed_at`` (ISO 8601, UTC, by the clock of whoever changed it),
+        ``changed_by, reason``.
+
+        Raises:
+            crossfade.errors.CrossfadeError: neither answers.
+        """
+        answers = await asyncio.gather(
+            *(store.history(self.migration, after=0, timeout=timeout) for store in self.stores.values()),
+            return_exceptions=True,
+        )
+        failed = [answer for answer in answers if isinstance(answer, BaseException)]
+        for failure in failed:
+            if len(failed) == len(answers) or not isinstance(failure, errors.CrossfadeError):
+                raise failure
+        found = {
+            entry["version"]: entry
+            for answer in answers if not isinstance(answer, BaseException)
+            for entry in answer
+        }  # fmt: skip
+        return [found[version] for version in sorted(found)]
+
+
+def _entry(control: Control) -> dict[str, Any]:
+    names = ("version", "epoch", "state", "changed_at", "changed_by", "reason")
+    return {"phase": control.phase.value, **{name: getattr(control, name) for name in names}}

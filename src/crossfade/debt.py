@@ -21,7 +21,8 @@ from typing import Any
 from bson.int64 import Int64
 
 from crossfade import errors, observe
-from crossfade.board import Pair, boot_clock, end
+from crossfade.board import Pair, end
+from crossfade.clock import boot_clock
 from crossfade.control import Control
 from crossfade.entity import Entity, Rows, UniqueRule
 from crossfade.part import Part, carried_by, digest_with, parts_of
@@ -552,13 +553,13 @@ class Settler:
         await self.bring_tombstone(entity, id_, control, timeout=timeout)
         return True
 
-    async def deliver_anew(self, entity: Entity, id_: Any, control: Control) -> Settled:
-        """Give a row the next revision and bring it to MongoDB, whatever stands there (PostgreSQL primary).
+    async def deliver_anew(self, entity: Entity, id_: Any, control: Control, *, above: int = 0) -> Settled:
+        """Give a row the next revision, above ``above``, and bring it to MongoDB, whatever stands there.
 
         Raises:
             crossfade.errors.StoreUnavailable: what was begun stays in the outbox.
         """
-        await self._lift_row(entity, id_, above=0, control=control)
+        await self._lift_row(entity, id_, above=above, control=control)
         owed = Delivery(entity.name, id_, 0, "", None, None, None)
         return await self.deliver(owed, control, timeout=self.pair.options.primary_deadline)
 

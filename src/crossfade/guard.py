@@ -7,12 +7,14 @@ voids everything older.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from crossfade import errors
+from crossfade.board import Look
 from crossfade.control import Control
 from crossfade.migration import Migration
 from crossfade.phase import Phase
@@ -44,16 +46,55 @@ class Statement:
     mend: str = ""
 
 
-async def guard(migration: Migration, target: Phase) -> list[Statement]:
-    """What entering ``target`` wants, each looked at now. A step back wants nothing.
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What the statements of one guard are made from.
+
+    Attributes:
+        look: one look at the control record and the debts, shared by all of them.
+        control: the record that the step starts from: evidence counts by its epochs.
+    """
+
+    migration: Migration
+    look: Look
+    control: Control
+
+    @property
+    def timeout(self) -> float:
+        """Seconds for each question to a store."""
+        return self.migration.pair.options.primary_deadline
+
+    async def runs(self, kind: str) -> dict[str, dict[str, Any]]:
+        """The newest run of this kind by entity, of those that count: begun since dual writing did."""
+        runs = await self.migration.pair.postgres.last_runs(
+            self.migration.name, self.migration.entities, timeout=self.timeout
+        )
+        control = self.control
+        # With PostgreSQL deciding only what was compared since then says how MongoDB is.
+        since = control.phase_epoch if control.phase.rules.primary == "postgres" else control.dual_epoch
+        return {r["entity"]: r for r in runs if r["kind"] == kind and r["epoch"] >= since}
+
+
+Check = Callable[[Evidence], Awaitable[Statement]]
+
+
+async def guard(migration: Migration, target: Phase, *, before: Control | None = None) -> list[Statement]:
+    """What entering ``target`` wants, each looked at now; ``before``: the record that a step already made started from.
 
     Raises:
         crossfade.errors.StoreUnavailable: a store that the evidence lives in cannot be reached.
     """
     look = await migration.board.refresh()
-    if target.number < look.control.phase.number:
-        return [await _both_reachable(migration)] if target is Phase.POSTGRES_READ else []
-    wanted: dict[Phase, list[Callable[[Migration], Awaitable[Statement]]]] = {
+    evidence = Evidence(migration, look, before or look.control)
+    # At once: the switch asks while writes wait.
+    return list(await asyncio.gather(*(check(evidence) for check in _wanted(evidence.control.phase, target))))
+
+
+def _wanted(here: Phase, target: Phase) -> list[Check]:
+    if target.number < here.number:
+        # A step back is always open, but across the switch it moves the primary: nothing may be left behind.
+        return [_both_reachable, _nothing_parked] if target.rules.primary != here.rules.primary else []
+    forward: dict[Phase, list[Check]] = {
         Phase.DUAL_WRITE: [_both_reachable, _schema_at_head, _keys_stamped],
         Phase.SHADOW_READ: [_both_reachable, _backfilled, _verified, _debt_small],
         Phase.POSTGRES_READ: [_both_reachable, _backfilled, _verified, _debt_small, _compared],
@@ -62,14 +103,15 @@ async def guard(migration: Migration, target: Phase) -> list[Statement]:
         ],
         Phase.POSTGRES_ONLY: [_both_reachable, _verified, _references_valid, _nothing_owed],
     }  # fmt: skip
-    return [await check(migration) for check in wanted.get(target, [])]
+    return forward.get(target, [])
 
 
-async def _both_reachable(migration: Migration) -> Statement:
+async def _both_reachable(evidence: Evidence) -> Statement:
+    migration = evidence.migration
     down = []
     for name, store in (("MongoDB", migration.pair.mongo), ("PostgreSQL", migration.pair.postgres)):
         try:
-            await store.ping(migration.pair.options.primary_deadline)
+            await store.ping(evidence.timeout)
         except errors.StoreUnavailable as cause:
             down.append(f"{name}: {cause}")
     return Statement(
@@ -77,8 +119,8 @@ async def _both_reachable(migration: Migration) -> Statement:
     )
 
 
-async def _schema_at_head(migration: Migration) -> Statement:
-    timeout = migration.pair.options.primary_deadline
+async def _schema_at_head(evidence: Evidence) -> Statement:
+    migration, timeout = evidence.migration, evidence.timeout
     entities = list(migration.entities.values())
     missing = await migration.pair.postgres.missing(entities, timeout=timeout)
     missing += await migration.pair.mongo.missing_indexes(entities, timeout=timeout)
@@ -89,7 +131,8 @@ async def _schema_at_head(migration: Migration) -> Statement:
     return Statement("schema", True, "tables and indexes are there")
 
 
-async def _keys_stamped(migration: Migration) -> Statement:
+async def _keys_stamped(evidence: Evidence) -> Statement:
+    migration = evidence.migration
     for entity in migration.entities.values():
         for rule in entity.unique:
             async for documents in migration.pair.mongo.unstamped(
@@ -105,20 +148,9 @@ async def _keys_stamped(migration: Migration) -> Statement:
     return Statement("keys", True, "every document has its normalised keys")
 
 
-async def _runs(migration: Migration, kind: str) -> dict[str, dict[str, Any]]:
-    """The newest run of this kind by entity, of those that count as evidence."""
-    control = migration.control
-    # With PostgreSQL deciding only what was compared since then says how MongoDB is.
-    since = control.phase_epoch if control.phase.rules.primary == "postgres" else control.dual_epoch
-    runs = await migration.pair.postgres.last_runs(
-        migration.name, migration.entities, timeout=migration.pair.options.primary_deadline
-    )
-    return {r["entity"]: r for r in runs if r["kind"] == kind and r["epoch"] >= since}
-
-
-async def _backfilled(migration: Migration) -> Statement:
-    runs = await _runs(migration, "backfill")
-    lacking = [name for name in migration.entities if runs.get(name, {}).get("state") != "complete"]
+async def _backfilled(evidence: Evidence) -> Statement:
+    runs = await evidence.runs("backfill")
+    lacking = [name for name in evidence.migration.entities if runs.get(name, {}).get("state") != "complete"]
     if lacking:
         return Statement(
             "backfill",
@@ -129,9 +161,9 @@ async def _backfilled(migration: Migration) -> Statement:
     return Statement("backfill", True, "complete")
 
 
-async def _verified(migration: Migration) -> Statement:
-    runs = await _runs(migration, "verify")
-    for name in migration.entities:
+async def _verified(evidence: Evidence) -> Statement:
+    runs = await evidence.runs("verify")
+    for name in evidence.migration.entities:
         run = runs.get(name)
         if run is None or run["state"] != "complete":
             return Statement(
@@ -150,11 +182,11 @@ async def _verified(migration: Migration) -> Statement:
     return Statement("verify", True, "fresh and clean")
 
 
-async def _compared(migration: Migration) -> Statement:
-    options, control = migration.pair.options, migration.control
+async def _compared(evidence: Evidence) -> Statement:
+    migration = evidence.migration
     found = await migration.pair.postgres.shadow.compared(
-        migration.name, mapping_of(migration.entities.values()), control.phase_epoch, migration.entities,
-        timeout=options.primary_deadline,
+        migration.name, mapping_of(migration.entities.values()), evidence.control.phase_epoch, migration.entities,
+        timeout=evidence.timeout,
     )  # fmt: skip
     if found.open:
         return Statement(
@@ -163,7 +195,7 @@ async def _compared(migration: Migration) -> Statement:
             f"{found.open} records were read otherwise from PostgreSQL",
             "crossfade mismatches list; crossfade repair; crossfade mismatches resolve",
         )
-    wanted = options.shadow_comparisons
+    wanted = migration.pair.options.shadow_comparisons
     why = f"{found.comparisons:,} of {wanted:,} reads compared in this phase, under this mapping"
     if found.comparisons < wanted:
         return Statement(
@@ -175,17 +207,15 @@ async def _compared(migration: Migration) -> Statement:
     return Statement("shadow", True, why + ", no mismatch open")
 
 
-async def _debt_small(migration: Migration) -> Statement:
-    look = await migration.board.refresh()
-    number = len(look.debts)
+async def _debt_small(evidence: Evidence) -> Statement:
+    number = len(evidence.look.debts)
     holds = number <= DEBT_LIMIT
     return Statement("debt", holds, f"{number} records in debt", "" if holds else "crossfade reconcile")
 
 
-async def _references_valid(migration: Migration) -> Statement:
-    found = await migration.pair.postgres.unvalidated(
-        migration.entities.values(), timeout=migration.pair.options.primary_deadline
-    )
+async def _references_valid(evidence: Evidence) -> Statement:
+    migration = evidence.migration
+    found = await migration.pair.postgres.unvalidated(migration.entities.values(), timeout=evidence.timeout)
     names = ", ".join(found)
     return Statement(
         "references",
@@ -195,9 +225,8 @@ async def _references_valid(migration: Migration) -> Statement:
     )
 
 
-async def _nothing_owed(migration: Migration) -> Statement:
-    look = await migration.board.refresh()
-    number = len(look.debts)
+async def _nothing_owed(evidence: Evidence) -> Statement:
+    number = len(evidence.look.debts)
     return Statement("debt", not number, f"{number} records in debt", "crossfade reconcile" if number else "")
 
 
@@ -225,17 +254,15 @@ async def debts_in_the_way(migration: Migration, debts: Sequence[Owed | Delivery
     ]
 
 
-async def _nothing_parked(migration: Migration) -> Statement:
-    look = await migration.board.refresh()
-    parked = [debt for debt in look.debts if debt.parked is not None]
-    number = len(await debts_in_the_way(migration, parked))
+async def _nothing_parked(evidence: Evidence) -> Statement:
+    parked = [debt for debt in evidence.look.debts if debt.parked is not None]
+    number = len(await debts_in_the_way(evidence.migration, parked))
     return Statement("parked", not number, f"{number} parked debts", "crossfade debts" if number else "")
 
 
-async def _nothing_quarantined(migration: Migration) -> Statement:
-    number, _ = await migration.pair.postgres.counts(
-        migration.entities, timeout=migration.pair.options.primary_deadline
-    )
+async def _nothing_quarantined(evidence: Evidence) -> Statement:
+    migration = evidence.migration
+    number, _ = await migration.pair.postgres.counts(migration.entities, timeout=evidence.timeout)
     return Statement(
         "quarantine",
         not number,
@@ -244,8 +271,8 @@ async def _nothing_quarantined(migration: Migration) -> Statement:
     )
 
 
-async def _no_foreign_writers(migration: Migration) -> Statement:
-    declared = migration.control.foreign_writers
+async def _no_foreign_writers(evidence: Evidence) -> Statement:
+    declared = evidence.look.control.foreign_writers
     return Statement(
         "foreign-writers",
         not declared,
@@ -254,7 +281,7 @@ async def _no_foreign_writers(migration: Migration) -> Statement:
     )
 
 
-def refusals(statements: list[Statement], forced: tuple[str, ...]) -> list[Statement]:
+def refusals(statements: Sequence[Statement], forced: tuple[str, ...]) -> list[Statement]:
     """What stands in the way: what does not hold and is not forced by name.
 
     Raises:
@@ -268,8 +295,6 @@ def refusals(statements: list[Statement], forced: tuple[str, ...]) -> list[State
     return [s for s in statements if not s.holds and s.name not in forced]
 
 
-def began_before(control: Control) -> timedelta:
-    """How long ago the phase was entered, by the clock of whoever changed it."""
-    if not control.changed_at:
-        return timedelta(0)
-    return datetime.now(UTC) - datetime.fromisoformat(control.changed_at)
+def told(statements: Iterable[Statement]) -> str:
+    """What does not hold, in one line."""
+    return "; ".join(f"[{s.name}] {s.why}" + (f" (mend: {s.mend})" if s.mend else "") for s in statements)

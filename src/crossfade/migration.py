@@ -30,6 +30,7 @@ from crossfade.steps import Stepper
 from crossfade.stores.mongo import MongoStore
 from crossfade.stores.postgres import PostgresStore
 from crossfade.strategy import FailureStrategy, default_strategy
+from crossfade.strays import Strays
 from crossfade.write import Request, Writer, as_stored
 
 Mode = Literal["sync", "async"]
@@ -301,7 +302,7 @@ class Migration:
         self.writer = Writer(self.pair, self.settler)
         self.shadow = Shadow(self.pair)
         self.reader = Reader(self.pair, self.shadow)
-        self.reconciler = Reconciler(self.pair, self.settler, self.writer)
+        self.reconciler = Reconciler(self.pair, self.settler, self.writer, Strays(self.pair, self.settler))
         self._handles = {entity.name: EntityHandle(self, entity) for entity in entities}
         self._first = first
 
@@ -344,7 +345,7 @@ class Migration:
     @property
     def strategy(self) -> FailureStrategy:
         """The strategy of a write that asks for none."""
-        return default_strategy(self.phase)
+        return default_strategy(self.phase, self.control.strategy)
 
     async def start(self, *, background: bool) -> None:
         """Read (or begin) the control record; with ``background``, look, settle and reconcile from now on.

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from crossfade import errors, observe
-from crossfade.board import Pair, boot_clock
+from crossfade.board import Pair
 from crossfade.breaker import Breaker
+from crossfade.clock import boot_clock
 from crossfade.control import Control
 from crossfade.entity import Entity, UniqueRule
 from crossfade.phase import Phase
@@ -212,17 +213,29 @@ class Reader:
 
         ``question``: how the records are asked for, without values.
         """
-        began = time.perf_counter()
+        began, board = time.perf_counter(), self.pair.board
         self.pair.asked = boot_clock()
-        control = self.pair.board.control
         try:
-            if control.phase.rules.primary == "postgres":
-                return await self._postgres_primary(entity, control, mongo, postgres, deadline, ids)
-            found = await self._mongo_primary(entity, control, mongo, postgres, deadline, ids, query, missing)
-            if self.shadow.is_on(control) and self._has_columns(entity, query):
-                limit = 0 if query is None else query.limit
-                self.shadow.offer(entity, question, found[0], found[1], mongo, postgres, limit, without)
-            return found
+            while True:
+                control = board.control
+                primary = control.phase.rules.primary
+                if primary == "postgres":
+                    found = await self._postgres_primary(entity, control, mongo, postgres, deadline, ids)
+                else:
+                    found = await self._mongo_primary(
+                        entity, control, mongo, postgres, deadline, ids, query, missing
+                    )
+                    if self.shadow.is_on(control) and self._has_columns(entity, query):
+                        limit = 0 if query is None else query.limit
+                        self.shadow.offer(
+                            entity, question, found[0], found[1], mongo, postgres, limit, without
+                        )
+                if found[1] != primary or board.vouches_for(control):
+                    return found
+                # It may have answered as the primary that it was: others may be writing to the new one already.
+                await board.refresh()
+                if board.control.phase.rules.primary == primary:
+                    return found
         except Unmappable as cause:
             raise errors.Quarantined(f"a document of {entity.name} cannot be read: {cause}") from cause
         finally:

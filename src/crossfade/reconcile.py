@@ -20,14 +20,16 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from crossfade import errors, observe
-from crossfade.board import Pair, boot_clock, debt_key, end
-from crossfade.control import STEADY, Control
+from crossfade.board import Pair, debt_key, end
+from crossfade.clock import boot_clock
+from crossfade.control import Control
 from crossfade.debt import Settled, Settler
 from crossfade.entity import Entity
 from crossfade.record import Image
 from crossfade.stores.errors import Fenced
 from crossfade.stores.mongo import Owed
 from crossfade.stores.postgres import Claim, Delivery
+from crossfade.strays import Strays
 from crossfade.values import Unmappable, id_to_text
 from crossfade.write import Writer
 
@@ -43,6 +45,8 @@ _CALLERS, _REST = 1.0, 0.5
 #: Plain debts of an entity that are worth it.
 _MANY = 50
 _BATCH = 1000
+#: Rounds of a drain: what one leaves open, because it changed meanwhile, the next one takes.
+_DRAINS = 20
 #: Seconds between two questions whether others are done: looking what is left would take time from them.
 _PAUSE = 0.25
 
@@ -75,6 +79,7 @@ class Reconciler:
     pair: Pair
     settler: Settler
     writer: Writer
+    strays: Strays
     _task: asyncio.Task[None] | None = None
     _parked: dict[tuple[str, str, int], float] = field(default_factory=dict)
     _swept: datetime | None = None
@@ -110,6 +115,7 @@ class Reconciler:
                         await self.sweep()
                     elif control.dual:
                         await self.settler.end_deliveries()
+                        await self.strays.merge_all(control)
                     await self._end_feeding(control)
                     next_sweep = boot_clock() + options.sweep
             except (errors.CrossfadeError, Unmappable) as cause:
@@ -129,7 +135,7 @@ class Reconciler:
     async def _background_round(self) -> None:
         board, options = self.pair.board, self.pair.options
         look = board.look
-        if look is None or look.control.state != STEADY or not board.lease_valid:
+        if look is None or look.control.holds_writes or not board.lease_valid:
             return
         due = [
             debt
@@ -160,7 +166,7 @@ class Reconciler:
         """
         total = Round()
         total.settled = await self.settler.finish_decided(self.pair.board.control)
-        late = await self._end_deliveries(total)
+        late = await self._end_late_arrivals(total)
         began = boot_clock()
         mine: set[tuple[Any, ...]] | None = None
         while True:
@@ -188,19 +194,49 @@ class Reconciler:
                     return total
                 await asyncio.sleep(self.pair.options.poll)
 
-    async def _end_deliveries(self, done: Round) -> int:
-        """See to inserts that were delivered late; how often a store did not answer."""
+    async def drain(self) -> Round:
+        """Settle every debt while nobody writes: an open write is nobody's any more, and is undone at once.
+
+        What is parked stays so.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: the primary cannot be reached.
+        """
+        total = Round()
+        for _ in range(_DRAINS):
+            look = await self.pair.board.refresh()
+            owed = [debt for debt in look.debts if debt.parked is None]
+            if not owed:
+                return total
+            done = await self._settle(owed, look.control, retry_parked=False, undo_open=True)
+            total.settled += done.settled
+            total.failed, total.parked, total.cause = done.failed, done.parked, done.cause
+            if done.failed or done.parked:
+                return total
+            if done.elsewhere:
+                await self._until_others_are_done()
+        total.open = len(owed)
+        return total
+
+    async def _end_late_arrivals(self, done: Round) -> int:
+        """See to inserts that were delivered late, and to strays; how often a store did not answer."""
         control = self.pair.board.control
         if control.dual and control.phase.rules.primary == "postgres":
             try:
                 done.settled += await self.settler.end_deliveries()
+                done.settled += sum((await self.strays.merge_all(self.pair.board.control)).values())
             except (errors.StoreUnavailable, Fenced) as cause:
                 done.cause = str(cause)
                 return 1
         return 0
 
     async def _settle(
-        self, debts: Sequence[Owed | Delivery], control: Control, *, retry_parked: bool
+        self,
+        debts: Sequence[Owed | Delivery],
+        control: Control,
+        *,
+        retry_parked: bool,
+        undo_open: bool = False,
     ) -> Round:
         """Settle these, in random order, some at once; stops asking a store that does not answer."""
         done = Round()
@@ -214,7 +250,7 @@ class Reconciler:
                     done.parked += 1
                     continue
                 try:
-                    settled = await self._one(debt, control)
+                    settled = await self._one(debt, control, undo_open=undo_open)
                 except (errors.StoreUnavailable, Fenced) as cause:
                     done.failed += 1
                     done.cause = str(cause)
@@ -332,10 +368,10 @@ class Reconciler:
         del self._parked[key]
         return False
 
-    async def _one(self, debt: Owed | Delivery, control: Control) -> Settled:
+    async def _one(self, debt: Owed | Delivery, control: Control, *, undo_open: bool) -> Settled:
         entity = self.pair.entities[debt.entity]
         timeout = self.pair.options.primary_deadline
-        overdue = self.pair.board.seen_for(debt) >= self.pair.options.tentative
+        overdue = undo_open or self.pair.board.seen_for(debt) >= self.pair.options.tentative
         if isinstance(debt, Delivery):
             if debt.tentative is not None:
                 if overdue:
@@ -375,6 +411,50 @@ class Reconciler:
             adopted += await self._adopt_all(entity, found)
             adopted += await self._adopt_deletes(entity)
         return adopted
+
+    # --- comparing -------------------------------------------------------------------------------------------
+
+    async def full_delivery(self) -> int:
+        """PostgreSQL deciding: bring every record whose document is not its row's to MongoDB; how many.
+
+        A document without a row is left alone: it is nobody's debt.
+        """
+        delivered = 0
+        pair, timeout = self.pair, self.pair.options.bulk_deadline
+        await self.strays.merge_all(pair.board.control)
+        for entity in pair.entities.values():
+            after = ""
+            while rows := await pair.postgres.ids_after(entity, after, limit=_BATCH, timeout=timeout):
+                after = rows[-1][0]
+                unlike = await self.unlike([(entity, id_) for _, id_, _ in rows])
+                if unlike:
+                    await self.pair.board.refresh()  # written, or delivered, between the two stores' answers
+                    unlike = await self.unlike([(entity, id_) for _, id_ in unlike])
+                for _, id_ in unlike:
+                    await self.settler.deliver_anew(entity, id_, pair.board.control)
+                    delivered += 1
+        return delivered
+
+    async def unlike(self, records: Sequence[tuple[Entity, Any]]) -> list[tuple[str, Any]]:
+        """(entity, id) of those of these records that are unlike in the two stores, and owed nothing when last seen."""
+        found: list[tuple[str, Any]] = []
+        timeout = self.pair.options.primary_deadline
+        look = self.pair.board.look
+        owed = set() if look is None else {(debt.entity, id_to_text(debt.id)) for debt in look.debts}
+        by_entity: dict[str, list[Any]] = {}
+        for entity, id_ in records:
+            by_entity.setdefault(entity.name, []).append(id_)
+        for name, ids in by_entity.items():
+            entity = self.pair.entities[name]
+            rows, documents = await asyncio.gather(
+                self.pair.postgres.held_many(entity, ids, timeout=timeout),
+                self.pair.mongo.held_many(entity, ids, timeout=timeout),
+            )
+            for id_ in ids:
+                text = id_to_text(id_)
+                if rows.get(text) != documents.get(text) and (name, text) not in owed:
+                    found.append((name, id_))
+        return found
 
     async def _adopt_all(self, entity: Entity, found: AsyncIterator[Image | tuple[Any, bytes]]) -> int:
         adopted = 0

@@ -26,7 +26,8 @@ from typing import Any
 from bson.int64 import Int64
 
 from crossfade import errors
-from crossfade.board import Pair, boot_clock
+from crossfade.board import Pair
+from crossfade.clock import boot_clock
 from crossfade.control import Control
 from crossfade.entity import Entity
 from crossfade.part import carried_by

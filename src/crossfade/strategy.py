@@ -37,9 +37,10 @@ _ALLOWED: dict[Phase, tuple[FailureStrategy, ...]] = {
 }
 
 
-def default_strategy(phase: Phase) -> FailureStrategy:
-    """The strategy of a migration in this phase that asks for none."""
-    return _ALLOWED[phase][0]
+def default_strategy(phase: Phase, chosen: str | None = None) -> FailureStrategy:
+    """The strategy of a write that asks for none: the one ``chosen`` for the migration, where the phase allows it."""
+    allowed = _ALLOWED[phase]
+    return next((strategy for strategy in allowed if strategy.value == chosen), allowed[0])
 
 
 def check_strategy(strategy: FailureStrategy, phase: Phase, *, asynchronous: bool = False) -> None:

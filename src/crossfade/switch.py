@@ -1,32 +1,74 @@
-"""Changing the phase, the primary included.
+"""The switch of the primary, in either direction: a journal of numbered steps, each idempotent.
 
-Within one primary a change is one compare-and-set and the length of a lease: afterwards every worker that may
-acknowledge writes has read it. Across the switch of the primary the order is what matters:
+====  ========  ==============================================================================================
+step  name      what it does
+====  ========  ==============================================================================================
+1     announce  every worker is told, and looks more often from then on; writes go on
+2     fence     new writes wait; those under way end and every worker acknowledges, or its lease runs out
+3     drain     *only then* is every debt settled, open ``ROLLBACK_BOTH`` writes undone: a position read before the
+              fence is how others lost writes
+4     verify    what was written since the announcement is compared in both stores, the guard is asked once more
+5     decide    **the point of no return**: one compare-and-set in the old primary's store
+6     resume    the new primary's store is told that it was decided; waiting writes run
+7     report    what the workers say that their writes waited
+====  ========  ==============================================================================================
 
-1. *Announce*: "switching", a new epoch, in the old primary's store. Workers hold new writes (they wait).
-2. *Fence*: wait out the lease: what is still in flight can no longer be acknowledged.
-3. *Only then* drain: sweep for foreign writes and settle every debt. A position read before the fence is how
-   others lost writes.
-4. *Decide*, the point of no return: one compare-and-set from this attempt's "switching", in the old primary's
-   store. Before it, anything unexpected goes back to the old primary the same way.
+How far it has come is the control record (`crossfade.control`). Before 5, whatever is unexpected, and a pause that
+passes its limit, goes back to the old primary by compare-and-set from the same state; so do workers when they see no
+end of it. After 5 it only goes forward. Whoever runs a step again, another coordinator too, does no harm: the record's
+version lets one of two decide.
+
+Before 1 the whole of both stores is compared, for as long as that takes: nobody waits for it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from time import monotonic
+import contextlib
+import os
+import socket
+import statistics
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
 
 from crossfade import errors
-from crossfade.control import STEADY, SWITCHING, Control
-from crossfade.guard import debts_in_the_way, guard, refusals
+from crossfade.clock import boot_clock
+from crossfade.control import ANNOUNCED, PREPARED, STEADY, SWITCHING, Control
+from crossfade.guard import guard, refusals, told
 from crossfade.migration import Migration
-from crossfade.phase import Phase, check_transition
+from crossfade.phase import Phase
+from crossfade.values import text_to_id
+from crossfade.workers import SKEW, Registry, Worker
 
-#: A coordinator waits a lease and one per cent: two clocks may not run at the very same speed.
-_SKEW = 1.01
+#: Seconds for which a switch may hold writes.
+PAUSE_LIMIT = 2.0
+#: Between two looks whether the others have acknowledged.
+_POLL = 0.01
+#: An announcement that took longer is made again: too much was written meanwhile to compare it in the pause.
+_LONG_ANNOUNCEMENT = 0.5
+#: Seconds for the workers to say what their writes waited.
+_REPORTS = 3.0
+
+OnStep = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """What held writes waited, in seconds, as the workers that are left tell it.
+
+    Attributes:
+        writes: how many waited.
+        failed: of these, how many in vain.
+        whole: from the fence to the decision, by the coordinator's clock.
+    """
+
+    writes: int = 0
+    failed: int = 0
+    p50: float = 0.0
+    p99: float = 0.0
+    longest: float = 0.0
+    whole: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,157 +78,422 @@ class Changed:
     Attributes:
         before, after: the control records.
         forced: guards that did not hold and were overridden by name.
+        adopted: records that were made equal before the switch began.
         drained: debts settled inside the switch.
-        pause: seconds for which writes waited; 0 within one primary.
+        compared: records compared inside the switch.
+        silent: workers that did not acknowledge, and were fenced by their lease.
+        pause: what writes waited; nothing within one primary.
     """
 
     before: Control
     after: Control
-    forced: tuple[str, ...]
-    drained: int
-    pause: float
+    forced: tuple[str, ...] = ()
+    adopted: int = 0
+    drained: int = 0
+    compared: int = 0
+    silent: tuple[str, ...] = ()
+    pause: Pause = field(default_factory=Pause)
 
 
-async def change_phase(
+async def switch(
     migration: Migration,
     target: Phase,
     *,
     by: str,
     reason: str,
-    force: tuple[str, ...] = (),
-    on_step: Callable[[str], None] = lambda _: None,
+    forced: tuple[str, ...] = (),
+    limit: float = PAUSE_LIMIT,
+    on_step: OnStep = lambda _: None,
 ) -> Changed:
-    """Move a migration to ``target``, one phase on or any allowed number back.
+    """Move the primary to ``target``'s; its guard was asked and holds, but for what is ``forced``.
 
     Raises:
-        crossfade.errors.NotAllowedInPhase: the step skips a phase, or a guard does not hold.
-        crossfade.errors.StoreUnavailable: a store that must answer does not; the phase is unchanged.
+        crossfade.errors.NotAllowedInPhase: it was not carried out; the old primary decides, as before.
+        crossfade.errors.StoreUnavailable: the same; or the old primary's store was lost, and the message says so.
     """
-    look = await migration.board.refresh()
-    before = look.control
-    if before.state != STEADY:
+    before = (await migration.board.refresh()).control
+    _assert_steady(before)
+    coordinator = Coordinator(migration, before, by=by, limit=limit, on_step=on_step)
+    coordinator.adopted = await coordinator.compare_all()
+    await coordinator.announce(target, reason=reason, forced=forced)
+    return await coordinator.carry_out()
+
+
+async def resume(migration: Migration, *, by: str, on_step: OnStep = lambda _: None) -> Changed:
+    """Finish a switch whose coordinator is gone.
+
+    Raises:
+        crossfade.errors.NotAllowedInPhase: none is under way, or it could not be carried out; see `switch`.
+        crossfade.errors.StoreUnavailable: see `switch`.
+    """
+    now = (await migration.board.refresh()).control
+    if now.state == STEADY:
         raise errors.NotAllowedInPhase(
-            f"migration {migration.name} is switching to {before.target}; if its coordinator is gone, run "
-            "`crossfade phase abort`"
+            f"no switch of {migration.name} is under way; {now.phase.rules.primary} is primary. Begin one with "
+            "`crossfade switch`"
         )
-    check_transition(before.phase, target, feeding=before.feeding)
-    if target is Phase.DUAL_WRITE and before.phase is Phase.MONGO_ONLY:
-        on_step("preparing tables, indexes and normalised keys")
-        await migration.prepare()
-    on_step(f"checking the guard of {target.value}")
-    statements = await guard(migration, target)
-    in_the_way = refusals(statements, force)
-    if in_the_way:
-        raise errors.NotAllowedInPhase(
-            f"phase {target.value} is refused: "
-            + "; ".join(f"[{s.name}] {s.why} (mend: {s.mend})" for s in in_the_way)
-        )
-    forced = tuple(s.name for s in statements if not s.holds)
-    if forced:
-        reason = f"{reason} (forced: {', '.join(forced)})"
-    if before.phase.rules.primary != target.rules.primary:
-        return await _switch(migration, before, target, by=by, reason=reason, forced=forced, on_step=on_step)
-    fields: dict[str, object] = {"phase": target}
-    if target is Phase.POSTGRES_ONLY:
-        until = datetime.now(UTC) + timedelta(seconds=migration.pair.options.feed)
-        fields |= {"feeding": True, "feed_until": until.isoformat(timespec="seconds")}
-    if target is Phase.DUAL_WRITE and before.phase is Phase.MONGO_ONLY:
-        fields["dual_epoch"] = before.epoch + 1
-        fields["began_empty"] = await migration.pair.postgres.is_empty(
-            migration.entities.values(), timeout=migration.pair.options.primary_deadline
-        )
-    after = before.changed(by=by, reason=reason, **fields)
-    await _set(migration, before, after)
-    on_step("waiting until every worker has read it")
-    await asyncio.sleep(migration.pair.options.lease * _SKEW)
-    return Changed(before, after, forced, 0, 0.0)
+    coordinator = Coordinator(migration, now, by=by, limit=now.limit, on_step=on_step)
+    on_step(f"taking over from {now.coordinator}, which had come to {now.state!r}")
+    await coordinator.become(lambda control: control.taken_over(by=by, coordinator=whoami()))
+    return await coordinator.carry_out()
 
 
-async def _set(migration: Migration, before: Control, after: Control) -> None:
-    if not await migration.record.change(before, after, timeout=migration.pair.options.primary_deadline):
-        raise errors.NotAllowedInPhase(
-            f"somebody else changed migration {migration.name} meanwhile; look at `crossfade status`"
-        )
-
-
-async def _switch(
-    migration: Migration,
-    before: Control,
-    target: Phase,
-    *,
-    by: str,
-    reason: str,
-    forced: tuple[str, ...],
-    on_step: Callable[[str], None],
-) -> Changed:
-    began = monotonic()
-    on_step("announcing the switch: writes wait from now on")
-    switching = before.changed(by=by, reason=reason, state=SWITCHING, target=target)
-    await _set(migration, before, switching)
-    try:
-        on_step("fencing: waiting until no older write can be acknowledged")
-        await asyncio.sleep(migration.pair.options.lease * _SKEW)
-        on_step("draining every debt")
-        drained = await _drain(migration, before)
-        now = (await migration.board.refresh()).control
-        if now.attempt != switching.attempt:
-            raise errors.NotAllowedInPhase("the switch was aborted by somebody else")
-        # The second look at what the guard said, now that nobody writes.
-        in_the_way = refusals(await guard(migration, target), forced)
-        if in_the_way:
-            raise errors.NotAllowedInPhase(
-                "; ".join(f"[{s.name}] {s.why} (mend: {s.mend})" for s in in_the_way)
-            )
-        on_step(f"deciding: {target.rules.primary} is primary")
-        after = switching.changed(
-            by=by, reason=reason, state=STEADY, phase=target, target=None, unreadable=None
-        )
-        await _set(migration, switching, after)
-    except BaseException:
-        on_step("going back to the old primary")
-        await abort(migration, by=by, attempt=switching.attempt)
-        raise
-    return Changed(before, after, forced, drained, monotonic() - began)
-
-
-async def _drain(migration: Migration, before: Control) -> int:
-    settled = 0
-    if before.phase.rules.primary == "mongo":
-        await migration.board.refresh()
-        settled += await migration.reconciler.full_sweep()
-    done = await migration.reconciler.reconcile()
-    settled += done.settled
-    look = await migration.board.refresh()
-    left = await debts_in_the_way(migration, look.debts)
-    if left:
-        raise errors.NotAllowedInPhase(
-            f"{len(left)} debts could not be settled ({done.cause or 'see `crossfade debts`'})"
-        )
-    return settled
-
-
-async def abort(migration: Migration, *, by: str, attempt: str | None = None) -> bool:
-    """Go back from "switching" to the old primary; False: no switch (of this attempt) is under way.
+async def abort(migration: Migration, *, by: str) -> bool:
+    """Go back from a switch under way to the old primary; False: none is, or it was decided before.
 
     Raises:
         crossfade.errors.StoreUnavailable: the old primary cannot be reached.
     """
-    seen = await migration.record.look(timeout=migration.pair.options.primary_deadline)
-    now = seen.control
-    if now is None or now.state != SWITCHING or (attempt is not None and now.attempt != attempt):
-        return False
-    back = now.changed(by=by, reason="the switch was aborted", state=STEADY, target=None)
-    return await migration.record.change(now, back, timeout=migration.pair.options.primary_deadline)
+    timeout = migration.pair.options.primary_deadline
+    for _ in range(8):
+        look = await migration.board.refresh()
+        if look.control.state == STEADY:
+            return False
+        back = look.control.abandoned(by=by, reason="the switch was aborted")
+        if await migration.record.change(look.control, back, timeout=timeout):
+            await migration.board.refresh()
+            return True
+    raise errors.NotAllowedInPhase("the control record keeps changing; look at `crossfade status`")
 
 
-async def set_foreign_writers(migration: Migration, declared: bool, *, by: str) -> Control:
-    """Declare whether an old application still writes to MongoDB.
+async def resolve(migration: Migration, *, by: str, primary: str) -> Control:
+    """A person says that ``primary`` decides from now on, because the old primary's store is lost for good.
+
+    Only where that is the question: the other store was told that all is prepared, and nobody can be asked whether it
+    was decided.
 
     Raises:
-        crossfade.errors.NotAllowedInPhase: somebody else changed the control record meanwhile.
+        crossfade.errors.NotAllowedInPhase: there is nothing to resolve; the message says what to do instead.
+        crossfade.errors.StoreUnavailable: the store that is to decide cannot be reached.
     """
-    now = (await migration.board.refresh()).control
-    reason = "foreign writers declared" if declared else "foreign writers declared stopped"
-    after = now.changed(by=by, reason=reason, foreign_writers=declared)
-    await _set(migration, now, after)
-    return after
+    timeout = migration.pair.options.primary_deadline
+    seen = await migration.record.look(timeout=timeout)
+    now = seen.control
+    if now is None or seen.decisive:
+        raise errors.NotAllowedInPhase(
+            "there is nothing to resolve: the primary answers. `crossfade switch --resume` finishes a switch, "
+            "`crossfade switch --abort` goes back from one"
+        )
+    old = now.phase.rules.primary
+    if now.state != PREPARED or now.target is None:
+        raise errors.NotAllowedInPhase(
+            f"no switch had come to its decision when {old} was lost, so {old} is still primary: start it"
+        )
+    if primary == old:
+        raise errors.NotAllowedInPhase(
+            f"{old} does not answer, so nothing can be written there: start it, and the switch goes back by itself"
+        )
+    new = now.resolved(by=by, reason=f"{old} is lost; a person decided for {primary}")
+    if not await migration.record.stores[primary].change_control(
+        migration.name, new.to_document(), expected=now.version, timeout=timeout
+    ):
+        raise errors.NotAllowedInPhase("somebody else resolved it meanwhile; look at `crossfade status`")
+    return new
+
+
+def whoami() -> str:
+    """This process, for people."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def _assert_steady(control: Control) -> None:
+    if control.state != STEADY:
+        raise errors.NotAllowedInPhase(
+            f"migration {control.migration} is switching to {control.target}, by {control.coordinator}; if that is "
+            "gone, run `crossfade switch --resume` or `--abort`"
+        )
+
+
+@dataclass
+class Coordinator:
+    """Carries out one switch.
+
+    Attributes:
+        now: the version of the control record that this coordinator has made, or seen, last.
+    """
+
+    migration: Migration
+    now: Control
+    by: str
+    limit: float
+    on_step: OnStep
+    adopted: int = 0
+    _before: Control = field(init=False)
+    _drained: int = 0
+    _wrote: tuple[tuple[str, str], ...] = ()
+    _silent: tuple[str, ...] = ()
+    #: What a worker must have acknowledged to have a lease.
+    _granting: set[tuple[int, str]] = field(default_factory=set)
+    _paused: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._before = self.now
+        self._registry = Registry(self.migration.name, self.migration.record.stores)
+
+    @property
+    def _old(self) -> str:
+        return self._before.phase.rules.primary
+
+    @property
+    def _new(self) -> str:
+        return self._before.phase.rules.secondary
+
+    @property
+    def _deadline(self) -> float:
+        return self.migration.pair.options.primary_deadline
+
+    def _say(self, number: int, text: str) -> None:
+        self.on_step(f"{number} {text}")
+
+    # --- the record --------------------------------------------------------------------------------------------
+
+    async def become(self, make: Callable[[Control], Control]) -> None:
+        """The record's next version, in the old primary's store; repeated until it is decided whose it is.
+
+        Raises:
+            crossfade.errors.NotAllowedInPhase: somebody went back from this switch, or took it over.
+            crossfade.errors.StoreUnavailable: the store does not say whether it was made.
+        """
+        record = self.migration.record
+        ends = boot_clock() + self._deadline
+        while True:
+            new = make(self.now)
+            unanswered: errors.StoreUnavailable | None = None
+            try:
+                if await record.change(self.now, new, timeout=self._deadline, copy=False):
+                    self.now = new
+                    return
+            except errors.StoreUnavailable as cause:
+                unanswered = cause
+            try:
+                latest = await self._latest()
+            except errors.StoreUnavailable:
+                if boot_clock() >= ends:
+                    raise unanswered or errors.StoreUnavailable(
+                        self._old, f"{self._old} does not answer"
+                    ) from None
+                await asyncio.sleep(_POLL)
+                continue
+            if latest == new:
+                self.now = latest
+                return
+            mine = (self.now.attempt, self.now.state, self.now.coordinator, self.now.epoch)
+            if (latest.attempt, latest.state, latest.coordinator, latest.epoch) != mine:
+                raise errors.NotAllowedInPhase(
+                    f"somebody else moves migration {self.migration.name}: {latest.changed_by} ({latest.reason}). It "
+                    f"is {latest.state}, and {latest.phase.rules.primary} is primary"
+                )
+            # A worker has set or lifted a flag.
+            self.now = latest
+
+    async def _latest(self) -> Control:
+        found = await self.migration.record.stores[self._old].control(
+            self.migration.name, timeout=self._deadline
+        )
+        if found is None:
+            raise errors.StoreUnavailable(self._old, f"the control record is gone from {self._old}")
+        return Control.from_document(found)
+
+    # --- before anybody waits ------------------------------------------------------------------------------------
+
+    async def compare_all(self) -> int:
+        """Make every record of both stores equal, as the primary has it; how many were not."""
+        self.on_step("0 compare: every record in both stores, while writes go on")
+        reconciler = self.migration.reconciler
+        if self._old == "mongo":
+            return await reconciler.full_sweep()
+        return await reconciler.full_delivery()
+
+    async def announce(self, target: Phase, *, reason: str, forced: tuple[str, ...]) -> None:
+        """Step 1."""
+        self._say(1, "announce: every worker is told; writes go on")
+        await self.become(
+            lambda control: control.announced(
+                target, by=self.by, reason=reason, limit=self.limit, coordinator=whoami(), forced=forced
+            )
+        )
+
+    async def carry_out(self) -> Changed:
+        """Everything from there on, whatever state it is in."""
+        target = self.now.target
+        assert target is not None
+        try:
+            if self.now.state == ANNOUNCED:
+                await self._until_all_have_heard()
+            await self._hold_and_prepare(target)
+            self._say(5, f"decide: {self._new} is primary from here on; there is no way back from this")
+            await self.become(lambda control: control.decided(reason=control.reason))
+        except BaseException as cause:
+            if not await self._go_back(cause):
+                raise
+        whole = boot_clock() - self._paused
+        self._say(6, "resume: waiting writes run")
+        await self._commit()
+        self._say(7, "report")
+        pause = await self._what_was_waited(whole)
+        return Changed(
+            self._before, self.now, self.now.forced, self.adopted, self._drained, len(self._wrote), self._silent, pause
+        )  # fmt: skip
+
+    async def _until_all_have_heard(self) -> None:
+        for _ in range(4):
+            began = boot_clock()
+            self._note_silent(await self._acknowledged(began))
+            self._granting.add(self.now.token)
+            if boot_clock() - began <= _LONG_ANNOUNCEMENT:
+                return
+            # Those that are silent have no lease from now on; the next round does not wait for them.
+            await self.become(Control.announced_again)
+
+    # --- while writes wait -----------------------------------------------------------------------------------------
+
+    async def _hold_and_prepare(self, target: Phase) -> None:
+        self._paused = boot_clock()
+        async with asyncio.timeout(self.limit):
+            if self.now.state == ANNOUNCED:
+                self._say(2, "fence: writes wait; those under way end")
+                await self.become(Control.fenced)
+            if self.now.state == SWITCHING:
+                self._note_silent(await self._acknowledged(boot_clock()))
+                # Only now: an image of a write that has just ended would have been refused for its epoch.
+                await self.migration.record.copy(self.now, to=self._new, timeout=self._deadline)
+                await self._drain_and_verify(target)
+                await self.become(Control.prepared)
+            await self.migration.record.copy(self.now, to=self._new, timeout=self._deadline)
+
+    async def _drain_and_verify(self, target: Phase) -> None:
+        # What the guard asks does not depend on the drain: what that could not settle ends the switch by itself.
+        asked = asyncio.create_task(guard(self.migration, target))
+        try:
+            self._say(3, "drain: every debt")
+            await self._drain()
+            self._say(4, f"verify: {len(self._wrote)} records written since the announcement, and the guard")
+            await self._compare()
+            if in_the_way := refusals(await asked, self.now.forced):
+                raise errors.NotAllowedInPhase(f"while writes waited: {told(in_the_way)}")
+        finally:
+            asked.cancel()
+
+    def _note_silent(self, workers: tuple[str, ...]) -> None:
+        self._silent = tuple(sorted({*self._silent, *workers}))
+
+    async def _acknowledged(self, since: float) -> tuple[str, ...]:
+        """Wait until every worker has acknowledged this version, or its lease has run out; who has not."""
+        own = self.migration.pair.options.lease
+        board = self.migration.board
+        wanted = self.now.token
+        while True:
+            if not board.is_running:
+                await board.refresh()  # its own process may be in the registry, too
+            workers = await self._registry.workers(self._old, timeout=self._deadline)
+            waiting = [worker for worker in workers if self._may_hold_lease(worker, wanted)]
+            there = [worker for worker in workers if worker.token == wanted]
+            lease = max([own, *(worker.lease for worker in waiting)])
+            if not waiting or boot_clock() - since > lease * SKEW:
+                if self.now.state == SWITCHING:
+                    self._wrote = self._written(there)
+                return tuple(worker.name for worker in waiting)
+            await asyncio.sleep(_POLL)
+
+    def _may_hold_lease(self, worker: Worker, wanted: tuple[int, str]) -> bool:
+        return worker.token != wanted and (not self._granting or worker.token in self._granting)
+
+    def _written(self, workers: list[Worker]) -> tuple[tuple[str, str], ...]:
+        if any(worker.wrote is None for worker in workers):
+            raise errors.NotAllowedInPhase(
+                "more was written since the announcement than can be compared while writes wait; try again"
+            )
+        return tuple(sorted({key for worker in workers for key in worker.wrote or ()}))
+
+    async def _drain(self) -> None:
+        done = await self.migration.reconciler.drain()
+        self._drained = done.settled
+        left = done.failed + done.parked + done.open
+        if left:
+            raise errors.NotAllowedInPhase(
+                f"{left} debts could not be settled ({done.cause or 'see `crossfade debts`'})"
+            )
+
+    async def _compare(self) -> None:
+        entities = self.migration.entities
+        records = [(entities[entity], text_to_id(text)) for entity, text in self._wrote]
+        if unlike := await self.migration.reconciler.unlike(records):
+            entity, id_ = unlike[0]
+            raise errors.NotAllowedInPhase(
+                f"{len(unlike)} records differ though nothing is owed, the first is {entity} {id_}: run `crossfade "
+                "verify`"
+            )
+
+    # --- either way -------------------------------------------------------------------------------------------------
+
+    async def _go_back(self, cause: BaseException) -> bool:
+        """Back to the old primary; True: it was decided after all.
+
+        Raises:
+            crossfade.errors.NotAllowedInPhase, StoreUnavailable: why it went back, in words.
+        """
+        attempt = self.now.attempt
+        self.on_step("going back to the old primary")
+        undoing: Coroutine[Any, Any, Control] = self._abandon(str(cause) or type(cause).__name__)
+        try:
+            self.now = await asyncio.shield(asyncio.ensure_future(undoing))
+        except errors.StoreUnavailable as lost:
+            if not isinstance(cause, Exception):
+                return False
+            raise errors.StoreUnavailable(
+                self._old,
+                f"{lost}. Whether the primary has changed is not known: workers hold their writes, and go back by "
+                f"themselves once {self._old} answers; `crossfade switch --resolve` if it is lost for good",
+            ) from cause
+        if self.now.attempt == attempt and self.now.phase is not self._before.phase:
+            return True
+        if isinstance(cause, TimeoutError):
+            raise errors.NotAllowedInPhase(
+                f"writes had waited for {self.limit:g} s, the limit: {self._old} is primary, as before"
+            ) from cause
+        return False
+
+    async def _abandon(self, why: str) -> Control:
+        """The record once no switch of this attempt is under way."""
+        ends = boot_clock() + self._deadline
+        while True:
+            try:
+                latest = await self._latest()
+                if (
+                    latest.state == STEADY
+                    or latest.attempt != self.now.attempt
+                    or latest.coordinator != whoami()
+                ):
+                    return latest
+                back = latest.abandoned(by=self.by, reason=f"the switch was aborted: {why}")
+                if await self.migration.record.change(latest, back, timeout=self._deadline):
+                    return back
+            except errors.StoreUnavailable:
+                if boot_clock() >= ends:
+                    raise
+            await asyncio.sleep(_POLL)
+
+    async def _commit(self) -> None:
+        """Tell the new primary's store that it was decided; every worker that knows does the same."""
+        with contextlib.suppress(errors.CrossfadeError):
+            seen = await self.migration.record.look(timeout=self._deadline)
+            await self.migration.record.spread(seen.not_before(self.now), timeout=self._deadline)
+            await self.migration.board.refresh()
+
+    async def _what_was_waited(self, whole: float) -> Pause:
+        told_: list[Worker] = []
+        ends = boot_clock() + _REPORTS
+        while boot_clock() < ends:
+            with contextlib.suppress(errors.CrossfadeError):
+                workers = await self._registry.workers(self._new, timeout=_REPORTS)
+                told_ = [worker for worker in workers if worker.token[1] == self.now.attempt]
+                if all(worker.token == self.now.token and not worker.holds for worker in told_):
+                    break
+            await asyncio.sleep(_POLL * 5)
+        waits = sorted(wait for worker in told_ for wait in worker.waits)
+        if not waits:
+            return Pause(whole=whole)
+        return Pause(
+            len(waits), sum(worker.failed for worker in told_), statistics.median(waits),
+            waits[min(len(waits) - 1, int(len(waits) * 0.99))], waits[-1], whole,
+        )  # fmt: skip

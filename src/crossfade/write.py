@@ -30,8 +30,9 @@ import bson
 from bson.int64 import Int64
 
 from crossfade import errors, observe
-from crossfade.board import Pair, boot_clock
+from crossfade.board import Pair
 from crossfade.breaker import Breaker
+from crossfade.clock import boot_clock
 from crossfade.control import Control
 from crossfade.debt import ATTEMPTS, Settled, Settler, acceptable_key, keys_to_stamp
 from crossfade.entity import Entity
@@ -218,21 +219,27 @@ class Writer:
         chosen = strategy
         outcome = "failed"
         try:
-            control = await self._admit()
-            chosen = strategy or default_strategy(control.phase)
-            check_strategy(chosen, control.phase, asynchronous=asynchronous)
-            o = _Operation(
-                kind, context, chosen, asynchronous, control, new_operation(),
-                boot_clock() + options.primary_deadline, request, (entity.name, id_to_text(id_)),
-            )  # fmt: skip
-            record: Record = await run(o)
-            if not (self.pair.board.lease_valid or await self._same_epoch(control)):
-                raise errors.OutcomeUnknown(
-                    f"[{context}] the write was made, but this worker's lease ran out meanwhile: it may not "
-                    "tell whether the store it wrote to is still the primary"
-                )
-            outcome = "acknowledged"
-            return record
+            for _ in range(ATTEMPTS):
+                control = await self._admit()
+                chosen = strategy or default_strategy(control.phase, control.strategy)
+                check_strategy(chosen, control.phase, asynchronous=asynchronous)
+                o = _Operation(
+                    kind, context, chosen, asynchronous, control, new_operation(),
+                    boot_clock() + options.primary_deadline, request, (entity.name, id_to_text(id_)),
+                )  # fmt: skip
+                with self.pair.board.gate.entered(control.epoch, o.everybody):
+                    try:
+                        record: Record = await run(o)
+                    except _NotAdmitted:
+                        continue
+                    if not (self.pair.board.leased(control.epoch) or await self._same_epoch(control)):
+                        raise errors.OutcomeUnknown(
+                            f"[{context}] the write was made, but this worker's lease ran out meanwhile: it may not "
+                            "tell whether the store it wrote to is still the primary"
+                        )
+                outcome = "acknowledged"
+                return record
+            raise errors.Busy(f"[{context}] the phase kept changing while the write was on its way")
         except errors.CrossfadeError as cause:
             outcome = type(cause).__name__
             raise
@@ -252,7 +259,7 @@ class Writer:
         control = await board.steady()
         if not board.lease_valid:
             # A look may only be late: take one before refusing.
-            await board.refresh()
+            await board.obtain_lease()
             control = await board.steady()
         return control
 
@@ -1184,9 +1191,13 @@ class Writer:
                     ) from cause
                 await asyncio.sleep(0.05)
             except Fenced as cause:
-                raise errors.StoreUnavailable(
-                    "postgres", f"[{o.context}] the primary changed while the write was on its way; try again"
-                ) from cause
+                if unknown:
+                    raise errors.OutcomeUnknown(
+                        f"[{o.context}] PostgreSQL did not answer, and the phase has changed meanwhile"
+                    ) from cause
+                # Refused as a whole: once it is known what PostgreSQL knows, the write is made under that.
+                await self.pair.board.refresh()
+                raise _NotAdmitted from cause
             except errors.StoreUnavailable as cause:
                 if not unknown:
                     self._say(o, f"PostgreSQL write failed: {cause}", warn=True)
@@ -1337,6 +1348,10 @@ class Writer:
             writes, owed.op, migration=self.pair.name, epoch=control.epoch,
             timeout=self.pair.options.primary_deadline,
         )  # fmt: skip
+
+
+class _NotAdmitted(Exception):
+    """PostgreSQL is at another epoch than the write was admitted under; nothing was written."""
 
 
 class _AlreadyWritten(Exception):

@@ -109,6 +109,7 @@ class Stage:
     async def worker(self, **options: Any) -> AsyncIterator[World]:
         cf, migration = self._crossfade(**options)
         async with cf:
+            await migration.board.obtain_lease()
             yield World(cf, migration, entities()[0], self.documents["users"], self.database_url)
 
     # --- one case ---
@@ -133,6 +134,7 @@ class Stage:
         cf, migration = self._crossfade(board_age=2.0, **deadlines, **proxies)
         points = FailurePoints(cf, kill)
         await cf.__aenter__()
+        await migration.board.obtain_lease()
         # A board's age bounds its looks, too: it was opened with patience, and need not wait long for the others.
         migration.board.options = replace(cf.options, board_age=0.1)
         begins(telling)

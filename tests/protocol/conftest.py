@@ -312,6 +312,7 @@ async def open_world(mongo_uri, database_url, tables):
     """Opens workers: ``await open_world("dual_write", postgres=postgres_proxy, poll=1.0)``.
 
     ``mongo``, ``postgres``: the proxy to go through; ``background``: look, settle and reconcile by itself;
+    ``enlisted=False``: no worker before its first write, so nobody waits for it to acknowledge an epoch;
     everything else replaces one of `FAST`.
     """
     async with contextlib.AsyncExitStack() as stack:
@@ -325,6 +326,7 @@ async def open_world(mongo_uri, database_url, tables):
             foreign_writers: bool = False,
             entity: Entity | None = None,
             others: Sequence[Entity] = (),
+            enlisted: bool = True,
             **options: Any,
         ) -> World:
             cf = Crossfade(
@@ -339,6 +341,8 @@ async def open_world(mongo_uri, database_url, tables):
             entity = entity or users_entity()
             migration = cf.migration("accounts", [entity, *others])
             await stack.enter_async_context(cf)
+            if enlisted and not background:
+                await migration.board.obtain_lease()  # else with the first write, in whatever trouble that is
             client = stack.enter_context(pymongo.MongoClient(mongo_uri, tz_aware=True))
             return World(cf, migration, entity, client.get_default_database()["users"], database_url)
 

@@ -15,7 +15,7 @@ from crossfade import (
     Quarantined,
     Undone,
 )
-from crossfade.board import boot_clock
+from crossfade.clock import boot_clock
 from crossfade.record import CF
 from crossfade.values import id_to_text
 

@@ -135,11 +135,13 @@ async def open_migration(
     background: bool = False,
     begin: bool = True,
     needs_both: bool = True,
+    looks: bool = True,
 ) -> AsyncIterator[Migration]:
     """The application's migration with its stores open.
 
     ``begin=False``: do not write a control record where there is none. ``needs_both=False``: the command has
-    something to say, or to do, while one of the stores is down.
+    something to say, or to do, while one of the stores is down; ``looks=False``: even if that is the primary, so the
+    migration has no control record until it is looked for.
 
     Raises:
         crossfade.errors.CrossfadeError: settings, stores or schema; the message says what to do.
@@ -169,8 +171,16 @@ async def open_migration(
         await cf.postgres.close()
     cf = Crossfade.from_env(options=options, background=background)
     migration = cf.migration(name, entities)
-    async with cf:
+    if looks:
+        async with cf:
+            yield migration
+        return
+    await cf.postgres.open()
+    try:
         yield migration
+    finally:
+        await cf.mongo.close()
+        await cf.postgres.close()
 
 
 def run(work: Callable[[], Coroutine[Any, Any, Exit | None]], *, as_json: bool = False) -> None:

@@ -30,6 +30,7 @@ def build() -> typer.Typer:
         retire,
         servers,
         settling,
+        switching,
     )
     from crossfade.cli.context import Exit, fail
 
@@ -54,6 +55,7 @@ def build() -> typer.Typer:
         observe.configure_logging(log_level)
 
     phases.add_to(app)
+    switching.add_to(app)
     settling.add_to(app)
     bulk.add_to(app)
     repair.add_to(app)

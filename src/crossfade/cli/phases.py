@@ -20,16 +20,18 @@ from crossfade.cli.context import (
     open_migration,
     run,
 )
-from crossfade.guard import Statement, began_before, guard
+from crossfade.cli.switching import DryRunOption, ForceOption, LimitOption, ReasonOption, move, show_guard
+from crossfade.guard import Statement, guard
 from crossfade.migration import Migration
 from crossfade.phase import Phase
 from crossfade.shadow import mapping_of
-from crossfade.switch import abort, change_phase, set_foreign_writers
+from crossfade.switch import PAUSE_LIMIT, abort
+from crossfade.transition import set_foreign_writers
+from crossfade.workers import Registry
 
 phase_app = typer.Typer(
     help="Where the migration stands, and moving it.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-ReasonOption = Annotated[str, typer.Option("--reason", help="Kept in the history.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -90,8 +92,8 @@ async def gather_status(migration: Migration) -> dict[str, Any]:
         "number": control.phase.number,
         "state": control.state,
         "epoch": control.epoch,
-        "since": control.changed_at,
-        "age_seconds": round(began_before(control).total_seconds(), 1),
+        "since": control.since,
+        "age_seconds": _seconds_since(control.since),
         "primary": control.phase.rules.primary,
         "reads": "postgres" if control.postgres_first else control.phase.rules.read,
         "strategy": migration.strategy.value,
@@ -128,6 +130,7 @@ async def gather_status(migration: Migration) -> dict[str, Any]:
             "runs": [],
             "evidence_missing": str(cause),
         }
+    found["workers"] = await _workers(migration)
     if next_phase is not None:
         try:
             statements = await guard(migration, next_phase)
@@ -140,10 +143,31 @@ async def gather_status(migration: Migration) -> dict[str, Any]:
     return found
 
 
+def _seconds_since(moment: str) -> float | None:
+    """By the clock of whoever wrote it; None: nobody did."""
+    if not moment:
+        return None
+    return round((datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds(), 1)
+
+
+async def _workers(migration: Migration) -> dict[str, int] | None:
+    """How many there are, and how many have acknowledged the epoch; None: nobody can be asked."""
+    registry = Registry(migration.name, migration.record.stores)
+    for store in (migration.control.phase.rules.primary, migration.control.phase.rules.secondary):
+        try:
+            found = await registry.workers(store, timeout=migration.pair.options.primary_deadline)
+        except errors.CrossfadeError:
+            continue
+        epoch = migration.control.epoch
+        return {"known": len(found), "acknowledged": sum(worker.token[0] >= epoch for worker in found)}
+    return None
+
+
 def _show_status(found: dict[str, Any]) -> None:
-    since = timedelta(seconds=round(found["age_seconds"]))
+    age = found["age_seconds"]
+    since = "" if age is None else f" for {timedelta(seconds=round(age))}"
     console.print(
-        f"[bold]{found['migration']}[/]  phase [bold]{found['number']} {found['phase']}[/] for {since}"
+        f"[bold]{found['migration']}[/]  phase [bold]{found['number']} {found['phase']}[/]{since}"
         + (f"  [yellow]{found['state']}[/]" if found["state"] != "steady" else "")
     )
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -172,6 +196,11 @@ def _show_status(found: dict[str, Any]) -> None:
     table.add_row(
         "old application", "still writes (declared)" if found["foreign_writers"] else "none declared"
     )
+    if found["workers"] is not None:
+        table.add_row(
+            "workers",
+            f"{found['workers']['known']}, {found['workers']['acknowledged']} at epoch {found['epoch']}",
+        )
     for last in found["runs"]:
         when = last["finished_at"] or last["started_at"]
         age = timedelta(seconds=round((datetime.now(UTC) - when).total_seconds()))
@@ -183,30 +212,24 @@ def _show_status(found: dict[str, Any]) -> None:
         console.print("This is the last phase.")
         return
     console.print(f"\nto enter [bold]{step['phase']}[/]:")
-    guards = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for statement in step["guard"]:
-        mark = "[green]holds[/]" if statement["holds"] else "[red]does not hold[/]"
-        guards.add_row(statement["name"], mark, statement["why"])
-    console.print(guards)
+    show_guard([Statement(**statement) for statement in step["guard"]])
     lacking = [s["mend"] for s in step["guard"] if not s["holds"]]
-    console.print(f"next: [bold]{lacking[0] if lacking else 'crossfade phase set ' + step['phase']}[/]")
+    console.print(f"next: [bold]{lacking[0] if lacking else 'crossfade advance'}[/]")
 
 
 def history(app: AppOption = None, as_json: JsonOption = False) -> None:
     """Who changed the phase, when and why."""
 
     async def work() -> None:
-        async with open_migration(app, begin=False) as migration:
-            rows = await migration.pair.postgres.history(
-                migration.name, timeout=migration.pair.options.primary_deadline
-            )
-            names = ("epoch", "phase", "changed_at", "changed_by", "reason")
+        async with open_migration(app, begin=False, needs_both=False, looks=False) as migration:
+            rows = await migration.record.history(timeout=migration.pair.options.primary_deadline)
             if as_json:
-                print(as_json_text([dict(zip(names, row, strict=True)) for row in rows]))
+                print(as_json_text(rows))
                 return
+            names = ("epoch", "phase", "state", "changed_at", "changed_by", "reason")
             table = Table(*names)
             for row in rows:
-                table.add_row(*(str(value) for value in row))
+                table.add_row(*(str(row[name]) for name in names))
             console.print(table)
 
     run(work, as_json=as_json)
@@ -217,10 +240,9 @@ def set_phase(
     phase: Annotated[str, typer.Argument(help="Name or number, 0 to 5.")],
     app: AppOption = None,
     reason: ReasonOption = "",
-    force: Annotated[
-        list[str] | None, typer.Option("--force", help="Go although this guard does not hold; recorded.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what stands in the way.")] = False,
+    force: ForceOption = None,
+    dry_run: DryRunOption = False,
+    pause_limit: LimitOption = PAUSE_LIMIT,
     as_json: JsonOption = False,
 ) -> None:
     """Move the migration one phase on, or back."""
@@ -228,35 +250,12 @@ def set_phase(
     async def work() -> Exit:
         target = Phase.parse(phase)
         async with open_migration(app, needs_both=False) as migration:
-            if dry_run:
-                statements = await guard(migration, target)
-                if as_json:
-                    print(
-                        as_json_text([{"name": s.name, "holds": s.holds, "why": s.why} for s in statements])
-                    )
-                else:
-                    for s in statements:
-                        console.print(f"{s.name}: {'holds' if s.holds else 'does not hold'} ({s.why})")
-                return Exit.DONE if all(s.holds for s in statements) else Exit.FOUND
-            done = await change_phase(
-                migration, target, by=getpass.getuser(), reason=reason or "crossfade phase set",
-                force=tuple(force or ()), on_step=(lambda _: None) if as_json else _step,
+            return await move(
+                migration, target, "crossfade phase set", reason=reason, force=force, dry_run=dry_run,
+                pause_limit=pause_limit, as_json=as_json,
             )  # fmt: skip
-            result = {
-                "from": done.before.phase.value, "phase": done.after.phase.value, "epoch": done.after.epoch,
-                "forced": done.forced, "drained": done.drained, "pause_seconds": round(done.pause, 3),
-            }  # fmt: skip
-            if as_json:
-                print(as_json_text(result))
-            else:
-                console.print(f"[green]phase {result['phase']}[/], epoch {result['epoch']}")
-        return Exit.DONE
 
     run(work, as_json=as_json)
-
-
-def _step(text: str) -> None:
-    console.print(f"  {text}", highlight=False)
 
 
 @phase_app.command("abort")

@@ -57,6 +57,8 @@ from crossfade.values import CODEC_OPTIONS, Unmappable, decode_document, id_to_t
 STORE = "mongo"
 TOMBSTONES = "crossfade_tombstones"
 CONTROL = "crossfade_control"
+HISTORY = "crossfade_history"
+WORKERS = "crossfade_workers"
 #: Inserts of one id that a tombstone remembers.
 BORN = 16
 #: Debts that one command erases.
@@ -700,6 +702,20 @@ class MongoStore:
                     return False
         return True
 
+    async def held_many(
+        self, entity: Entity, ids: Sequence[Any], *, timeout: float
+    ) -> dict[str, tuple[int, bytes]]:
+        """(revision, digest) by id text, of those of ``ids`` that have a document that is not being deleted."""
+        query = {"_id": {"$in": list(ids)}, f"{CF}.deleted": {"$ne": True}}
+        held: dict[str, tuple[int, bytes]] = {}
+        async with self._asking(timeout):
+            found = await self._raw_documents(entity).find(query).to_list()
+        for raw in found:
+            with contextlib.suppress(Unmappable):  # in quarantine, or about to be
+                image = Image.from_raw(bytes(raw.raw))
+                held[id_to_text(image.id)] = (image.rev, image.digest)
+        return held
+
     # --- preparing ---------------------------------------------------------------------------------------
 
     async def prepare(self, entities: Iterable[Entity], *, timeout: float) -> None:
@@ -904,9 +920,62 @@ class MongoStore:
         async with self._asking(timeout):
             await self.database[TOMBSTONES].delete_many({"_id.entity": {"$in": list(entities)}})
             await self.database[CONTROL].delete_one({"_id": migration})
-            for name in (TOMBSTONES, CONTROL):
+            await self.database[HISTORY].delete_many({"_id.migration": migration})
+            await self.database[WORKERS].delete_many({"migration": migration})
+            for name in (TOMBSTONES, CONTROL, HISTORY, WORKERS):
                 if await self.database[name].find_one() is None:
                     await self.database[name].drop()
+
+    async def note_history(
+        self, migration: str, entries: Sequence[Mapping[str, Any]], *, timeout: float
+    ) -> None:
+        """Keep who changed the control record, and why; what is kept already stays as it is."""
+        async with self._asking(timeout):
+            for entry in entries:
+                with contextlib.suppress(DuplicateKeyError):
+                    key = {"migration": migration, "version": Int64(entry["version"])}
+                    await self.database[HISTORY].insert_one({"_id": key, **entry})
+
+    async def history(self, migration: str, *, after: int, timeout: float) -> list[dict[str, Any]]:
+        """What `note_history` kept of later versions than ``after``, the oldest first."""
+        query = {"_id.migration": migration, "_id.version": {"$gt": after}}
+        async with self._asking(timeout):
+            found = await self.database[HISTORY].find(query, {"_id": 0}).to_list()
+        return sorted(found, key=lambda entry: int(entry["version"]))
+
+    # --- who works on it -----------------------------------------------------------------------------------
+
+    async def put_worker(
+        self, migration: str, worker: str, entry: Mapping[str, Any], *, timeout: float
+    ) -> None:
+        """Write a worker's entry in the registry, new or again."""
+        change = {"$set": {"migration": migration, "entry": dict(entry)}, "$currentDate": {"seen_at": True}}
+        async with self._asking(timeout):
+            await self.database[WORKERS].update_one({"_id": f"{migration}/{worker}"}, change, upsert=True)
+
+    async def workers(self, migration: str, *, timeout: float) -> list[tuple[str, dict[str, Any]]]:
+        """(worker, entry) of everybody in the registry."""
+        async with self._asking(timeout):
+            found = await self.database[WORKERS].find({"migration": migration}).to_list()
+        return [(note["_id"].rpartition("/")[2], note["entry"]) for note in found]
+
+    async def silent_for(self, migration: str, *, timeout: float) -> dict[str, float]:
+        """Seconds since each worker's entry was written, by this store's own clock."""
+        async with self._asking(timeout):
+            found = await self.database[WORKERS].find({"migration": migration}, {"seen_at": 1}).to_list()
+            now = (await self.database.command("hello", codec_options=CODEC_OPTIONS))["localTime"]
+        return {
+            note["_id"].rpartition("/")[2]: max(0.0, (now - note["seen_at"]).total_seconds())
+            for note in found
+        }
+
+    async def drop_worker(self, migration: str, worker: str, *, beat: int | None, timeout: float) -> None:
+        """Take a worker out of the registry; with ``beat``: only if it has not been heard of since."""
+        query: dict[str, Any] = {"_id": f"{migration}/{worker}"}
+        if beat is not None:
+            query["entry.beat"] = beat
+        async with self._asking(timeout):
+            await self.database[WORKERS].delete_one(query)
 
 
 def _all_but(parts: Collection[str]) -> dict[str, int] | None:

@@ -42,7 +42,7 @@ from crossfade.stores.shadow_notes import ShadowNotes
 from crossfade.values import decode_document, encode_document, id_to_text, text_to_id
 
 STORE = "postgres"
-SCHEMA_VERSION = "3"
+SCHEMA_VERSION = "4"
 
 _LOCKED = " WHERE p.id = %s FOR NO KEY UPDATE OF p"
 #: Images of one entity that are worth a statement for all of them.
@@ -1276,17 +1276,43 @@ class PostgresStore:
         return await self._bounded(work(), timeout)
 
     async def note_history(
-        self, migration: str, epoch: int, phase: str, *, changed_by: str, reason: str, timeout: float
+        self, migration: str, entries: Sequence[Mapping[str, Any]], *, timeout: float
     ) -> None:
-        """Record who changed the phase, and why."""
+        """Keep who changed the control record, and why; what is kept already stays as it is."""
+        for entry in entries:
+            await self._count("history_insert", timeout, migration=migration, **entry)
+
+    async def history(self, migration: str, *, after: int, timeout: float) -> list[dict[str, Any]]:
+        """What `note_history` kept of later versions than ``after``, the oldest first."""
+        names = ("version", "epoch", "phase", "state", "changed_at", "changed_by", "reason")
+        rows = await self._ask("history", timeout, migration=migration, after=after)
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    # --- who works on it -----------------------------------------------------------------------------------
+
+    async def put_worker(
+        self, migration: str, worker: str, entry: Mapping[str, Any], *, timeout: float
+    ) -> None:
+        """Write a worker's entry in the registry, new or again."""
         await self._count(
-            "history_insert", timeout, migration=migration, epoch=epoch, phase=phase,
-            changed_by=changed_by, reason=reason,
+            "worker_put", timeout, migration=migration, worker=worker, beat=entry["beat"],
+            entry=orjson.dumps(entry).decode(),
         )  # fmt: skip
 
-    async def history(self, migration: str, *, timeout: float) -> list[tuple[Any, ...]]:
-        """(epoch, phase, changed at UTC, changed by, reason), the oldest first."""
-        return await self._ask("history", timeout, migration=migration)
+    async def workers(self, migration: str, *, timeout: float) -> list[tuple[str, dict[str, Any]]]:
+        """(worker, entry) of everybody in the registry."""
+        rows = await self._ask("workers", timeout, migration=migration)
+        return [(worker, orjson.loads(entry)) for worker, entry, _ in rows]
+
+    async def silent_for(self, migration: str, *, timeout: float) -> dict[str, float]:
+        """Seconds since each worker's entry was written, by this store's own clock."""
+        return {
+            worker: silent for worker, _, silent in await self._ask("workers", timeout, migration=migration)
+        }
+
+    async def drop_worker(self, migration: str, worker: str, *, beat: int | None, timeout: float) -> None:
+        """Take a worker out of the registry; with ``beat``: only if it has not been heard of since."""
+        await self._count("worker_drop", timeout, migration=migration, worker=worker, beat=beat)
 
 
 class Ahead:

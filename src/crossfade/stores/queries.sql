@@ -40,13 +40,28 @@ ON CONFLICT (migration) DO UPDATE SET epoch = EXCLUDED.epoch, record = EXCLUDED.
 WHERE (c.record->>'version')::bigint < (EXCLUDED.record->>'version')::bigint
 
 -- name: history_insert
-INSERT INTO crossfade.history (migration, epoch, phase, changed_by, reason)
-VALUES (%(migration)s, %(epoch)s, %(phase)s, %(changed_by)s, %(reason)s)
-ON CONFLICT (migration, epoch) DO NOTHING
+INSERT INTO crossfade.history (migration, version, epoch, phase, state, changed_at, changed_by, reason)
+VALUES (%(migration)s, %(version)s, %(epoch)s, %(phase)s, %(state)s, coalesce(nullif(%(changed_at)s, '')::timestamptz,
+        now()), %(changed_by)s, %(reason)s)
+ON CONFLICT (migration, version) DO NOTHING
 
 -- name: history
-SELECT epoch, phase, changed_at, changed_by, reason FROM crossfade.history
-WHERE migration = %(migration)s ORDER BY epoch
+SELECT version, epoch, phase, state,
+       to_char(changed_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"+00:00"'), changed_by, reason
+FROM crossfade.history WHERE migration = %(migration)s AND version > %(after)s ORDER BY version
+
+-- name: worker_put
+INSERT INTO crossfade.workers (migration, worker, beat, entry)
+VALUES (%(migration)s, %(worker)s, %(beat)s, %(entry)s::jsonb)
+ON CONFLICT (migration, worker) DO UPDATE SET beat = EXCLUDED.beat, entry = EXCLUDED.entry, seen_at = clock_timestamp()
+
+-- name: workers
+SELECT worker, entry, greatest(extract(epoch FROM clock_timestamp() - seen_at), 0)::float8
+FROM crossfade.workers WHERE migration = %(migration)s
+
+-- name: worker_drop
+DELETE FROM crossfade.workers
+WHERE migration = %(migration)s AND worker = %(worker)s AND beat = coalesce(%(beat)s::bigint, beat)
 
 -- name: schema_version
 SELECT value FROM crossfade.meta WHERE name = 'schema'

@@ -15,14 +15,31 @@ CREATE TABLE IF NOT EXISTS crossfade.control (
     record    jsonb  NOT NULL
 );
 
+-- Who changed the control record, and why: one row per version that a person or a coordinator made.
 CREATE TABLE IF NOT EXISTS crossfade.history (
     migration  text NOT NULL,
     epoch      bigint NOT NULL,
     phase      text NOT NULL,
     changed_at timestamptz NOT NULL DEFAULT now(),
     changed_by text NOT NULL,
-    reason     text NOT NULL,
-    PRIMARY KEY (migration, epoch)
+    reason     text NOT NULL
+);
+ALTER TABLE crossfade.history ADD COLUMN IF NOT EXISTS version bigint,
+    ADD COLUMN IF NOT EXISTS state text NOT NULL DEFAULT 'steady';
+-- One epoch has several versions; before there was a version, no epoch had two rows, and none is above its version.
+UPDATE crossfade.history SET version = epoch WHERE version IS NULL;
+ALTER TABLE crossfade.history DROP CONSTRAINT IF EXISTS history_pkey;
+CREATE UNIQUE INDEX IF NOT EXISTS history_by_version ON crossfade.history (migration, version);
+
+-- Every process that may acknowledge writes. `entry` says what it has acknowledged; `seen_at` is for people: nothing
+-- is decided by a clock that others read.
+CREATE TABLE IF NOT EXISTS crossfade.workers (
+    migration text NOT NULL,
+    worker    text NOT NULL,
+    beat      bigint NOT NULL,     -- +1 with every sign of life
+    entry     jsonb NOT NULL,
+    seen_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (migration, worker)
 );
 
 -- A deleted record: no image at or under `rev` may come back. Kept until `retire`.
@@ -212,5 +229,5 @@ CREATE TABLE IF NOT EXISTS crossfade.mismatches (
 
 ALTER TABLE crossfade.outbox ADD COLUMN IF NOT EXISTS parts text[] NOT NULL DEFAULT '{}';
 
-INSERT INTO crossfade.meta (name, value) VALUES ('schema', '3')
+INSERT INTO crossfade.meta (name, value) VALUES ('schema', '4')
 ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value;

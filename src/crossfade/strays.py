@@ -1,0 +1,156 @@
+"""Strays: writes that arrived in MongoDB after PostgreSQL had become the primary.
+
+MongoDB cannot be fenced on every server: a worker that was stopped in the middle of a write, or cut off, may wake and
+send it when the primary has changed. Nobody was told that it succeeded, its lease had run out; but it stands there,
+with a debt that nobody in this phase makes. So while PostgreSQL decides, MongoDB's debts are looked for all the same:
+
+- A plain write upon just what PostgreSQL still holds is made there, as a write of its own.
+- Anything else (the record was written since, PostgreSQL's rules refuse it, it was one of several records or was never
+  confirmed) is kept whole in the conflict journal, and PostgreSQL's record is brought to MongoDB again.
+
+Either way the stray has ended: the document is what PostgreSQL holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from enum import StrEnum
+
+from crossfade import errors, observe
+from crossfade.board import Pair
+from crossfade.control import Control
+from crossfade.debt import MOST_DELIVERIES, Settler
+from crossfade.entity import Entity
+from crossfade.record import Image, new_operation
+from crossfade.stores.errors import RuleBroken
+from crossfade.stores.mongo import Owed
+from crossfade.stores.postgres import Change, Delivery
+from crossfade.values import Unmappable, digest
+
+_CAUSE = "written in MongoDB under an older epoch, after PostgreSQL had become the primary"
+
+
+class Merged(StrEnum):
+    """What became of a stray."""
+
+    APPLIED = "applied"
+    JOURNALED = "journaled"
+    #: It is none, or it is gone.
+    NONE = "none"
+
+
+class _Conflict(Exception):
+    """PostgreSQL's record is not the one that the stray was written upon."""
+
+
+@dataclass
+class Strays:
+    """Looks for strays of one migration, and ends them."""
+
+    pair: Pair
+    settler: Settler
+
+    async def merge_all(self, control: Control) -> dict[Merged, int]:
+        """End every stray there is now; how many, by what became of them. Nothing unless PostgreSQL decides.
+
+        Raises:
+            crossfade.errors.StoreUnavailable, Fenced: what is left stands.
+        """
+        counts = dict.fromkeys(Merged, 0)
+        if control.phase.rules.primary != "postgres":
+            return counts
+        found = await self.pair.mongo.debts(
+            self.pair.entities.values(), limit=MOST_DELIVERIES, timeout=self.pair.options.primary_deadline
+        )
+        for owed in found:
+            # What was parked before the switch is known, and was waived by a person.
+            if owed.delivery or owed.parked is not None:
+                continue
+            entity = self.pair.entities[owed.entity]
+            merged = await (self._end_tombstone if owed.tombstone else self._end_document)(
+                entity, owed, control
+            )
+            counts[merged] += 1
+            if merged is Merged.JOURNALED:
+                observe.log().warning(
+                    f"A conflict: {_CAUSE}", context="Reconcile", entity=entity.name, id=str(owed.id)
+                )
+        return counts
+
+    async def _end_document(self, entity: Entity, owed: Owed, control: Control) -> Merged:
+        pair, timeout = self.pair, self.pair.options.primary_deadline
+        raw = await pair.mongo.read_raw(entity, owed.id, timeout=timeout)
+        if raw is None:
+            return Merged.NONE
+        try:
+            image = Image.from_raw(raw)
+        except Unmappable:
+            return (
+                Merged.NONE
+            )  # a foreign writer broke it since: it is delivered over when its record is written
+        if image.debt is None or image.debt.delivery:
+            return Merged.NONE
+        plain = not (image.is_open or image.steps is not None or image.debt.group)
+        if plain and await self._is_applied(entity, image, control):
+            merged = Merged.APPLIED
+        else:
+            await pair.postgres.note_conflict(entity, image, cause=_CAUSE, store="mongo", timeout=timeout)
+            merged = Merged.JOURNALED
+        held = await pair.postgres.held(entity, owed.id, timeout=timeout)
+        if held.rev is None and await pair.postgres.outbox_row(entity, owed.id, timeout=timeout) is None:
+            await pair.mongo.deliver_removal(entity, raw, timeout=timeout)
+        else:
+            await self._bring(entity, image, control)
+        return merged
+
+    async def _end_tombstone(self, entity: Entity, owed: Owed, control: Control) -> Merged:
+        pair, timeout = self.pair, self.pair.options.primary_deadline
+        buried = await pair.mongo.tombstone(entity, owed.id, timeout=timeout)
+        if buried is None or not buried.owed:
+            return Merged.NONE
+        nothing = {"_id": owed.id}
+        image = Image(owed.id, nothing, buried.rev, buried.op, {}, digest(nothing), deleted=True)
+        merged = Merged.APPLIED
+        held = await pair.postgres.held(entity, owed.id, timeout=timeout)
+        if held.rev is not None and not await self._is_applied(entity, image, control):
+            cause = _CAUSE.replace("written", "deleted")
+            await pair.postgres.note_conflict(entity, image, cause=cause, store="mongo", timeout=timeout)
+            merged = Merged.JOURNALED
+        await self._bring(entity, image, control)
+        await pair.mongo.settle_tombstone(entity, owed.id, rev=buried.rev, op=buried.op, timeout=timeout)
+        return merged
+
+    async def _is_applied(self, entity: Entity, image: Image, control: Control) -> bool:
+        """Make the stray a write of PostgreSQL's, if its record is the one that it was written upon."""
+        op = new_operation()
+
+        def decide(before: Image | None, tombstone: int) -> Change | None:
+            rev = max(image.rev, tombstone) + 1
+            if before is not None and before.digest == image.digest and not image.deleted:
+                return None  # an empty write: a lift
+            upon = tombstone if before is None else before.rev
+            if upon != image.rev - 1 or (before is None and (image.deleted or image.op != image.born)):
+                raise _Conflict
+            if image.deleted:
+                return Change(None, None, rev, op)
+            keys = entity.keys(image.document) | image.keys
+            rows = entity.to_rows(image.document, keys)
+            return Change(Image(image.id, image.document, rev, op, keys, image.digest), rows, rev, op)
+
+        with contextlib.suppress(_Conflict, RuleBroken, Unmappable, errors.Quarantined, errors.Busy):
+            await self.pair.postgres.write(
+                [(entity, image.id, decide)], migration=self.pair.name, epoch=control.epoch,
+                timeout=self.pair.options.primary_deadline,
+            )  # fmt: skip
+            return True
+        return False
+
+    async def _bring(self, entity: Entity, image: Image, control: Control) -> None:
+        """Bring PostgreSQL's record to MongoDB, above the stray."""
+        timeout = self.pair.options.primary_deadline
+        if await self.pair.postgres.outbox_row(entity, image.id, timeout=timeout) is None:
+            await self.settler.deliver_anew(entity, image.id, control, above=image.rev)
+            return
+        owed = Delivery(entity.name, image.id, 0, "", None, None, None)
+        await self.settler.deliver(owed, control, timeout=timeout)

@@ -1,0 +1,178 @@
+"""Changing the phase: the guard, the step, and the guard once more inside the step.
+
+Within one primary a step is one compare-and-set; it has been made once every worker that may acknowledge writes has
+read it. What the guard saw may have ended between the question and the step, so it is asked again afterwards, and the
+step taken back where it no longer holds. Where the primary changes the step is `crossfade.switch`, which asks while
+writes wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+
+from crossfade import errors
+from crossfade.clock import boot_clock
+from crossfade.control import STEADY, Control
+from crossfade.guard import Statement, guard, refusals, told
+from crossfade.migration import Migration
+from crossfade.phase import Phase, check_transition
+from crossfade.strategy import FailureStrategy, check_strategy
+from crossfade.switch import PAUSE_LIMIT, Changed, OnStep, switch
+from crossfade.workers import SKEW, Registry
+
+#: Seconds between two looks whether every worker has read it.
+_POLL = 0.05
+
+
+def next_phase(here: Phase) -> Phase:
+    """The one after.
+
+    Raises:
+        crossfade.errors.NotAllowedInPhase: there is none.
+    """
+    if here is Phase.POSTGRES_ONLY:
+        raise errors.NotAllowedInPhase("postgres_only is the last phase")
+    return list(Phase)[here.number + 1]
+
+
+def phase_before(here: Phase) -> Phase:
+    """The one before.
+
+    Raises:
+        crossfade.errors.NotAllowedInPhase: there is none.
+    """
+    if here is Phase.MONGO_ONLY:
+        raise errors.NotAllowedInPhase("mongo_only is the first phase")
+    return list(Phase)[here.number - 1]
+
+
+async def change_phase(
+    migration: Migration,
+    target: Phase,
+    *,
+    by: str,
+    reason: str,
+    force: tuple[str, ...] = (),
+    limit: float = PAUSE_LIMIT,
+    on_step: OnStep = lambda _: None,
+) -> Changed:
+    """Move a migration to ``target``, one phase on or any allowed number back.
+
+    ``force``: guards by name that need not hold; the history says so. ``limit``: seconds for which a switch of the
+    primary may hold writes.
+
+    Raises:
+        crossfade.errors.NotAllowedInPhase: the step skips a phase, or a guard does not hold; the phase is unchanged.
+        crossfade.errors.StoreUnavailable: a store that must answer does not; the phase is unchanged.
+    """
+    before = (await migration.board.refresh()).control
+    if before.state != STEADY:
+        raise errors.NotAllowedInPhase(
+            f"migration {migration.name} is switching to {before.target}, by {before.coordinator}; if that is gone, "
+            "run `crossfade switch --resume` or `--abort`"
+        )
+    check_transition(before.phase, target, feeding=before.feeding)
+    if target is Phase.DUAL_WRITE and before.phase is Phase.MONGO_ONLY:
+        on_step("preparing tables, indexes and normalised keys")
+        await migration.prepare()
+    on_step(f"checking the guard of {target.value}")
+    statements = await guard(migration, target)
+    _assert_holds(statements, force, target)
+    forced = tuple(s.name for s in statements if not s.holds)
+    if forced:
+        reason = f"{reason} (forced: {', '.join(forced)})"
+    if before.phase.rules.primary != target.rules.primary:
+        return await switch(
+            migration, target, by=by, reason=reason, forced=force, limit=limit, on_step=on_step
+        )
+    fields: dict[str, object] = {"phase": target}
+    if target is Phase.POSTGRES_ONLY:
+        until = datetime.now(UTC) + timedelta(seconds=migration.pair.options.feed)
+        fields |= {"feeding": True, "feed_until": until.isoformat(timespec="seconds")}
+    if target is Phase.DUAL_WRITE and before.phase is Phase.MONGO_ONLY:
+        fields["dual_epoch"] = before.epoch + 1
+        fields["began_empty"] = await migration.pair.postgres.is_empty(
+            migration.entities.values(), timeout=migration.pair.options.primary_deadline
+        )
+    began = boot_clock()
+    after = await _change(migration, before, lambda now: now.changed(by=by, reason=reason, **fields))
+    on_step("waiting until every worker has read it")
+    silent = await until_all_have_read(migration, after, began)
+    try:
+        _assert_holds(await guard(migration, target, before=before), force, target)
+    except errors.NotAllowedInPhase as cause:
+        on_step("going back: the guard no longer holds")
+        back = str(cause)
+        await _change(migration, after, lambda now: now.changed(by=by, reason=back, phase=before.phase))
+        raise
+    await migration.board.refresh()
+    return Changed(before, after, forced, silent=silent)
+
+
+def _assert_holds(statements: Sequence[Statement], force: tuple[str, ...], target: Phase) -> None:
+    in_the_way = refusals(statements, force)
+    if in_the_way:
+        raise errors.NotAllowedInPhase(f"phase {target.value} is refused: {told(in_the_way)}")
+
+
+async def until_all_have_read(migration: Migration, control: Control, began: float) -> tuple[str, ...]:
+    """Return once no worker acts by an older record: each has acknowledged this one, or has no lease; who has not."""
+    registry = Registry(migration.name, migration.record.stores)
+    options = migration.pair.options
+    while True:
+        if not migration.board.is_running:
+            await migration.board.refresh()  # this process may be in the registry, too
+        workers = await registry.workers(control.phase.rules.primary, timeout=options.primary_deadline)
+        silent = [worker for worker in workers if worker.token[0] < control.epoch]
+        lease = max([options.lease, *(worker.lease for worker in silent)])
+        if not silent or boot_clock() - began > lease * SKEW:
+            return tuple(worker.name for worker in silent)
+        await asyncio.sleep(_POLL)
+
+
+async def _change(migration: Migration, before: Control, make: Callable[[Control], Control]) -> Control:
+    """The record after ``before``; flags that workers set or lift meanwhile stand in nobody's way."""
+    now = before
+    for _ in range(8):
+        after = make(now)
+        if await migration.record.change(now, after, timeout=migration.pair.options.primary_deadline):
+            return after
+        now = (await migration.board.refresh()).control
+        if now.token != before.token or now.state != STEADY or now.foreign_writers != before.foreign_writers:
+            break
+    raise errors.NotAllowedInPhase(
+        f"somebody else changed migration {migration.name} meanwhile; look at `crossfade status`"
+    )
+
+
+async def set_foreign_writers(migration: Migration, declared: bool, *, by: str) -> Control:
+    """Declare whether an old application still writes to MongoDB.
+
+    Raises:
+        crossfade.errors.NotAllowedInPhase: somebody else changed the control record meanwhile.
+    """
+    now = (await migration.board.refresh()).control
+    reason = "foreign writers declared" if declared else "foreign writers declared stopped"
+    return await _change(
+        migration, now, lambda control: control.changed(by=by, reason=reason, foreign_writers=declared)
+    )
+
+
+async def set_strategy(migration: Migration, strategy: FailureStrategy | None, *, by: str) -> Control:
+    """Choose the strategy of writes that ask for none, on every worker from its next look on; None: the phase's own.
+
+    Raises:
+        crossfade.errors.NotAllowedInPhase: the phase does not allow it, or somebody else changed the record meanwhile.
+    """
+    now = (await migration.board.refresh()).control
+    if strategy is not None:
+        check_strategy(strategy, now.phase)
+    reason = f"strategy {strategy.value if strategy else 'of the phase'}"
+    chosen = strategy.value if strategy else None
+    after = await _change(
+        migration, now, lambda control: control.changed(by=by, reason=reason, strategy=chosen)
+    )
+    await migration.board.refresh()
+    return after

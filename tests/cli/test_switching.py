@@ -1,0 +1,57 @@
+"""The primary moved from the command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from .test_phases import Command, crossfade, notes, said
+
+pytestmark = pytest.mark.long
+
+__all__ = ["crossfade", "notes"]
+
+
+def test_the_primary_goes_over_and_back_step_by_step(crossfade: Command, notes: Any) -> None:
+    for step in (
+        ("init",), ("advance",), ("backfill",), ("verify",), ("advance",), ("advance",), ("switch", "--dry-run"),
+    ):  # fmt: skip
+        done = crossfade(*step)
+        assert done.returncode == 0, (step, done.stdout, done.stderr)
+    shown = crossfade("switch")
+    steps = ["compare", "announce", "fence", "drain", "verify", "decide", "resume", "report"]
+    found = [shown.stdout.find(f"{number} {step}") for number, step in enumerate(steps)]
+    assert -1 not in found, shown.stdout
+    assert found == sorted(found), shown.stdout
+    assert "postgres is primary" in shown.stdout
+    assert crossfade("workers").returncode == 0
+    chosen = crossfade("strategy", "prioritize_mongo")
+    assert "not allowed in phase postgres_primary" in said(chosen)
+    assert json.loads(crossfade("strategy", "rollback_both", "--json").stdout) == {
+        "strategy": "rollback_both"
+    }
+    back = json.loads(crossfade("back", "--json", "--reason", "to see it").stdout)
+    assert back["phase"] == "postgres_read"
+    assert back["held"]["failed"] == 0
+    history = json.loads(crossfade("history", "--json").stdout)
+    assert [row["state"] for row in history[-4:]] == ["announced", "switching", "prepared", "steady"]
+    assert history[-1]["reason"] == "to see it"
+    assert crossfade("switch", "--abort").returncode == 1
+    assert "no switch of notes is under way" in said(crossfade("switch", "--resume"))
+    assert "nothing to resolve" in said(crossfade("switch", "--resolve", "--primary", "postgres"))
+
+
+def test_each_statement_of_a_guard_says_whether_it_holds_why_and_what_mends_it(
+    crossfade: Command, notes: Any
+) -> None:
+    crossfade("init")
+    crossfade("advance")
+    done = crossfade("advance", "--dry-run", "--json")
+    assert done.returncode == 1
+    statements = {statement["name"]: statement for statement in json.loads(done.stdout)}
+    assert statements["reachable"]["holds"]
+    assert not statements["backfill"]["holds"]
+    assert statements["backfill"]["mend"] == "crossfade backfill"
+    assert "not backfilled" in statements["backfill"]["why"]

@@ -1,0 +1,469 @@
+"""The switch of the primary: what other tools got wrong, each played on real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from bson.int64 import Int64
+
+from crossfade import Busy, DuplicateKey, FailureStrategy, NotAllowedInPhase, Phase, StoreUnavailable
+from crossfade.control import PREPARED, STEADY, SWITCHING, Control
+from crossfade.record import CF, Image, new_operation
+from crossfade.stores.postgres import Change
+from crossfade.switch import abort, resolve, resume
+from crossfade.transition import change_phase
+from crossfade.values import digest, id_to_text
+from crossfade.workers import Registry
+from crossfade.write import Writer
+
+from .conftest import PATIENCE, World, eventually
+
+THERE = {"postgres_read": Phase.POSTGRES_PRIMARY, "postgres_primary": Phase.POSTGRES_READ}
+BOTH_WAYS = list(THERE)
+#: Nobody has verified these few records; what the switch itself compares is asked all the same.
+UNVERIFIED = ("verify",)
+
+
+@pytest.fixture
+def open_world(open_world: Any) -> Any:
+    """As everywhere, with more patience: no test here is about how fast the machine is."""
+
+    async def open_(phase: str, **how: Any) -> World:
+        patient = {
+            "enlisted": False,
+            "lease": 30.0,
+            "primary_deadline": 30.0,
+            "secondary_deadline": 10.0,
+            "board_age": 1.0,
+        }
+        return await open_world(phase, **(patient | how))
+
+    return open_
+
+
+async def go(w: World, to: Phase | None = None, **how: Any) -> Any:
+    """Switch the primary to the other side, or go to this phase."""
+    target = to or THERE[w.m.phase.value]
+    force = UNVERIFIED if target is Phase.POSTGRES_PRIMARY else ()
+    # However slow the machine is: no test's meaning depends on it.
+    how = {"limit": 25.0, **how}
+    return await change_phase(w.m, target, by="a test", reason="a test", force=force, **how)
+
+
+async def at(w: World, state: str, *, limit: float = 60.0) -> Control:
+    """What a coordinator leaves that died in this state."""
+    record = w.m.record
+    control = (await w.m.board.refresh()).control
+    target = THERE[control.phase.value]
+    forced = UNVERIFIED if target is Phase.POSTGRES_PRIMARY else ()
+    for make in (
+        lambda c: c.announced(target, by="x", reason="y", limit=limit, coordinator="gone", forced=forced),
+        lambda c: c.fenced(),
+        lambda c: c.prepared(),
+    ):
+        after = make(control)
+        assert await record.change(control, after, timeout=PATIENCE, copy=False)
+        control = after
+        if control.state == state:
+            break
+    if state == "prepared":
+        await record.copy(control, to=control.phase.rules.secondary, timeout=PATIENCE)
+    return control
+
+
+def once(number: str, act: Callable[[], Any]) -> Callable[[str], None]:
+    """For ``on_step``: what is to happen when this step begins."""
+    return lambda text: act() if text.startswith(number) else None
+
+
+async def registered(w: World) -> list[Any]:
+    registry = Registry("accounts", w.m.record.stores)
+    return await registry.workers(w.control.phase.rules.primary, timeout=PATIENCE)
+
+
+class Writing:
+    """Writes one after the other to a record, until the end; what was acknowledged."""
+
+    def __init__(self, w: World, id_: Any, *, pace: float = 0.01) -> None:
+        self.w, self.id, self.acknowledged, self.failed = w, id_, [], []
+        self._pace = pace
+        self._numbers, self._ended = itertools.count(1_000), False
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while not self._ended:
+            n = next(self._numbers)
+            try:
+                self.acknowledged.append((await self.w.users.update(self.id, {"n": n}), n))
+            except Exception as cause:
+                self.failed.append(cause)
+            await asyncio.sleep(self._pace)
+
+    async def end(self) -> int:
+        """The last number that was acknowledged."""
+        self._ended = True
+        await self._task
+        assert self.failed == []
+        revisions = [record.rev for record, _ in self.acknowledged]
+        assert revisions == sorted(set(revisions)), "a revision was told twice, or out of order"
+        return self.acknowledged[-1][1]
+
+
+@pytest.mark.parametrize("phase", BOTH_WAYS)
+async def test_the_primary_is_switched_and_every_write_meanwhile_succeeds(open_world, phase):
+    workers = [await open_world(phase, background=True) for _ in range(2)]
+    w = await open_world(phase)
+    writing = [
+        Writing(each, (await each.users.insert({"username": f"user {number}"})).id)
+        for number, each in enumerate(workers)
+    ]
+    for _ in range(3):
+        done = await go(w)
+        assert done.pause.failed == 0
+        assert done.silent == ()
+        assert {each.token for each in await registered(w)} >= {done.after.token}
+    assert w.m.phase is THERE[phase]
+    for each in writing:
+        last = await each.end()
+        assert (await w.users.get(each.id))["n"] == last
+    await w.reconcile()
+    await w.assert_equal()
+    assert w.conflicts() == []
+
+
+@pytest.mark.parametrize("phase", BOTH_WAYS)
+async def test_writes_that_arrive_in_the_pause_wait_and_succeed(open_world, phase):
+    worker, w = await open_world(phase, background=True), await open_world(phase)
+    made = await worker.users.insert({"username": "Bob"})
+    held: list[asyncio.Task[Any]] = []
+
+    def on_step(text: str) -> None:
+        if text.startswith("3"):
+            held.append(asyncio.create_task(worker.users.update(made.id, {"n": 7})))
+
+    done = await go(w, on_step=on_step)
+    assert (await held[0]).rev == 2
+    assert done.pause.writes == 1
+    assert 0 < done.pause.longest <= done.pause.whole + 0.5
+    await w.reconcile()
+    await w.assert_equal()
+
+
+@pytest.mark.parametrize("phase", BOTH_WAYS)
+async def test_of_two_coordinators_at_once_one_switches_and_the_other_is_told_so(open_world, phase):
+    first, second = await open_world(phase), await open_world(phase)
+    outcomes = await asyncio.gather(go(first), go(second), return_exceptions=True)
+    refused = [outcome for outcome in outcomes if isinstance(outcome, NotAllowedInPhase)]
+    assert len(refused) == 1, outcomes
+    await first.m.board.refresh()
+    assert first.m.phase is THERE[phase]
+    assert first.control.state == STEADY
+
+
+@pytest.mark.parametrize("phase", BOTH_WAYS)
+async def test_a_cancelled_switch_does_not_leave_writes_refused(open_world, phase):
+    worker, w = await open_world(phase, background=True), await open_world(phase)
+    for number in "12345":
+        reached = asyncio.Event()
+        switching = asyncio.create_task(go(w, on_step=once(number, reached.set)))
+        await asyncio.wait_for(reached.wait(), PATIENCE)
+        switching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await switching
+        await worker.users.insert({"username": f"after {number}"})
+        assert (await w.m.board.refresh()).control.state == STEADY
+        if w.m.phase is not Phase(phase):  # too late to cancel
+            await go(w)
+    await w.reconcile()
+    await w.assert_equal()
+
+
+@pytest.mark.parametrize("phase", BOTH_WAYS)
+async def test_the_coordinator_killed_between_the_two_stores_leaves_one_primary(open_world, phase):
+    """It decided in the old primary's store, and died before the new one's heard of it."""
+    worker, w = await open_world(phase, background=True), await open_world(phase)
+    record, old, new = w.m.record, w.control.phase.rules.primary, w.control.phase.rules.secondary
+    made = await worker.users.insert({"username": "Bob"})
+    await w.settle()
+    await worker.settle()
+    control = await at(w, "prepared")
+    decided = control.decided(reason="z")
+    assert await record.change(control, decided, timeout=PATIENCE, copy=False)
+
+    async def has_heard() -> bool:
+        return worker.control == decided
+
+    await eventually(has_heard)
+    assert (await record.look(timeout=PATIENCE)).copies[new] == decided
+    assert (await worker.users.update(made.id, {"n": 1})).source == new
+    assert old != new
+
+
+@pytest.mark.parametrize("phase", BOTH_WAYS)
+async def test_workers_go_back_from_a_switch_whose_coordinator_is_gone(open_world, phase):
+    worker, w = await open_world(phase, background=True), await open_world(phase)
+    await at(w, "switching", limit=0.2)
+    await worker.m.board.refresh()
+    assert worker.control.state == SWITCHING
+    assert (await worker.users.insert({"username": "Bob"})).source == Phase(phase).rules.primary
+    seen = await w.m.record.look(timeout=PATIENCE)
+    assert (seen.control.state, seen.control.phase) == (STEADY, Phase(phase))
+    # A switch retried after a half-done one.
+    await go(w)
+    await w.reconcile()
+    await w.assert_equal()
+
+
+@pytest.mark.parametrize("state", ["announced", "switching", "prepared"])
+@pytest.mark.parametrize("phase", BOTH_WAYS)
+async def test_another_coordinator_finishes_what_a_dead_one_began(open_world, phase, state):
+    w = await open_world(phase)
+    made = await w.users.insert({"username": "Bob"})
+    await w.settle()
+    await at(w, state)
+    done = await resume(w.m, by="another")
+    assert (done.after.phase, done.after.state) == (THERE[phase], STEADY)
+    assert (await w.users.update(made.id, {"n": 1})).rev == 2
+    await w.reconcile()
+    await w.assert_equal()
+
+
+@pytest.mark.parametrize("phase", BOTH_WAYS)
+async def test_a_switch_past_its_pause_limit_goes_back_by_itself(open_world, phase):
+    worker, w = await open_world(phase, background=True), await open_world(phase)
+    made = await worker.users.insert({"username": "Bob"})
+    inside = worker.m.board.gate.entered(worker.control.epoch, [("users", "x")])
+    with inside, pytest.raises(NotAllowedInPhase, match=r"the limit|the switch's coordinator is gone"):
+        await go(w, limit=0.3)  # a write that does not end
+    assert (await worker.users.update(made.id, {"n": 1})).rev == 2
+    assert w.m.phase is Phase(phase)
+    await w.reconcile()
+    await w.assert_equal()
+
+
+@pytest.mark.parametrize("phase", BOTH_WAYS)
+async def test_a_silent_worker_delays_the_announcement_and_not_the_pause(open_world, phase):
+    """Killed, it stays in the registry for a while."""
+    w = await open_world(phase, lease=4.0)
+    worker = await open_world(phase, background=True, lease=4.0)
+    await worker.users.insert({"username": "Bob"})
+    worker.m.board._task.cancel()
+    done = await go(w, limit=3.9)
+    assert done.silent == (worker.m.board.member.name,)
+    assert done.pause.whole < 3.9
+
+
+async def test_a_worker_that_does_not_know_of_the_decision_writes_nothing(open_world, mongo_proxy):
+    """It sees *prepared* in one store, and the other one does not answer."""
+    w = await open_world("postgres_read")
+    await at(w, "prepared")
+    late = await open_world("postgres_read", mongo=mongo_proxy, primary_deadline=0.5, lease=2.0)
+    mongo_proxy.refuse()
+    for _ in range(2):
+        with pytest.raises((Busy, StoreUnavailable)):
+            await late.users.insert({"username": "Bob"})
+    assert w.documents.count_documents({}) == 0
+    assert w.sql("SELECT count(*) FROM users") == [(0,)]
+
+
+async def test_a_person_decides_when_the_old_primary_is_lost_before_it_could_tell(open_world, mongo_proxy):
+    w = await open_world("postgres_read", mongo=mongo_proxy)
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.settle()
+    with pytest.raises(NotAllowedInPhase, match="nothing to resolve"):
+        await resolve(w.m, by="somebody", primary="postgres")
+    await at(w, "prepared")
+    mongo_proxy.refuse()
+    with pytest.raises(StoreUnavailable):
+        await w.m.board.refresh()
+    with pytest.raises(NotAllowedInPhase, match="start it"):
+        await resolve(w.m, by="somebody", primary="mongo")
+    resolved = await resolve(w.m, by="somebody", primary="postgres")
+    await w.m.board.refresh()
+    assert w.m.primary == "postgres"
+    assert (await w.users.update(made.id, {"n": 2})).source == "postgres"
+    # MongoDB comes back, with *prepared*: what a person decided is above it.
+    mongo_proxy.pass_through()
+    assert (await w.m.board.refresh()).control == resolved
+    await w.reconcile()
+    await w.assert_equal()
+
+
+async def test_nothing_is_resolved_that_had_not_come_to_its_decision(open_world, mongo_proxy):
+    w = await open_world("postgres_read", mongo=mongo_proxy)
+    await w.m.record.copy(await at(w, "switching"), to="postgres", timeout=PATIENCE)
+    mongo_proxy.refuse()
+    with pytest.raises(NotAllowedInPhase, match="mongo is still primary: start it"):
+        await resolve(w.m, by="somebody", primary="postgres")
+
+
+async def test_a_unique_rule_holds_on_the_way_back(open_world):
+    w = await open_world("postgres_read")
+    await w.users.insert({"username": "Bob"})
+    await go(w)
+    renamed = await w.users.insert({"username": "Eve"})
+    await w.users.update(renamed.id, {"username": "Eva"})
+    await go(w)
+    for taken in ("BOB", "EVA"):
+        with pytest.raises(DuplicateKey):
+            await w.users.insert({"username": taken})
+    assert (await w.users.insert({"username": "eve"})).source == "mongo"
+    await w.reconcile()
+    await w.assert_equal()
+
+
+async def test_the_guard_is_asked_again_while_writes_wait(open_world):
+    w = await open_world("postgres_read")
+
+    def on_step(text: str) -> None:
+        if text.startswith("3"):
+            w.sql(
+                "INSERT INTO crossfade.quarantine (entity, id, reason, rev, digest, document) "
+                "VALUES ('users', 'x', 'y', 1, '', '')"
+            )
+
+    with pytest.raises(NotAllowedInPhase, match=r"while writes waited: \[quarantine\]"):
+        await go(w, on_step=on_step)
+    assert (await w.m.board.refresh()).control.state == STEADY
+    assert w.m.primary == "mongo"
+
+
+async def test_what_was_written_since_the_announcement_is_compared_in_the_pause(open_world):
+    worker, w = await open_world("postgres_read", background=True), await open_world("postgres_read")
+    made = await worker.users.insert({"username": "Bob", "n": 1})
+
+    def on_step(text: str) -> None:
+        if text.startswith("2"):
+            worker.m.board.gate._wrote.add(("users", id_to_text(made.id)))
+        elif text.startswith("3"):
+            w.sql("UPDATE users SET cf_digest = 'x'")  # nothing is owed, and yet it differs
+
+    with pytest.raises(NotAllowedInPhase, match="1 records differ though nothing is owed"):
+        await go(w, on_step=on_step)
+    assert (await w.m.board.refresh()).control.state == STEADY
+
+
+@pytest.mark.parametrize("phase", BOTH_WAYS)
+async def test_an_open_write_whose_worker_is_gone_is_undone_before_the_decision(
+    open_world, phase, monkeypatch
+):
+    w, gone = await open_world(phase, tentative=60.0), await open_world(phase, tentative=60.0)
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.settle()
+
+    async def dies(*_: Any) -> None:
+        raise asyncio.CancelledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "_confirm", dies)
+        patch.setattr(Writer, "_confirm_in_postgres", dies)
+        with pytest.raises(asyncio.CancelledError):
+            await gone.users.update(made.id, {"n": 2}, strategy=FailureStrategy.ROLLBACK_BOTH)
+    await gone.m.board.stop()
+    done = await go(w)
+    assert done.drained >= 1
+    assert (await w.users.get(made.id))["n"] == 1
+    await w.reconcile()
+    await w.assert_equal()
+
+
+async def test_the_history_is_in_both_stores_and_survives_either(open_world, mongo_proxy):
+    w = await open_world("postgres_read", mongo=mongo_proxy)
+    await go(w)
+    await go(w)
+    whole = await w.m.record.history(timeout=PATIENCE)
+    assert [entry["state"] for entry in whole] == ["announced", "switching", "prepared", "steady"] * 2
+    assert {entry["changed_by"] for entry in whole} == {"a test"}
+    for store in w.m.record.stores.values():
+        kept = [entry["version"] for entry in await store.history("accounts", after=0, timeout=PATIENCE)]
+        assert kept == [entry["version"] for entry in whole]
+    mongo_proxy.refuse()
+    assert await w.m.record.history(timeout=PATIENCE) == whole
+
+
+# --- workers that did not hear of it -------------------------------------------------------------------------------
+
+
+def again(w: World, before: Image, **fields: Any) -> Change:
+    """The record's next revision, as PostgreSQL decides it."""
+    document = {**before.document, **fields}
+    image = Image(before.id, document, before.rev + 1, new_operation(), before.keys, digest(document))
+    return Change(image, w.entity.to_rows(image.document, image.keys), image.rev, image.op)
+
+
+async def late_write(w: World, id_: Any, rev: int, epoch: int, **fields: Any) -> None:
+    """A write to MongoDB of a worker that slept through the switch, as it reaches the server."""
+    marks = {"rev": Int64(rev + 1), "op": "0" * 31 + "1", "debt": {"epoch": Int64(epoch)}}
+    change = {**fields, **{f"{CF}.{name}": value for name, value in marks.items()}}
+    done = w.documents.update_one({"_id": id_, f"{CF}.rev": Int64(rev)}, {"$set": change})
+    assert done.matched_count == 1
+
+
+async def test_a_late_write_upon_what_postgres_still_holds_becomes_a_write_of_postgres(open_world):
+    w = await open_world("postgres_read")
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.settle()
+    epoch = w.control.epoch
+    await go(w)
+    await late_write(w, made.id, 1, epoch, n=2)
+    counts = await w.m.reconciler.strays.merge_all(w.control)
+    assert counts["applied"] == 1
+    assert (await w.users.get(made.id))["n"] == 2
+    await w.reconcile()
+    await w.assert_equal()
+    assert w.conflicts() == []
+
+
+async def test_a_late_write_upon_what_has_changed_since_is_kept_in_the_conflict_journal(open_world):
+    w = await open_world("postgres_read")
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.settle()
+    epoch = w.control.epoch
+    await go(w)
+    # MongoDB has not heard of the write that PostgreSQL has decided meanwhile.
+    await w.postgres.write(
+        [(w.entity, made.id, lambda before, _: again(w, before, n=3))],
+        migration="accounts", epoch=w.control.epoch, timeout=PATIENCE,
+    )  # fmt: skip
+    await late_write(w, made.id, 1, epoch, n=2)
+    counts = await w.m.reconciler.strays.merge_all(w.control)
+    assert counts["journaled"] == 1
+    assert (await w.users.get(made.id))["n"] == 3
+    await w.reconcile()
+    await w.assert_equal()
+    assert [document["n"] for _, document in w.conflicts()] == [2]
+
+
+async def test_a_late_delete_of_an_unchanged_record_is_made_and_one_of_a_changed_record_is_not(open_world):
+    w = await open_world("postgres_read")
+    kept, gone = [await w.users.insert({"username": name, "n": 1}) for name in ("Kept", "Gone")]
+    await w.settle()
+    control = w.control
+    await go(w)
+    for made in (kept, gone):
+        image = await w.image(made.id)
+        await late_write(w, made.id, image.rev, control.epoch, **{f"{CF}.deleted": True})
+    await w.postgres.write(
+        [(w.entity, kept.id, lambda before, _: again(w, before))],
+        migration="accounts", epoch=w.control.epoch, timeout=PATIENCE,
+    )  # fmt: skip
+    counts = await w.m.reconciler.strays.merge_all(w.control)
+    assert (counts["applied"], counts["journaled"]) == (1, 1)
+    assert await w.users.get(gone.id) is None
+    assert (await w.users.get(kept.id))["n"] == 1
+    await w.reconcile()
+    await w.assert_equal()
+
+
+async def test_going_back_from_a_switch_is_told_only_where_there_was_one(open_world):
+    w = await open_world("postgres_read")
+    assert not await abort(w.m, by="somebody")
+    await at(w, "announced")
+    assert await abort(w.m, by="somebody")
+    assert w.control.state == STEADY
+    assert PREPARED not in {entry["state"] for entry in await w.m.record.history(timeout=PATIENCE)}
