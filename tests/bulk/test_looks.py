@@ -15,7 +15,7 @@ from scorekeeper.users.entity import users
 from .conftest import user
 
 
-def stored(document, *, rev=0, keys=None, mapping=1, content=None):
+def stored(document, *, rev=0, keys=None, mapping=users.mapping_version, content=None):
     """The row of a document; ``content``: what its digest is of, if another."""
     rows = users.to_rows(document, keys)
     return StoredRecord(
@@ -43,7 +43,8 @@ NOTES = st.fixed_dictionaries(
 
 
 @given(
-    notes=st.none() | NOTES, first=st.booleans(), rev=st.integers(0, 3), mapping=st.sampled_from([1, 2]),
+    notes=st.none() | NOTES, first=st.booleans(), rev=st.integers(0, 3),
+    mapping=st.sampled_from([0, users.mapping_version]),
     keys=st.sampled_from([None, {"username": "name1~2"}]), change=st.sampled_from([{}, {"role": "admin"}, {"x": 1}]),
     other=st.booleans(),
 )  # fmt: skip
