@@ -33,7 +33,7 @@ from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from bench import databases
-from crossfade import Crossfade, observe
+from crossfade import Crossfade, Options, observe
 from crossfade.embedded import EmbeddedServers
 from scorekeeper.auth.tokens import Tokens
 from scorekeeper.identities.service import first_identity_id
@@ -167,7 +167,11 @@ async def load(port: int, tokens: list[str], seconds: float) -> tuple[float, int
 async def populate(mongo_uri: str, database_url: str) -> list[str]:
     """Users with an identity each; their tokens."""
     tokens = Tokens(SECRET)
-    cf = Crossfade(mongo_uri=mongo_uri, database_url=database_url, initial_phase="postgres_primary")
+    # Not what is measured, and a busy machine may take its time for it.
+    patient = Options(primary_deadline=60, secondary_deadline=30, lease=60)
+    cf = Crossfade(
+        mongo_uri=mongo_uri, database_url=database_url, initial_phase="postgres_primary", options=patient
+    )
     accounts = cf.migration(migration_name, account_entities())
     places = asyncio.Semaphore(8)
 
