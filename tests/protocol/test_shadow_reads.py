@@ -12,7 +12,13 @@ from crossfade.shadow import mapping_of
 from .conftest import World, eventually, users_entity
 
 #: Everything is compared, and looked at again soon.
-EAGER = {"shadow_sample": 1.0, "shadow_looks": (0.05, 0.1), "shadow_flush": 3600.0, "background": True}
+EAGER = {
+    "shadow_sample": 1.0,
+    "shadow_looks": (0.05, 0.1),
+    "shadow_flush": 3600.0,
+    "shadow_deadline": 10.0,
+    "background": True,
+}
 OUTCOMES = ("equal", "mismatch", "unsettled", "dropped", "failed")
 
 
