@@ -6,7 +6,7 @@ from crossfade import NotAllowedInPhase, Phase
 from crossfade import retire as retiring
 from crossfade.record import CF
 from crossfade.retire import retire, what_is_left
-from crossfade.switch import change_phase
+from crossfade.transition import change_phase
 
 from .conftest import World, eventually
 
