@@ -14,6 +14,7 @@ import pytest
 from bson import ObjectId
 from sqlalchemy import create_engine
 
+import scorekeeper.audit.tables
 import scorekeeper.friends.tables
 import scorekeeper.games.tables
 import scorekeeper.identities.tables  # noqa: F401 - registers its tables
