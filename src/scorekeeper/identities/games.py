@@ -13,8 +13,9 @@ from typing import Any, Final
 
 from crossfade import EntityHandle, Migration, NotFound, Record, StaleRevision, any_of
 from scorekeeper.games.entity import NESTED_PLAYERS, PLAYERS
+from scorekeeper.games.shown import recent_table_game, recent_wizard_game
 from scorekeeper.identities.players import given_back, handed_over, spellings
-from scorekeeper.wire import now, plain
+from scorekeeper.wire import now
 
 #: Games read at a time: some are of several hundred KiB.
 PORTION: Final = 20
@@ -91,15 +92,14 @@ class PlayedGames:
         return await self._change(wanted, lambda data: given_back(data, merged, holders))
 
     async def newest_of(self, identity: Any, limit: int) -> list[dict[str, Any]]:
-        """The newest games of an identity, of all kinds."""
+        """The newest games of an identity, of all kinds, as the list of everybody's newest has them."""
         shown: list[dict[str, Any]] = []
         for played in self._played:
             where = [{path: any_of(spellings(identity))} for path in played.paths]
             found = await played.games.find(where, order_by="-createdAt", limit=limit)
-            shown += [
-                {**plain(game.document), "id": plain(game.id), "gameType": played.kind} for game in found
-            ]
-        shown.sort(key=lambda game: str(game.get("createdAt") or ""), reverse=True)
+            as_listed = recent_table_game if played.kind == "table" else recent_wizard_game
+            shown += map(as_listed, found)
+        shown.sort(key=lambda game: str(game["created_at"] or ""), reverse=True)
         return shown[:limit]
 
     async def _change(self, wanted: Callable[[str], list[Condition]], change: Change) -> GamesMoved:
