@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 
-from .test_phases import Command, crossfade, notes, said
+from .conftest import Command, said
 
 pytestmark = pytest.mark.long
-
-__all__ = ["crossfade", "notes"]
 
 
 def test_the_primary_goes_over_and_back_step_by_step(crossfade: Command, notes: Any) -> None:
     for step in (
-        ("init",), ("advance",), ("backfill",), ("verify",), ("advance",), ("advance",), ("switch", "--dry-run"),
+        ("init",), ("advance",), ("backfill",), ("verify",), ("advance",), ("advance", "--force", "shadow"),
+        ("switch", "--dry-run"),
     ):  # fmt: skip
         done = crossfade(*step)
         assert done.returncode == 0, (step, done.stdout, done.stderr)
