@@ -142,7 +142,7 @@ class Settings(BaseSettings):
     limit_login_account_address: Annotated[str, AfterValidator(_limit)] = "10 per 5 minutes"
     limit_login_address: Annotated[str, AfterValidator(_limit)] = "100 per 5 minutes"
     limit_login_account: Annotated[str, AfterValidator(_limit)] = "50 per 1 hour"
-    limit_register_address: Annotated[str, AfterValidator(_limit)] = "600 per 1 minute"
+    limit_register_address: Annotated[str, AfterValidator(_limit)] = "5000 per 1 hour"
     demo_accounts: bool = False
     mongo_pool: int = Field(50, ge=1, le=1000)
     postgres_pool: int = Field(20, ge=1, le=1000)
