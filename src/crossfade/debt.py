@@ -999,7 +999,9 @@ class Settler:
                 raise errors.NotFound("gone meanwhile")
             rev = max(above, before.rev) + 1
             parts = parts_of(before.document, entity.parts, before.parts, rev)
-            lifted = replace(before, rev=rev, op=op, parts=parts)
+            # The digest anew: a row whose own is wrong would differ for ever.
+            digest = digest_with(before.document, parts)
+            lifted = replace(before, rev=rev, op=op, parts=parts, digest=digest)
             # Whatever it is lifted for, MongoDB is to have all of it.
             return Change(lifted, entity.to_rows(before.document, before.keys), rev, op, parts=entity.parts)
 

@@ -199,11 +199,15 @@ class Writer:
 
     async def close(self) -> None:
         """Wait at most a second for ``mode="async"`` writes under way; their debts stand."""
-        await self.breaker.close()
         if self._background:
             await asyncio.wait(self._background, timeout=1.0)
-        for task in self._background:
+        cancelled = set(self._background)
+        for task in cancelled:
             task.cancel()
+        if cancelled:
+            await asyncio.wait(cancelled)
+        # Last: a write that ends may open it.
+        await self.breaker.close()
 
     # --- the frame of every write -----------------------------------------------------------------------------
 
@@ -1155,13 +1159,16 @@ class Writer:
     ) -> list[Change | None]:
         """The changes that PostgreSQL made of ``writes``; the first of them decides, and notes its own in ``mine``."""
         id_ = writes[0][1]
+        # Conditions and steps need the values of the parts that they name.
+        named = {*o.request.where, *(name for step in o.request.steps for name in step.fields)}
+        small = not o.rollback and named.isdisjoint(name for each, _, _ in writes for name in each.parts)
         unknown = False
         unanswered = 0  # so many of `mine` may have been written
         while True:
             try:
                 return await self.pair.postgres.write(
                     writes, migration=self.pair.name, epoch=o.control.epoch,
-                    timeout=o.left(), keep_in_outbox=keep_in_outbox, op=o.op, small=not o.rollback,
+                    timeout=o.left(), keep_in_outbox=keep_in_outbox, op=o.op, small=small,
                 )  # fmt: skip
             except _AlreadyWritten:
                 return await self._written_already(writes, mine[-1], o)

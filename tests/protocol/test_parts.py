@@ -11,7 +11,7 @@ from crossfade import FailureStrategy, Undone
 from crossfade.bulk.backfill import Backfill
 from crossfade.bulk.findings import Finding
 from crossfade.bulk.verify import Verify
-from crossfade.errors import PartLeftOut
+from crossfade.errors import ConditionNotMet, PartLeftOut
 from crossfade.record import CF
 from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.bulk_postgres import BulkPostgres
@@ -147,6 +147,23 @@ async def test_a_friend_request_is_accepted_without_a_picture(
     await w.reconcile()
     await w.assert_equal()
     assert await picture_in_postgres(w, ann.id) == OLD
+
+
+@both_directions
+async def test_a_condition_on_a_picture_and_a_step_upon_one_see_its_value(open_pictured, phase):
+    w = await open_pictured(phase)
+    bob, ann = await with_picture(w, "Bob"), await with_picture(w, "Ann")
+    await w.users.update(ann.id, {"picture": [OLD]})
+    await w.reconcile()
+    with pytest.raises(ConditionNotMet):
+        await w.users.update(bob.id, {"n": 2}, where={"picture": NEW})
+    async with w.m.operation("Paint") as op:
+        op.update("users", bob.id, {"n": 3}, where={"picture": OLD})
+        op.also("users", ann.id, add={"picture": [NEW]})
+    assert (await w.users.get(bob.id))["n"] == 3
+    assert (await w.users.get(ann.id))["picture"] == [OLD, NEW]
+    await w.reconcile()
+    await w.assert_equal()
 
 
 @mongo_decides

@@ -21,7 +21,7 @@ from crossfade.values import digest, id_to_text
 from crossfade.workers import Registry
 from crossfade.write import Writer
 
-from .conftest import PATIENCE, World, eventually
+from .conftest import PATIENCE, World, eventually, users_entity
 
 THERE = {"postgres_read": Phase.POSTGRES_PRIMARY, "postgres_primary": Phase.POSTGRES_READ}
 BOTH_WAYS = list(THERE)
@@ -346,6 +346,22 @@ async def test_what_was_written_since_the_announcement_is_compared_in_the_pause(
     with pytest.raises(NotAllowedInPhase, match="1 records differ though nothing is owed"):
         await go(w, on_step=on_step)
     assert (await w.m.board.refresh()).control.state == STEADY
+
+
+@pytest.mark.parametrize("phase", BOTH_WAYS)
+async def test_a_record_with_a_picture_written_since_the_announcement_is_no_obstacle(open_world, phase):
+    worker, w = [
+        await open_world(phase, entity=users_entity(pictures=True), background=b) for b in (True, False)
+    ]
+    made = await worker.users.insert({"username": "Bob", "picture": b"o" * 1_000, "n": 1})
+    writing = Writing(worker, made.id)
+    for _ in range(2):
+        done = await go(w)
+        assert done.compared >= 1
+    last = await writing.end()
+    assert (await w.users.get(made.id))["n"] == last
+    await w.reconcile()
+    await w.assert_equal()
 
 
 @pytest.mark.parametrize("phase", BOTH_WAYS)

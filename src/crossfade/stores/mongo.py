@@ -709,11 +709,11 @@ class MongoStore:
         query = {"_id": {"$in": list(ids)}, f"{CF}.deleted": {"$ne": True}}
         held: dict[str, tuple[int, bytes]] = {}
         async with self._asking(timeout):
-            found = await self._raw_documents(entity).find(query).to_list()
-        for raw in found:
-            with contextlib.suppress(Unmappable):  # in quarantine, or about to be
-                image = Image.from_raw(bytes(raw.raw))
-                held[id_to_text(image.id)] = (image.rev, image.digest)
+            # One by one: parts are large.
+            async for raw in self._raw_documents(entity).find(query):
+                with contextlib.suppress(Unmappable):  # in quarantine, or about to be
+                    image = Image.from_raw(bytes(raw.raw), entity.parts)
+                    held[id_to_text(image.id)] = (image.rev, image.digest)
         return held
 
     # --- preparing ---------------------------------------------------------------------------------------
