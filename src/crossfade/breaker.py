@@ -11,8 +11,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from crossfade import errors
-
 
 @dataclass
 class Breaker:
@@ -45,7 +43,7 @@ class Breaker:
     def failed(self) -> None:
         """The store did not answer."""
         self.failures += 1
-        if self.failures < self.failures_to_open or self.is_open:
+        if self.failures < self.failures_to_open:
             return
         self.is_open = True
         if self._probing is None or self._probing.done():
@@ -60,7 +58,8 @@ class Breaker:
     async def _ask(self) -> None:
         while True:
             await asyncio.sleep(self.rest)
-            with contextlib.suppress(errors.CrossfadeError):
+            # Whatever it ends by: nobody else would ever close the breaker.
+            with contextlib.suppress(Exception):
                 if self.is_open:
                     await self.probe()
                 if self.is_open:

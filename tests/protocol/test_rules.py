@@ -169,6 +169,32 @@ async def test_an_open_breaker_asks_the_store_itself_and_lets_no_call_find_out()
     await breaker.close()
 
 
+async def test_a_question_that_ends_by_an_unforeseen_error_is_asked_again():
+    ends = [RuntimeError("unforeseen"), None]
+
+    async def ping() -> None:
+        if (end := ends.pop(0)) is not None:
+            raise end
+
+    breaker = Breaker(ping, failures_to_open=1, rest=0)
+    breaker.failed()
+    await _closed(breaker)
+    assert ends == []
+    await breaker.close()
+
+
+async def test_an_open_breaker_whose_question_was_cancelled_asks_anew_after_the_next_failure():
+    store = _Store()
+    store.there = True
+    breaker = Breaker(store.ping, failures_to_open=1, rest=0)
+    breaker.failed()
+    await breaker.close()
+    assert not breaker.allows()
+    breaker.failed()
+    await _closed(breaker)
+    await breaker.close()
+
+
 async def test_a_store_that_answers_the_breaker_alone_is_left_alone_at_the_next_failure():
     store = _Store()
     store.there = True

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import orjson
@@ -74,6 +75,8 @@ def as_filter(entity: Entity, where: Sequence[Mapping[str, Any]]) -> Filter:
 
 def _filter(entity: Entity, key: str, condition: Any) -> Filter:
     if isinstance(condition, Contains):
+        if "\0" in condition.text:
+            return {"_id": {"$in": []}}  # neither store can be asked for it
         return {key: {"$regex": re.escape(condition.text)}}
     if isinstance(condition, IsSet):
         return {key: {"$ne": None}}
@@ -247,7 +250,9 @@ def _equal(
             ways.append((sql.SQL("p.extra @> %s::jsonb"), [said]))
     if held:
         equal = sql.SQL("p.{} = %s" if len(held) == 1 else "p.{} = ANY(%s)").format(name)
-        if declared.stand_in is not None:
+        # A number in `extra` is found by its column (any width); for what else is there, it holds no equal value.
+        numbers = all(isinstance(v, int | float | Decimal) and not isinstance(v, bool) for v in held)
+        if declared.stand_in is not None or not numbers:
             equal = sql.SQL("{} AND NOT {}").format(equal, overridden)
         ways.append((equal, held if len(held) == 1 else [held]))
     return _joined(" OR ", ways) if ways else _NOTHING
