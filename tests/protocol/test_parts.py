@@ -487,6 +487,19 @@ async def test_a_picture_changed_by_another_application_while_postgres_decides_i
     assert (store, kept["picture"]) == ("mongo", FOREIGN)
 
 
+async def test_a_full_delivery_brings_a_record_with_a_picture_once_and_mends_the_digest_of_its_row(
+    open_pictured,
+):
+    w = await open_pictured("postgres_primary")
+    await with_picture(w)
+    assert await w.m.reconciler.full_delivery() == 0
+    w.sql("UPDATE users SET cf_digest = 'x'")
+    assert await w.m.reconciler.full_delivery() == 1
+    assert await w.m.reconciler.full_delivery() == 0
+    await w.reconcile()
+    await w.assert_equal()
+
+
 async def test_another_field_changed_by_another_application_while_postgres_decides_is_kept(open_pictured):
     w = await open_pictured("postgres_primary")
     made = await with_picture(w)
