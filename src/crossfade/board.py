@@ -259,6 +259,8 @@ class Board:
         for task in (self._task, self._signed):
             if task is not None:
                 await end(task)
+        # Before the entry goes: a write that ends meanwhile is nobody's that a coordinator would ask.
+        self._leased.clear()
         if self.member is not None:
             await self.member.leave(timeout=min(1.0, self.options.primary_deadline))
 
@@ -292,6 +294,9 @@ class Board:
                 await self._go_back_from_an_orphan()
             except errors.CrossfadeError as cause:
                 observe.log().debug(f"The debt board could not be read: {cause}", context="Debt Board")
+            except Exception as cause:
+                # A worker that has stopped looking would never take a lease again.
+                observe.log().error(f"A look failed: {type(cause).__name__}", context="Debt Board")
 
     async def _is_unchanged(self) -> bool:
         """Whether the control record is the one that is known; that renews the lease as a whole look does."""
@@ -471,8 +476,20 @@ class Board:
         control = self.control
         if not control.holds_writes:
             return control
-        with self.gate.held(control.attempt):
-            return await self.wait_until(lambda c: not c.holds_writes, self.options.primary_deadline)
+        # In a process that does not look by itself nobody else would see the end of it.
+        looking = None if self.is_running else asyncio.create_task(self._keep_looking())
+        try:
+            with self.gate.held(control.attempt):
+                return await self.wait_until(lambda c: not c.holds_writes, self.options.primary_deadline)
+        finally:
+            if looking is not None:
+                await end(looking)
+
+    async def _keep_looking(self) -> None:
+        while True:
+            await asyncio.sleep(self.options.poll)
+            with contextlib.suppress(errors.CrossfadeError):
+                await self.refresh()
 
     # --- "secondary unreadable" ----------------------------------------------------------------------------
 

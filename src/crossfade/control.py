@@ -124,7 +124,8 @@ class Control:
 
     def fed_until(self, now: datetime) -> Control | None:
         """The next version, in which MongoDB is no longer fed, if its time is over."""
-        if not self.feeding or not self.feed_until or now < datetime.fromisoformat(self.feed_until):
+        fed = self.phase is Phase.POSTGRES_ONLY and self.state == STEADY and self.feeding
+        if not fed or not self.feed_until or now < datetime.fromisoformat(self.feed_until):
             return None
         return self.changed(
             by="a worker", reason="MongoDB was fed for its time", state=self.state, feeding=False
@@ -339,7 +340,7 @@ class ControlRecord:
         told = new.tells_more_than(old)
         if told:
             await self._note(primary, new, timeout=timeout)
-        if copy:
+        if copy and not (new.retired and secondary == "mongo"):
             # Decided already; where this fails every worker's next look carries the copy over.
             with contextlib.suppress(errors.CrossfadeError):
                 await self.copy(new, to=secondary, timeout=timeout)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -28,7 +28,7 @@ from crossfade.entity import Entity, Rows, UniqueRule
 from crossfade.part import Part, carried_by, digest_with, parts_of
 from crossfade.record import CF, Applied, Debt, DebtKey, Held, Image, new_operation
 from crossfade.steps import Placed, Stepper
-from crossfade.stores.errors import RuleBroken
+from crossfade.stores.errors import Fenced, RuleBroken
 from crossfade.stores.postgres import Ahead, Change, Delivery
 from crossfade.values import (
     Unmappable,
@@ -334,6 +334,27 @@ class Settler:
             image = lifted
         return Settled.SUPERSEDED
 
+    @contextlib.asynccontextmanager
+    async def _mongo_decides(self, entity: Entity, id_: Any, control: Control) -> AsyncIterator[None]:
+        """MongoDB is the primary, as it was under ``control``, and no switch is decided before this block ends.
+
+        What is made in here stands above PostgreSQL's row, so it must not begin once PostgreSQL decides: it is held to
+        what a caller's write is, by the gate and the lease.
+
+        Raises:
+            crossfade.stores.errors.Fenced: it may be so no longer.
+        """
+        board, epoch = self.pair.board, control.epoch
+        if board.member is not None and not board.leased(epoch):
+            await board.refresh()  # a look may only be late
+        # A write under way keeps its epoch from passing, and whatever it does itself.
+        stands = board.control.epoch == epoch or board.gate.holds(epoch)
+        leased = board.member is None or board.leased(epoch)
+        if control.phase.rules.primary != "mongo" or not (stands and leased):
+            raise _no_longer(entity)
+        with board.gate.entered(epoch, [(entity.name, id_to_text(id_))]):
+            yield
+
     async def lift(self, entity: Entity, id_: Any, *, above: int, control: Control) -> Image | None:
         """Give a record the next revision above ``above``, with debt, so that its present content wins.
 
@@ -343,40 +364,43 @@ class Settler:
         pair = self.pair
         timeout = pair.options.primary_deadline
         suffixed: set[str] = set()
-        for _ in range(ATTEMPTS):
-            image = await pair.mongo.read(entity, id_, timeout=timeout)
-            if image is None or image.deleted or image.is_open or await self.is_echo(entity, image):
-                return None
-            buried = await pair.mongo.buried_among(entity, [id_], timeout=timeout)
-            stale = keys_to_stamp(entity, image)
-            keys = {rule: unique_key(key, id_) if rule in suffixed else key for rule, key in stale.items()}
-            named = entity.keys(image.document)
-            changed = tuple(n for n in entity.parts if image.parts.get(n) != image.noted.get(n))
-            try:
-                lifted = await pair.mongo.compare_and_set(
-                    entity,
-                    id_,
-                    rev=image.rev,
-                    set_={
-                        f"{CF}.rev": Int64(max(image.rev, above, *buried.values()) + 1),
-                        f"{CF}.op": new_operation(),
-                        f"{CF}.debt": Debt(control.epoch, parts=changed).to_document(),
-                        **{f"{CF}.keys.{rule}": key for rule, key in keys.items()},
-                    },
-                    unset=[
-                        *(f"{CF}.keys.{rule}" for rule in image.keys if rule not in named),
-                        *(f"{CF}.parts.{name}" for name in changed),
-                    ],
-                    also={f"{CF}.debt.tentative": {"$exists": False}, f"{CF}.deleted": {"$ne": True}},
-                    timeout=timeout,
-                )
-            except RuleBroken:
-                # An older record has the plain key: this one keeps its name, and gets a key of its own.
-                suffixed |= set(stale)
-                continue
-            if lifted is not None and not keys_to_stamp(entity, lifted):
-                return lifted
-        return None
+        async with self._mongo_decides(entity, id_, control):
+            for _ in range(ATTEMPTS):
+                image = await pair.mongo.read(entity, id_, timeout=timeout)
+                if image is None or image.deleted or image.is_open or await self.is_echo(entity, image):
+                    return None
+                buried = await pair.mongo.buried_among(entity, [id_], timeout=timeout)
+                stale = keys_to_stamp(entity, image)
+                keys = {
+                    rule: unique_key(key, id_) if rule in suffixed else key for rule, key in stale.items()
+                }
+                named = entity.keys(image.document)
+                changed = tuple(n for n in entity.parts if image.parts.get(n) != image.noted.get(n))
+                try:
+                    lifted = await pair.mongo.compare_and_set(
+                        entity,
+                        id_,
+                        rev=image.rev,
+                        set_={
+                            f"{CF}.rev": Int64(max(image.rev, above, *buried.values()) + 1),
+                            f"{CF}.op": new_operation(),
+                            f"{CF}.debt": Debt(control.epoch, parts=changed).to_document(),
+                            **{f"{CF}.keys.{rule}": key for rule, key in keys.items()},
+                        },
+                        unset=[
+                            *(f"{CF}.keys.{rule}" for rule in image.keys if rule not in named),
+                            *(f"{CF}.parts.{name}" for name in changed),
+                        ],
+                        also={f"{CF}.debt.tentative": {"$exists": False}, f"{CF}.deleted": {"$ne": True}},
+                        timeout=timeout,
+                    )
+                except RuleBroken:
+                    # An older record has the plain key: this one keeps its name, and gets a key of its own.
+                    suffixed |= set(stale)
+                    continue
+                if lifted is not None and not keys_to_stamp(entity, lifted):
+                    return lifted
+            return None
 
     async def is_echo(self, entity: Entity, image: Image) -> bool:
         """Whether this document is an insert repeated, of a record that has been deleted since; then it is removed.
@@ -464,9 +488,10 @@ class Settler:
                     await pair.postgres.note_conflict(
                         entity, row, cause="a row newer than the delete", store="postgres", timeout=timeout
                     )
-                await pair.mongo.bury(
-                    entity, id_, rev=held.highest + 1, op=new_operation(), owed=True, timeout=primary
-                )
+                async with self._mongo_decides(entity, id_, control):
+                    await pair.mongo.bury(
+                        entity, id_, rev=held.highest + 1, op=new_operation(), owed=True, timeout=primary
+                    )
                 continue
             await pair.mongo.settle_tombstone(
                 entity, id_, rev=tombstone.rev, op=tombstone.op, timeout=primary
@@ -489,6 +514,8 @@ class Settler:
         """
         pair = self.pair
         timeout = pair.options.primary_deadline
+        if "postgres" in (control.phase.rules.primary, pair.board.control.phase.rules.primary):
+            raise _no_longer(entity)
         try:
             image = await pair.mongo.read_owed(entity, id_, timeout=timeout)
             doubted = image is not None and (not owed if image.debt is None else image.debt.parked)
@@ -545,13 +572,14 @@ class Settler:
             crossfade.errors.StoreUnavailable, Fenced: what was begun stays in debt.
         """
         pair, timeout = self.pair, self.pair.options.bulk_deadline
-        if await pair.mongo.read_raw(entity, id_, timeout=timeout) is not None:
-            return False
-        if (await pair.postgres.held(entity, id_, timeout=timeout)).rev != rev:
-            return False
-        await pair.mongo.bury(entity, id_, rev=rev + 1, op=new_operation(), owed=True, timeout=timeout)
-        await self.bring_tombstone(entity, id_, control, timeout=timeout)
-        return True
+        async with self._mongo_decides(entity, id_, control):
+            if await pair.mongo.read_raw(entity, id_, timeout=timeout) is not None:
+                return False
+            if (await pair.postgres.held(entity, id_, timeout=timeout)).rev != rev:
+                return False
+            await pair.mongo.bury(entity, id_, rev=rev + 1, op=new_operation(), owed=True, timeout=timeout)
+            await self.bring_tombstone(entity, id_, control, timeout=timeout)
+            return True
 
     async def deliver_anew(self, entity: Entity, id_: Any, control: Control, *, above: int = 0) -> Settled:
         """Give a row the next revision, above ``above``, and bring it to MongoDB, whatever stands there.
@@ -658,22 +686,23 @@ class Settler:
 
     async def _adopt(self, entity: Entity, image: Image, control: Control) -> Image | None:
         """Lift a document without debt whose content is not the row's; None: they are equal."""
-        held = await self.pair.postgres.held(entity, image.id, timeout=self.pair.options.primary_deadline)
-        if not keys_to_stamp(entity, image):
-            if held.rev == image.rev and held.digest == image.digest and not _covered(held):
-                return None if held.mapping == entity.mapping_version else image
-            if image.rev > held.highest:
-                return image  # nothing in PostgreSQL stands against it
-        if held.rev is not None and 0 < image.rev < held.rev:
-            notes = await self.pair.mongo.notes(
-                entity, image.id, (), timeout=self.pair.options.primary_deadline
-            )
-            now = (notes or {}).get(CF) or {}
-            if (now.get("rev"), now.get("op")) != (image.rev, image.op):
-                return None  # written since it was read: that write brings its own
-            # A document from a backup: what is gone with it is not lost.
-            await self._note_row(entity, image, held)
-        return await self.lift(entity, image.id, above=held.highest, control=control)
+        async with self._mongo_decides(entity, image.id, control):
+            held = await self.pair.postgres.held(entity, image.id, timeout=self.pair.options.primary_deadline)
+            if not keys_to_stamp(entity, image):
+                if held.rev == image.rev and held.digest == image.digest and not _covered(held):
+                    return None if held.mapping == entity.mapping_version else image
+                if image.rev > held.highest:
+                    return image  # nothing in PostgreSQL stands against it
+            if held.rev is not None and 0 < image.rev < held.rev:
+                notes = await self.pair.mongo.notes(
+                    entity, image.id, (), timeout=self.pair.options.primary_deadline
+                )
+                now = (notes or {}).get(CF) or {}
+                if (now.get("rev"), now.get("op")) != (image.rev, image.op):
+                    return None  # written since it was read: that write brings its own
+                # A document from a backup: what is gone with it is not lost.
+                await self._note_row(entity, image, held)
+            return await self.lift(entity, image.id, above=held.highest, control=control)
 
     # --- ROLLBACK_BOTH, MongoDB primary ----------------------------------------------------------------------
 
@@ -1140,6 +1169,13 @@ def _delivered_notes(row: Image) -> dict[str, Any]:
     if row.parts:
         notes["parts"] = {name: part.to_document() for name, part in row.parts.items()}
     return notes
+
+
+def _no_longer(entity: Entity) -> Fenced:
+    return Fenced(
+        f"a record of {entity.name} is not brought to PostgreSQL: whether MongoDB still decides is not known; the "
+        "next round sees"
+    )
 
 
 def _same(one: Any, other: Any) -> bool:

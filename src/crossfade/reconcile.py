@@ -15,7 +15,7 @@ import contextlib
 import random
 import traceback
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -104,7 +104,8 @@ class Reconciler:
             try:
                 await self._background_round()
                 control = self.pair.board.control
-                adopts = control.phase.rules.primary == "mongo" and control.phase.rules.dual
+                rules = control.phase.rules
+                adopts = rules.primary == "mongo" and rules.dual and not control.holds_writes
                 if control.phase.rules.dual and options.full_sweep and boot_clock() >= next_full:
                     if adopts:
                         await self.full_sweep()
@@ -393,23 +394,27 @@ class Reconciler:
         """Adopt documents changed since the last sweep, by ``updatedAt``; how many were lifted."""
         began = datetime.now(UTC)
         since = (self._swept or began) - OVERLAP
+        control = (
+            self.pair.board.control
+        )  # for all of it: what began under one primary is not finished under another
         adopted = 0
         for entity in self.pair.entities.values():
             if any(column.field == "updatedAt" for column in entity.columns):
                 changed = self.pair.mongo.changed_since(
                     entity, "updatedAt", since, batch=_BATCH, timeout=self.pair.options.bulk_deadline
                 )
-                adopted += await self._adopt_all(entity, changed)
+                adopted += await self._adopt_all(entity, changed, control)
         self._swept = began
         return adopted
 
     async def full_sweep(self) -> int:
         """Adopt every document whose content is not its row's, and every foreign delete; how many."""
         adopted = 0
+        control = self.pair.board.control
         for entity in self.pair.entities.values():
             found = self.pair.mongo.scan(entity, batch=_BATCH, timeout=self.pair.options.bulk_deadline)
-            adopted += await self._adopt_all(entity, found)
-            adopted += await self._adopt_deletes(entity)
+            adopted += await self._adopt_all(entity, found, control)
+            adopted += await self._adopt_deletes(entity, control)
         return adopted
 
     # --- comparing -------------------------------------------------------------------------------------------
@@ -456,21 +461,25 @@ class Reconciler:
                     found.append((name, id_))
         return found
 
-    async def _adopt_all(self, entity: Entity, found: AsyncIterator[Image | tuple[Any, bytes]]) -> int:
+    async def _adopt_all(
+        self, entity: Entity, found: AsyncIterator[Image | tuple[Any, bytes]], control: Control
+    ) -> int:
         adopted = 0
         batch: list[Image | tuple[Any, bytes]] = []
         async for one in found:
-            batch.append(one)
+            # Without its content: a thousand whole documents may be more than a worker has room for.
+            batch.append(replace(one, document={}) if isinstance(one, Image) else (one[0], b""))
             if len(batch) >= _BATCH:
-                adopted += await self._adopt_batch(entity, batch)
+                adopted += await self._adopt_batch(entity, batch, control)
                 batch = []
-        return adopted + await self._adopt_batch(entity, batch)
+        return adopted + await self._adopt_batch(entity, batch, control)
 
-    async def _adopt_batch(self, entity: Entity, batch: Sequence[Image | tuple[Any, bytes]]) -> int:
+    async def _adopt_batch(
+        self, entity: Entity, batch: Sequence[Image | tuple[Any, bytes]], control: Control
+    ) -> int:
         if not batch:
             return 0
         timeout = self.pair.options.bulk_deadline
-        control = self.pair.board.control
         ids = [one.id if isinstance(one, Image) else one[0] for one in batch]
         held = await self.pair.postgres.held_many(entity, ids, timeout=timeout)
         quarantined = await self.pair.postgres.quarantined_among(entity, ids, timeout=timeout)
@@ -490,11 +499,10 @@ class Reconciler:
                 adopted += 1
         return adopted
 
-    async def _adopt_deletes(self, entity: Entity) -> int:
+    async def _adopt_deletes(self, entity: Entity, control: Control) -> int:
         """Rows whose document is gone without a tombstone: deleted by a foreign writer, after a second look."""
         pair = self.pair
         timeout = pair.options.bulk_deadline
-        control = pair.board.control
         adopted = 0
         after = ""
         while True:

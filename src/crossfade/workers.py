@@ -142,6 +142,10 @@ class Gate:
             if len(self._wrote) > MOST_WRITTEN:
                 self._wrote = None
 
+    def holds(self, epoch: int) -> bool:
+        """Whether a write of this epoch is under way: then this process has acknowledged no later one."""
+        return epoch in self._inside
+
     def is_clear(self, epoch: int) -> bool:
         """Whether nothing of an older epoch is under way."""
         return all(older >= epoch for older in self._inside)
@@ -324,5 +328,7 @@ class Membership:
             with contextlib.suppress(errors.CrossfadeError):
                 await self.registry.drop(store, self.id, timeout=timeout)
 
-        await asyncio.gather(*(drop(store) for store in self._signs))
+        # No look may give a lease while the entry is on its way out.
+        stores = list(self._signs)
         self._signs.clear()
+        await asyncio.gather(*(drop(store) for store in stores))

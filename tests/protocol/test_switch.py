@@ -14,6 +14,7 @@ from bson.int64 import Int64
 from crossfade import Busy, DuplicateKey, FailureStrategy, NotAllowedInPhase, Phase, StoreUnavailable
 from crossfade.control import PREPARED, STEADY, SWITCHING, Control
 from crossfade.record import CF, Image, new_operation
+from crossfade.stores.errors import Fenced
 from crossfade.stores.postgres import Change
 from crossfade.switch import abort, resolve, resume
 from crossfade.transition import change_phase
@@ -433,6 +434,45 @@ async def test_a_late_write_upon_what_postgres_still_holds_becomes_a_write_of_po
     await w.reconcile()
     await w.assert_equal()
     assert w.conflicts() == []
+
+
+async def test_a_sweep_that_a_switch_overtakes_leaves_what_postgres_has_acknowledged(open_world, monkeypatch):
+    w = await open_world("postgres_read", background=True)
+    coordinator = await open_world("postgres_read")
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.reconcile()
+    w.documents.update_one({"_id": made.id}, {"$set": {"n": 2}})  # something for the sweep to adopt
+    paused, released = asyncio.Event(), asyncio.Event()
+    adopt = w.m.reconciler._adopt_batch
+
+    async def adopt_later(*batch: Any) -> int:
+        if w.control.phase is Phase.POSTGRES_READ:
+            paused.set()
+            await released.wait()
+        return await adopt(*batch)
+
+    monkeypatch.setattr(w.m.reconciler, "_adopt_batch", adopt_later)
+    sweep = asyncio.create_task(w.m.reconciler.full_sweep())
+    await paused.wait()
+    await go(coordinator)
+    await eventually(lambda: knows(w, Phase.POSTGRES_PRIMARY))
+    row = await w.row(made.id)
+    written = again(w, row, n=3)
+    await w.postgres.write(
+        [(w.entity, made.id, lambda *_: written)],
+        migration="accounts", epoch=w.control.epoch, timeout=PATIENCE,
+    )  # fmt: skip
+    released.set()
+    with contextlib.suppress(Fenced):
+        await sweep
+    assert (await w.row(made.id)).document["n"] == 3
+    await w.reconcile()
+    assert (await w.users.get(made.id))["n"] == 3
+    await w.assert_equal()
+
+
+async def knows(w: World, phase: Phase) -> bool:
+    return w.control.phase is phase and w.m.board.lease_valid
 
 
 async def test_a_late_write_upon_what_has_changed_since_is_kept_in_the_conflict_journal(open_world):
