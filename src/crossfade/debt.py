@@ -947,8 +947,9 @@ class Settler:
             crossfade.errors.StoreUnavailable: one of the stores does not answer.
         """
         found = await self.pair.mongo.debts(
-            self.pair.entities.values(), limit=MOST_DELIVERIES, timeout=self.pair.options.primary_deadline
-        )
+            self.pair.entities.values(), limit=MOST_DELIVERIES, parked=False,
+            timeout=self.pair.options.primary_deadline,
+        )  # fmt: skip
         marked = [owed for owed in found if owed.delivery]
         for owed in marked:
             await self.end_delivery(self.pair.entities[owed.entity], owed.id)

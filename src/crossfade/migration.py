@@ -367,6 +367,14 @@ class Migration:
         seen = await self.record.look(timeout=options.primary_deadline)
         if seen.control is not None:
             return
+        for store, name in (("mongo", "MongoDB"), ("postgres", "PostgreSQL")):
+            if not seen.answered(store):
+                # It may be the one that has the record: of a migration that has ended the other one keeps none.
+                raise errors.StoreUnavailable(
+                    store,
+                    f"{name} does not answer, and the other store has no control record of migration {self.name!r}: "
+                    f"whether it has begun cannot be told. Start {name}",
+                )
         first = self._first
         rules = first.phase.rules
         if rules.dual:

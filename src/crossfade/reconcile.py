@@ -107,18 +107,19 @@ class Reconciler:
                 rules = control.phase.rules
                 adopts = rules.primary == "mongo" and rules.dual and not control.holds_writes
                 if control.phase.rules.dual and options.full_sweep and boot_clock() >= next_full:
+                    # Before the work: what fails is not tried again with every poll.
+                    next_full = boot_clock() + options.full_sweep
                     if adopts:
                         await self.full_sweep()
                     await self.link()
-                    next_full = boot_clock() + options.full_sweep
                 if options.sweep and boot_clock() >= next_sweep:
+                    next_sweep = boot_clock() + options.sweep
                     if adopts:
                         await self.sweep()
                     elif control.dual:
                         await self.settler.end_deliveries()
                         await self.strays.merge_all(control)
                     await self._end_feeding(control)
-                    next_sweep = boot_clock() + options.sweep
             except (errors.CrossfadeError, Unmappable) as cause:
                 observe.log().debug(f"Reconciling waits: {cause}", context="Reconcile")
             except Exception as cause:
@@ -208,6 +209,12 @@ class Reconciler:
             look = await self.pair.board.refresh()
             owed = [debt for debt in look.debts if debt.parked is None]
             if not owed:
+                if len(look.debts) >= self.pair.options.board_limit:
+                    total.failed = len(look.debts)
+                    total.cause = (
+                        f"{total.failed:,} debts are parked, as many as the board shows: whether more is owed cannot "
+                        "be seen; settle some of them, see `crossfade debts`"
+                    )
                 return total
             done = await self._settle(owed, look.control, retry_parked=False, undo_open=True)
             total.settled += done.settled

@@ -4,7 +4,7 @@ MongoDB cannot be fenced on every server: a worker that was stopped in the middl
 send it when the primary has changed. Nobody was told that it succeeded, its lease had run out; but it stands there,
 with a debt that nobody in this phase makes. So while PostgreSQL decides, MongoDB's debts are looked for all the same:
 
-- A plain write upon just what PostgreSQL still holds is made there, as a write of its own.
+- A plain write upon just what PostgreSQL still holds, and has delivered, is made there, as a write of its own.
 - Anything else (the record was written since, PostgreSQL's rules refuse it, it was one of several records or was never
   confirmed) is kept whole in the conflict journal, and PostgreSQL's record is brought to MongoDB again.
 
@@ -22,8 +22,9 @@ from crossfade.board import Pair
 from crossfade.control import Control
 from crossfade.debt import MOST_DELIVERIES, Settler
 from crossfade.entity import Entity
+from crossfade.part import parts_of
 from crossfade.record import Image, new_operation
-from crossfade.stores.errors import RuleBroken
+from crossfade.stores.errors import Fenced, RuleBroken
 from crossfade.stores.mongo import Owed
 from crossfade.stores.postgres import Change, Delivery
 from crossfade.values import Unmappable, digest
@@ -54,6 +55,8 @@ class Strays:
     async def merge_all(self, control: Control) -> dict[Merged, int]:
         """End every stray there is now; how many, by what became of them. Nothing unless PostgreSQL decides.
 
+        One that cannot be ended stays, is logged, and keeps nobody else from it.
+
         Raises:
             crossfade.errors.StoreUnavailable, Fenced: what is left stands.
         """
@@ -61,16 +64,25 @@ class Strays:
         if control.phase.rules.primary != "postgres":
             return counts
         found = await self.pair.mongo.debts(
-            self.pair.entities.values(), limit=MOST_DELIVERIES, timeout=self.pair.options.primary_deadline
-        )
-        for owed in found:
             # What was parked before the switch is known, and was waived by a person.
-            if owed.delivery or owed.parked is not None:
+            self.pair.entities.values(), limit=MOST_DELIVERIES, parked=False,
+            timeout=self.pair.options.primary_deadline,
+        )  # fmt: skip
+        for owed in found:
+            if owed.delivery:
                 continue
             entity = self.pair.entities[owed.entity]
-            merged = await (self._end_tombstone if owed.tombstone else self._end_document)(
-                entity, owed, control
-            )
+            end = self._end_tombstone if owed.tombstone else self._end_document
+            try:
+                merged = await end(entity, owed, control)
+            except (errors.StoreUnavailable, Fenced):
+                raise
+            except Exception as cause:
+                observe.log().error(
+                    f"A stray cannot be ended: {type(cause).__name__}",
+                    context="Reconcile", entity=entity.name, id=str(owed.id),
+                )  # fmt: skip
+                continue
             counts[merged] += 1
             if merged is Merged.JOURNALED:
                 observe.log().warning(
@@ -84,14 +96,16 @@ class Strays:
         if raw is None:
             return Merged.NONE
         try:
-            image = Image.from_raw(raw)
+            image = Image.from_raw(raw, entity.parts)
         except Unmappable:
             return (
                 Merged.NONE
             )  # a foreign writer broke it since: it is delivered over when its record is written
         if image.debt is None or image.debt.delivery:
             return Merged.NONE
-        plain = not (image.is_open or image.steps is not None or image.debt.group)
+        # Its writer had not seen what MongoDB has not got: the number of a revision alone does not tell that.
+        undelivered = await pair.postgres.outbox_row(entity, owed.id, timeout=timeout) is not None
+        plain = not (undelivered or image.is_open or image.steps is not None or image.debt.group)
         if plain and await self._is_applied(entity, image, control):
             merged = Merged.APPLIED
         else:
@@ -112,8 +126,9 @@ class Strays:
         nothing = {"_id": owed.id}
         image = Image(owed.id, nothing, buried.rev, buried.op, {}, digest(nothing), deleted=True)
         merged = Merged.APPLIED
+        undelivered = await pair.postgres.outbox_row(entity, owed.id, timeout=timeout) is not None
         held = await pair.postgres.held(entity, owed.id, timeout=timeout)
-        if held.rev is not None and not await self._is_applied(entity, image, control):
+        if held.rev is not None and (undelivered or not await self._is_applied(entity, image, control)):
             cause = _CAUSE.replace("written", "deleted")
             await pair.postgres.note_conflict(entity, image, cause=cause, store="mongo", timeout=timeout)
             merged = Merged.JOURNALED
@@ -136,7 +151,10 @@ class Strays:
                 return Change(None, None, rev, op)
             keys = entity.keys(image.document) | image.keys
             rows = entity.to_rows(image.document, keys)
-            return Change(Image(image.id, image.document, rev, op, keys, image.digest), rows, rev, op)
+            parts = parts_of(image.document, entity.parts, {} if before is None else before.parts, rev)
+            made = Image(image.id, image.document, rev, op, keys, image.digest, parts=parts)
+            # Which of its parts MongoDB has confirmed nobody knows, so it is to have all of them.
+            return Change(made, rows, rev, op, parts=entity.parts)
 
         with contextlib.suppress(_Conflict, RuleBroken, Unmappable, errors.Quarantined, errors.Busy):
             await self.pair.postgres.write(

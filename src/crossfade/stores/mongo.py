@@ -536,14 +536,22 @@ class MongoStore:
         async with self._asking(timeout):
             await self._documents(entity).update_one(query, {"$set": {f"{CF}.debt.parked": cause}})
 
-    async def debts(self, entities: Iterable[Entity], *, limit: int, timeout: float) -> list[Owed]:
-        """Up to ``limit`` debts of each of these entities, and as many of tombstones."""
+    async def debts(
+        self, entities: Iterable[Entity], *, limit: int, timeout: float, parked: bool = True
+    ) -> list[Owed]:
+        """Up to ``limit`` debts of each of these entities, and as many of tombstones.
+
+        ``parked=False``: of those that are not parked, which many that are would hide otherwise.
+        """
+        owing: dict[str, Any] = {f"{CF}.debt": {"$exists": True}}
+        if not parked:
+            owing[f"{CF}.debt.parked"] = {"$exists": False}
         by_name = {entity.name: entity for entity in entities}
         found: list[Owed] = []
         async with self._asking(timeout):
             for entity in by_name.values():
                 cursor = self._documents(entity).find(
-                    {f"{CF}.debt": {"$exists": True}},
+                    owing,
                     {f"{CF}.rev": 1, f"{CF}.op": 1, f"{CF}.debt": 1},
                 )
                 async for note in cursor.limit(limit):
