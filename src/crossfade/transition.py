@@ -24,6 +24,8 @@ from crossfade.workers import SKEW, Registry
 
 #: Seconds between two looks whether every worker has read it.
 _POLL = 0.05
+#: How often keys are stamped before they are found missing: an old application that goes on writing never waits.
+_STAMPINGS = 10
 
 
 def next_phase(here: Phase) -> Phase:
@@ -78,7 +80,7 @@ async def change_phase(
         on_step("preparing tables, indexes and normalised keys")
         await migration.prepare()
     on_step(f"checking the guard of {target.value}")
-    statements = await guard(migration, target)
+    statements = await _ask(migration, target)
     _assert_holds(statements, force, target)
     forced = tuple(s.name for s in statements if not s.holds)
     if forced:
@@ -101,7 +103,7 @@ async def change_phase(
     on_step("waiting until every worker has read it")
     silent = await until_all_have_read(migration, after, began)
     try:
-        _assert_holds(await guard(migration, target, before=before), force, target)
+        _assert_holds(await _ask(migration, target, before=before), force, target)
     except errors.NotAllowedInPhase as cause:
         on_step("going back: the guard no longer holds")
         back = str(cause)
@@ -109,6 +111,16 @@ async def change_phase(
         raise
     await migration.board.refresh()
     return Changed(before, after, forced, silent=silent)
+
+
+async def _ask(migration: Migration, target: Phase, before: Control | None = None) -> list[Statement]:
+    """What the guard says; documents that an old application has just written without keys get them first."""
+    for _ in range(_STAMPINGS):
+        statements = await guard(migration, target, before=before)
+        if all(statement.holds or statement.name != "keys" for statement in statements):
+            break
+        await migration.prepare()
+    return statements
 
 
 def _assert_holds(statements: Sequence[Statement], force: tuple[str, ...], target: Phase) -> None:

@@ -87,8 +87,8 @@ def test_what_is_waived_stands_in_the_way_of_no_switch_although_it_is_owed(
 
     in_dual_write("backfill", status=1)
     in_dual_write("verify")
-    for phase in ("shadow_read", "postgres_read"):
-        in_dual_write("phase", "set", phase)
+    in_dual_write("phase", "set", "shadow_read")
+    in_dual_write("phase", "set", "postgres_read", "--force", "shadow")
     told = in_dual_write("phase", "set", "postgres_primary", "--dry-run", "--json", status=1)
     assert {one["name"] for one in told if not one["holds"]} == {"parked", "quarantine"}
     for one in in_dual_write("quarantine", "list", "--json", status=1)["quarantine"]:

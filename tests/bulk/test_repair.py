@@ -116,8 +116,9 @@ def test_with_postgres_primary_the_rows_decide(stores, in_dual_write, user):
     stores.collection.insert_many(documents)
     in_dual_write("backfill")
     in_dual_write("verify")
-    for phase in ("shadow_read", "postgres_read", "postgres_primary"):
-        in_dual_write("phase", "set", phase)
+    in_dual_write("phase", "set", "shadow_read")
+    in_dual_write("phase", "set", "postgres_read", "--force", "shadow")
+    in_dual_write("phase", "set", "postgres_primary")
     stores.collection.update_one({"_id": documents[1]["_id"]}, {"$set": {"role": "admin"}})
     stores.collection.delete_one({"_id": documents[2]["_id"]})
     stores.sql.execute("DELETE FROM user_friends WHERE user_id = %s", [key(documents[3])])

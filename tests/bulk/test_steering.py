@@ -113,7 +113,7 @@ def test_a_line_that_is_not_understood_changes_nothing_and_is_answered(stores, i
             answer = json.loads(job.recv(4096))
             assert not answer["ok"]
             assert wrong in answer["error"]
-    assert only(in_dual_write("jobs", "--json"))["max_rate"] == 50
+    assert only(in_dual_write("jobs", "--json"))["max_rate"] == 20
 
 
 def test_of_two_jobs_one_has_to_be_named(stores, in_dual_write, begin):
