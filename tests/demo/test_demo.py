@@ -32,9 +32,10 @@ def play(*words, environment, **more):
     )
 
 
+@pytest.mark.timeout(420)
 def test_users_move_under_traffic_through_two_outages_and_nothing_is_lost(environment):
     process = play("--users", "150", "--seconds", "1", "--json", environment=environment)
-    out, err = process.communicate(timeout=170)
+    out, err = process.communicate(timeout=400)
     result = json.loads(out)
     assert process.returncode == 0, (err, result.get("problems"), result.get("failures"))
     assert result["ok"]
@@ -43,7 +44,8 @@ def test_users_move_under_traffic_through_two_outages_and_nothing_is_lost(enviro
     assert result["own_check"]["lost"] == 0
     assert result["own_check"]["checked"]["acknowledged registrations"] > 10
     assert result["own_check"]["checked"]["acknowledged writes of the old application"] > 10
-    assert [report["counts"]["mismatches"] for report in result["verify"]] == [0] * 6
+    assert len(result["verify"]) == 7
+    assert not any(report["counts"]["mismatches"] for report in result["verify"])
     assert result["migrated"]["users"] >= result["legacy"]["users"]
     assert [outage["phase"] for outage in result["outages"]] == ["dual_write", "postgres_read"]
     assert all(outage["deepest"] > 0 for outage in result["outages"])
