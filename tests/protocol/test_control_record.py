@@ -135,3 +135,12 @@ async def test_a_slower_look_never_replaces_a_later_one(open_world, mongo_proxy)
     newer = await w.m.board.refresh()
     await slow
     assert w.m.board.look.began >= newer.began
+
+
+async def test_a_migration_that_only_one_store_can_be_asked_about_is_not_begun(open_world, postgres_proxy):
+    postgres_proxy.refuse()
+    with pytest.raises(StoreUnavailable, match="PostgreSQL does not answer"):
+        await open_world("mongo_only", postgres=postgres_proxy)
+    w = await open_world("mongo_only")
+    again = await open_world("mongo_only", postgres=postgres_proxy)  # the record is there: nothing is begun
+    assert again.control == w.control

@@ -495,6 +495,49 @@ async def test_a_late_write_upon_what_has_changed_since_is_kept_in_the_conflict_
     assert [document["n"] for _, document in w.conflicts()] == [2]
 
 
+async def test_a_late_write_that_has_not_seen_what_is_to_be_delivered_is_kept_whatever_its_number(open_world):
+    w = await open_world("postgres_read")
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.settle()
+    epoch = w.control.epoch
+    await go(w)
+    await w.postgres.write(
+        [(w.entity, made.id, lambda before, _: again(w, before, n=3))],
+        migration="accounts", epoch=w.control.epoch, timeout=PATIENCE,
+    )  # fmt: skip
+    await late_write(w, made.id, 1, epoch, n=2)
+    # As after a lift: just above the revision that PostgreSQL holds, and not made upon it.
+    w.documents.update_one({"_id": made.id}, {"$set": {f"{CF}.rev": Int64(3)}})
+    counts = await w.m.reconciler.strays.merge_all(w.control)
+    assert counts["journaled"] == 1
+    await w.reconcile()
+    assert (await w.users.get(made.id))["n"] == 3
+    await w.assert_equal()
+    assert [document["n"] for _, document in w.conflicts()] == [2]
+
+
+async def test_a_late_write_of_a_record_with_a_part_is_made_and_a_broken_one_is_in_nobodys_way(
+    open_world,
+):
+    w = await open_world("postgres_read", entity=users_entity(pictures=True))
+    broken, made = [await w.users.insert({"username": n, "picture": b"p", "n": 1}) for n in ("Al", "Bob")]
+    await w.settle()
+    epoch = w.control.epoch
+    await go(w)
+    for each in (broken, made):
+        await late_write(w, each.id, 1, epoch, n=2)
+    w.documents.update_one(
+        {"_id": broken.id}, {"$set": {f"{CF}.parts": 1}}
+    )  # what only a foreign hand writes
+    counts = await w.m.reconciler.strays.merge_all(w.control)
+    assert counts["applied"] == 1
+    found = await w.users.get(made.id)
+    assert (found["n"], found["picture"]) == (2, b"p")
+    w.documents.update_one({"_id": broken.id}, {"$unset": {f"{CF}.parts": 1}})
+    await w.reconcile()
+    await w.assert_equal()
+
+
 async def test_a_late_delete_of_an_unchanged_record_is_made_and_one_of_a_changed_record_is_not(open_world):
     w = await open_world("postgres_read")
     kept, gone = [await w.users.insert({"username": name, "n": 1}) for name in ("Kept", "Gone")]
