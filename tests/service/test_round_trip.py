@@ -21,7 +21,7 @@ from crossfade.bulk.verify import Verify
 from crossfade.guard import guard
 from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.bulk_postgres import BulkPostgres
-from crossfade.switch import change_phase
+from crossfade.transition import change_phase
 from crossfade.values import Unmappable, decode_document
 from scorekeeper.legacy import RAW_OPTIONS, DirtRates, generate
 from scorekeeper.legacy.deployment import documents_of
@@ -110,7 +110,6 @@ async def mismatches(migration: Migration, mongo_uri: str, database_url: str) ->
             )
             report = await verify.run()
             found[entity.name] = report.counts.mismatches
-            print("REPORT", entity.name, vars(report) if hasattr(report, "__dict__") else report)
         finally:
             await target.close()
             await asyncio.to_thread(source.close)
@@ -136,7 +135,7 @@ async def test_every_document_comes_back_from_postgresql_as_it_was(mongo_uri: st
     before = snapshot(database)
 
     cf = Crossfade(
-        mongo_uri=mongo_uri, database_url=database_url, options=Options(lease=0.5, secondary_deadline=2.0),
+        mongo_uri=mongo_uri, database_url=database_url, options=Options(lease=5.0, board_age=2.0, secondary_deadline=2.0),
         background=False,
     )  # fmt: skip
     migration = cf.migration("accounts", accounts())

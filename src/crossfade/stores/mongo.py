@@ -439,8 +439,10 @@ class MongoStore:
             return True
         async with self._asking(timeout):
             if any(name.startswith("$") for name in document):
-                # Old documents have such fields; a server takes them of a pipeline, and of no replacement.
-                change = [{"$replaceWith": {"$literal": dict(document)}}]
+                # Old documents have such fields; a server takes them of a pipeline, and of no replacement. The id stays
+                # where it is: DocumentDB 1.0 would write a second one.
+                content = {name: value for name, value in document.items() if name != "_id"}
+                change = [{"$replaceWith": {"$literal": content}}]
                 result = await self._documents(entity).update_one(_exactly(before), change)
             else:
                 result = await self._documents(entity).replace_one(_exactly(before), dict(document))
