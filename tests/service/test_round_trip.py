@@ -7,6 +7,7 @@ import struct
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 import pymongo
@@ -42,6 +43,8 @@ def exact(value: Any) -> Any:
         return [(name, exact(item)) for name, item in value.items() if name != "_cf"]
     if isinstance(value, list):
         return ["list", *map(exact, value)]
+    if isinstance(value, datetime):
+        return ("datetime", value.astimezone(UTC).isoformat())
     if isinstance(value, float):
         return ("float", struct.pack(">d", value))
     return (type(value).__name__, value)
