@@ -138,8 +138,8 @@ async def test_every_document_comes_back_from_postgresql_as_it_was(mongo_uri: st
     before = snapshot(database)
 
     cf = Crossfade(
-        mongo_uri=mongo_uri, database_url=database_url, options=Options(lease=5.0, board_age=2.0, secondary_deadline=2.0),
-        background=False,
+        mongo_uri=mongo_uri, database_url=database_url, background=False,
+        options=Options(lease=5.0, board_age=2.0, secondary_deadline=2.0),
     )  # fmt: skip
     migration = cf.migration("accounts", accounts())
     async with cf:
