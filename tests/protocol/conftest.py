@@ -46,6 +46,7 @@ from crossfade import (
 )
 from crossfade.control import Control
 from crossfade.record import CF, Image
+from crossfade.testing.failure_points import Killed
 from crossfade.values import CODEC_OPTIONS, encode_document, id_to_text, text_to_id
 
 SCHEMA = MetaData()
@@ -315,6 +316,14 @@ async def open_world(mongo_uri, database_url, tables):
     ``enlisted=False``: no worker before its first write, so nobody waits for it to acknowledge an epoch;
     everything else replaces one of `FAST`.
     """
+
+    async def close(cf: Crossfade) -> None:
+        try:
+            await cf.__aexit__(None, None, None)
+        except Killed:  # a process that was killed takes leave of nobody
+            await cf.mongo.close()
+            await cf.postgres.close()
+
     async with contextlib.AsyncExitStack() as stack:
 
         async def open_(
@@ -340,7 +349,8 @@ async def open_world(mongo_uri, database_url, tables):
             )
             entity = entity or users_entity()
             migration = cf.migration("accounts", [entity, *others])
-            await stack.enter_async_context(cf)
+            await cf.__aenter__()
+            stack.push_async_callback(close, cf)
             if enlisted and not background:
                 await migration.board.obtain_lease()  # else with the first write, in whatever trouble that is
             client = stack.enter_context(pymongo.MongoClient(mongo_uri, tz_aware=True))
