@@ -146,6 +146,7 @@ async def test_the_coordinator_fails_at_every_await(mongo_uri, database_url, rec
     print(f"{phase}: the coordinator failed {played} times")  # noqa: T201
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("phase", PHASES)
 async def test_the_coordinator_fails_at_some_awaits(mongo_uri, database_url, record_property, phase):
     chosen = random.Random(f"{os.environ['FAULTS_SEED']} switch {phase}")
@@ -221,7 +222,7 @@ async def test_each_store_is_lost_at_every_step(
     print(f"{phase}: a store was lost {played} times")  # noqa: T201
 
 
-@pytest.mark.long
+@pytest.mark.faults
 @pytest.mark.parametrize("phase", PHASES)
 async def test_each_store_is_lost_at_the_decision(
     mongo_uri, database_url, mongo_proxy, postgres_proxy, phase
@@ -295,7 +296,7 @@ async def test_a_worker_is_lost_at_every_step(mongo_uri, database_url, record_pr
     print(f"{phase}: a worker met {how.name} {played} times")  # noqa: T201
 
 
-@pytest.mark.long
+@pytest.mark.faults
 @pytest.mark.parametrize("phase", PHASES)
 async def test_a_worker_that_is_stopped_before_the_fence_and_wakes_after_the_switch_loses_nothing(
     mongo_uri, database_url, phase
