@@ -53,7 +53,7 @@ test: servers-ready ## all tests, on servers of their own (ARGS="-k name" picks)
 
 test-faults: servers-ready ## every failure at every await on a store (make test has a sample; FAULTS_SEED=1 repeats)
 	@timeout --foreground -s INT -k 60 $(TEST_LIMIT) \
-		$(BIN)/python -m pytest -n auto --maxprocesses=$(TEST_WORKERS) -m faults $(ARGS) tests/faults
+		$(BIN)/python -m pytest -n auto --maxprocesses=$(TEST_WORKERS) -m faults $(ARGS)
 
 soak: servers-ready ## histories of workers in trouble, then rounds of the phases, SOAK=1800 seconds each (HISTORY_SEED=1)
 	@SOAK=$(or $(SOAK),1800) $(BIN)/python -m pytest -n 0 -s tests/histories tests/protocol/test_round.py $(ARGS)

@@ -45,6 +45,7 @@ async def running(cwd: Path, environ: dict[str, str], workers: int) -> AsyncIter
         process.wait()
 
 
+@pytest.mark.faults
 @pytest.mark.long
 @pytest.mark.parametrize("workers", [1, 2])
 async def test_no_request_is_lost_when_it_is_told_to_stop(
