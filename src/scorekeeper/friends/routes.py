@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends
 
 from scorekeeper.auth.current import CurrentUser, SignedIn
 from scorekeeper.errors import forbidden
@@ -12,21 +12,16 @@ from scorekeeper.friends.schemas import (
     AcceptedOut,
     AskedOut,
     Asking,
-    DoneOut,
     EverythingOut,
     FriendsOut,
     ReceivedOut,
     SentOut,
 )
 from scorekeeper.friends.service import FriendService
-from scorekeeper.users.routes import errors_of
+from scorekeeper.routing import errors_of, of_app
+from scorekeeper.users.schemas import DoneOut
 
 router = APIRouter(prefix="/api/users/{userId}", tags=["friends"])
-
-
-def _service(request: Request) -> FriendService:
-    service: FriendService = request.app.state.friends
-    return service
 
 
 def _oneself(userId: str, current: SignedIn) -> CurrentUser:
@@ -35,7 +30,7 @@ def _oneself(userId: str, current: SignedIn) -> CurrentUser:
     return current
 
 
-Friends = Annotated[FriendService, Depends(_service)]
+Friends = Annotated[FriendService, of_app("friends")]
 Oneself = Annotated[CurrentUser, Depends(_oneself)]
 
 

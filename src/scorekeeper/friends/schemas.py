@@ -92,9 +92,3 @@ class EverythingOut(BaseModel):
     friends: list[FriendOut]
     receivedRequests: list[ReceivedRequest]
     sentRequests: list[SentRequest]
-
-
-class DoneOut(BaseModel):
-    """Answer to what has nothing else to say."""
-
-    message: str

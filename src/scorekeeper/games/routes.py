@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Response
 
 from scorekeeper.auth.current import SignedIn
 from scorekeeper.games.everybodys import PublicGames
@@ -28,7 +28,7 @@ from scorekeeper.games.schemas import (
 )
 from scorekeeper.games.table import MOST_LISTED, TableGameService
 from scorekeeper.games.wizard import WizardGameService
-from scorekeeper.users.routes import errors_of
+from scorekeeper.routing import errors_of, of_app
 from scorekeeper.users.schemas import DoneOut
 
 router = APIRouter(tags=["games"])
@@ -39,24 +39,9 @@ USUAL, MOST = 50, 200
 MOST_RECENT = 100
 
 
-def _wizard(request: Request) -> WizardGameService:
-    service: WizardGameService = request.app.state.wizard_games
-    return service
-
-
-def _table(request: Request) -> TableGameService:
-    service: TableGameService = request.app.state.table_games
-    return service
-
-
-def _public(request: Request) -> PublicGames:
-    service: PublicGames = request.app.state.public_games
-    return service
-
-
-Wizard = Annotated[WizardGameService, Depends(_wizard)]
-Tables = Annotated[TableGameService, Depends(_table)]
-Public = Annotated[PublicGames, Depends(_public)]
+Wizard = Annotated[WizardGameService, of_app("wizard_games")]
+Tables = Annotated[TableGameService, of_app("table_games")]
+Public = Annotated[PublicGames, of_app("public_games")]
 
 #: Read as the old back end reads it: see `scorekeeper.games.paging`.
 Number = Annotated[str | None, Query(max_length=32, json_schema_extra={"examples": ["1"]})]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query
 
 from crossfade import Record
 from scorekeeper import names
@@ -18,7 +18,7 @@ from scorekeeper.identities.linking import LinkingService, not_there
 from scorekeeper.identities.lists import IdentityLists
 from scorekeeper.identities.repository import Page
 from scorekeeper.identities.shown import document_of
-from scorekeeper.users.routes import errors_of
+from scorekeeper.routing import errors_of, of_app
 from scorekeeper.wire import document_id
 
 router = APIRouter(prefix="/api/identities", tags=["identities"])
@@ -27,30 +27,10 @@ router = APIRouter(prefix="/api/identities", tags=["identities"])
 LAST_PAGE = 100_000
 
 
-def _lists(request: Request) -> IdentityLists:
-    lists: IdentityLists = request.app.state.identity_lists
-    return lists
-
-
-def _aliases(request: Request) -> AliasService:
-    aliases: AliasService = request.app.state.aliases
-    return aliases
-
-
-def _linking(request: Request) -> LinkingService:
-    linking: LinkingService = request.app.state.linking
-    return linking
-
-
-def _administration(request: Request) -> IdentityAdministration:
-    administration: IdentityAdministration = request.app.state.identity_administration
-    return administration
-
-
-Lists = Annotated[IdentityLists, Depends(_lists)]
-Aliases = Annotated[AliasService, Depends(_aliases)]
-Linking = Annotated[LinkingService, Depends(_linking)]
-Administration = Annotated[IdentityAdministration, Depends(_administration)]
+Lists = Annotated[IdentityLists, of_app("identity_lists")]
+Aliases = Annotated[AliasService, of_app("aliases")]
+Linking = Annotated[LinkingService, of_app("linking")]
+Administration = Annotated[IdentityAdministration, of_app("identity_administration")]
 
 PageNumber = Annotated[int, Query(ge=1, le=LAST_PAGE)]
 #: Records of a page; more than a list allows are as many as it does.

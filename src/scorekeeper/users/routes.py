@@ -6,10 +6,11 @@ from hashlib import blake2b
 from typing import Annotated, Any
 
 import orjson
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from starlette.convertors import StringConvertor, register_url_convertor
 
 from scorekeeper.auth.current import Administrator, Authenticator, Scheme, SignedIn
+from scorekeeper.routing import errors_of, of_app
 from scorekeeper.users.changes import AccountChanges
 from scorekeeper.users.profiles import ProfileService
 from scorekeeper.users.schemas import (
@@ -27,7 +28,6 @@ from scorekeeper.users.schemas import (
     OwnUserAnswer,
     PictureChangedOut,
     PictureOut,
-    ProblemOut,
     ProfileOut,
     RegisteredOut,
     RenamedOut,
@@ -46,29 +46,9 @@ register_url_convertor("account", _AccountId())
 router = APIRouter(prefix="/api/users", tags=["users"])
 
 
-def _service(request: Request) -> UserService:
-    service: UserService = request.app.state.users
-    return service
-
-
-def _changes(request: Request) -> AccountChanges:
-    changes: AccountChanges = request.app.state.account_changes
-    return changes
-
-
-def _profiles(request: Request) -> ProfileService:
-    profiles: ProfileService = request.app.state.profiles
-    return profiles
-
-
-Users = Annotated[UserService, Depends(_service)]
-Changes = Annotated[AccountChanges, Depends(_changes)]
-Profiles = Annotated[ProfileService, Depends(_profiles)]
-
-
-def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What a route answers besides success, for its OpenAPI description."""
-    return {status: {"model": ProblemOut} for status in (*statuses, 413, 503)}
+Users = Annotated[UserService, of_app("users")]
+Changes = Annotated[AccountChanges, of_app("account_changes")]
+Profiles = Annotated[ProfileService, of_app("profiles")]
 
 
 @router.post(
