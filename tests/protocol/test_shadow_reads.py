@@ -152,7 +152,11 @@ async def test_a_foreign_write_that_a_sweep_adopts_in_time_is_no_mismatch(open_w
     [bob] = await made(w, "Bob")
     w.documents.update_one({"_id": bob.id}, {"$set": {"n": 2}})
     await w.users.get(bob.id)
-    await asyncio.sleep(0.2)  # the first look has been
+
+    async def has_been_looked_at() -> bool:
+        return w.m.shadow._waiting > 0
+
+    await eventually(has_been_looked_at)
     await w.m.reconciler.full_sweep()
     assert (await all_compared(w, 1))["equal"] == 1
 
