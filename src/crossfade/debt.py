@@ -345,12 +345,12 @@ class Settler:
             crossfade.stores.errors.Fenced: it may be so no longer.
         """
         board, epoch = self.pair.board, control.epoch
-        if board.member is not None and not board.leased(epoch):
-            await board.refresh()  # a look may only be late
+        if not board.leased(epoch):
+            # A look may only be late; and a command is no worker before it needs to be.
+            await board.obtain_lease()
         # A write under way keeps its epoch from passing, and whatever it does itself.
         stands = board.control.epoch == epoch or board.gate.holds(epoch)
-        leased = board.member is None or board.leased(epoch)
-        if control.phase.rules.primary != "mongo" or not (stands and leased):
+        if control.phase.rules.primary != "mongo" or not (stands and board.leased(epoch)):
             raise _no_longer(entity)
         with board.gate.entered(epoch, [(entity.name, id_to_text(id_))]):
             yield

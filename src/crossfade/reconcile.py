@@ -401,9 +401,8 @@ class Reconciler:
         """Adopt documents changed since the last sweep, by ``updatedAt``; how many were lifted."""
         began = datetime.now(UTC)
         since = (self._swept or began) - OVERLAP
-        control = (
-            self.pair.board.control
-        )  # for all of it: what began under one primary is not finished under another
+        # For all of it: what began under one primary is not finished under another.
+        control = self.pair.board.control
         adopted = 0
         for entity in self.pair.entities.values():
             if any(column.field == "updatedAt" for column in entity.columns):

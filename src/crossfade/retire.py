@@ -19,14 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from crossfade import errors
+from crossfade.clock import boot_clock
 from crossfade.control import Control
 from crossfade.migration import Migration
 from crossfade.phase import Phase
+from crossfade.transition import until_all_have_read
 
 #: Documents in one update: a few milliseconds of the server's time.
 BATCH = 500
-#: A coordinator waits a lease and one per cent: two clocks may not run at the very same speed.
-_SKEW = 1.01
 
 
 @dataclass(slots=True)
@@ -115,11 +115,12 @@ async def _announce(migration: Migration, by: str) -> Control:
     after = control.changed(
         by=by, reason="MongoDB is retired", state=control.state, feeding=False, retired=True
     )
+    began = boot_clock()
     if not await migration.record.change(control, after, timeout=migration.pair.options.primary_deadline):
         raise errors.NotAllowedInPhase(
             f"somebody else changed migration {migration.name} meanwhile; look at `crossfade status`"
         )
-    await asyncio.sleep(migration.pair.options.lease * _SKEW)
+    await until_all_have_read(migration, after, began)
     return after
 
 

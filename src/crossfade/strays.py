@@ -105,8 +105,11 @@ class Strays:
             return Merged.NONE
         # Its writer had not seen what MongoDB has not got: the number of a revision alone does not tell that.
         undelivered = await pair.postgres.outbox_row(entity, owed.id, timeout=timeout) is not None
-        plain = not (undelivered or image.is_open or image.steps is not None or image.debt.group)
-        if plain and await self._is_applied(entity, image, control):
+        held = await pair.postgres.held(entity, owed.id, timeout=timeout)
+        # Another worker was quicker.
+        there = held.rev is None if image.deleted else held.digest == image.digest
+        plain = not (image.is_open or image.steps is not None or image.debt.group)
+        if plain and (there or (not undelivered and await self._is_applied(entity, image, control))):
             merged = Merged.APPLIED
         else:
             await pair.postgres.note_conflict(entity, image, cause=_CAUSE, store="mongo", timeout=timeout)

@@ -436,6 +436,46 @@ async def test_a_late_write_upon_what_postgres_still_holds_becomes_a_write_of_po
     assert w.conflicts() == []
 
 
+async def test_a_command_that_lifts_a_record_is_in_the_registry_first(open_world):
+    w = await open_world("postgres_read", enlisted=False)
+    id_ = w.documents.insert_one({"username": "Bob"}).inserted_id
+    assert w.m.board.member is None
+    lifted = await w.m.settler.lift(w.entity, id_, above=4, control=w.control)
+    assert lifted is not None
+    assert lifted.rev == 5
+    assert w.m.board.lease_valid
+    [entry] = await Registry("accounts", w.m.record.stores).workers("mongo", timeout=PATIENCE)
+    assert entry.id == w.m.board.member.id
+
+
+async def test_a_late_write_that_two_workers_find_is_no_conflict(open_world, monkeypatch):
+    w, other = await open_world("postgres_read"), await open_world("postgres_read", enlisted=False)
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.settle()
+    epoch = w.control.epoch
+    await go(w)
+    await other.m.board.refresh()
+    await late_write(w, made.id, 1, epoch, n=2)
+    strays = w.m.reconciler.strays
+    applied, released, bring = asyncio.Event(), asyncio.Event(), strays._bring
+
+    async def bring_later(*stray: Any) -> None:
+        applied.set()
+        await released.wait()
+        await bring(*stray)
+
+    monkeypatch.setattr(strays, "_bring", bring_later)
+    first = asyncio.create_task(strays.merge_all(w.control))
+    await applied.wait()
+    await other.m.reconciler.strays.merge_all(other.control)
+    released.set()
+    await first
+    await w.reconcile()
+    assert (await w.users.get(made.id))["n"] == 2
+    await w.assert_equal()
+    assert w.conflicts() == []
+
+
 async def test_a_sweep_that_a_switch_overtakes_leaves_what_postgres_has_acknowledged(open_world, monkeypatch):
     w = await open_world("postgres_read", background=True)
     coordinator = await open_world("postgres_read")

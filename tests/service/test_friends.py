@@ -10,6 +10,7 @@ import httpx
 import pytest
 from bson import ObjectId
 
+from crossfade import Phase
 from scorekeeper.wire import now
 
 from .conftest import PHASES, Serve, Service, assert_problem
@@ -60,6 +61,7 @@ async def settled(service: Service) -> None:
             await accounts.settler._queue.join()
             look = await accounts.board.refresh()
             if not look.owed and not look.deliveries:
+                await accounts.reconciler.link()  # what met another's lock is left to the sweep
                 return
             await asyncio.sleep(0.05)
 
@@ -94,7 +96,7 @@ async def test_an_accepted_request_makes_two_friends(serve: Serve, phase: str) -
     assert accepted.json()["friend"].keys() == {"id", "username", "createdAt", "profilePicture"}
     assert accepted.json()["friend"]["id"] == ann.id
     assert (await friends(ann), await friends(bob)) == ([bob.id], [ann.id])
-    if phase != "mongo_only":
+    if Phase(phase).rules.dual:
         await settled(service)
         assert_stores_agree(service)
 
@@ -133,7 +135,7 @@ async def test_who_was_turned_down_or_has_parted_may_ask_again(serve: Serve, pha
     assert (await bob.call("DELETE", f"friends/{ann.id}")).status_code == 200, "who is no friend is no error"
     assert (await ann.ask(bob)).status_code == 201
     assert (await ann.call("DELETE", f"friend-requests/{first}")).status_code == 200
-    if phase != "mongo_only":
+    if Phase(phase).rules.dual:
         await settled(service)
         assert_stores_agree(service)
 
@@ -213,7 +215,7 @@ async def test_lists_show_friends_and_open_requests_of_both_sides(serve: Serve, 
     assert (await ann.call("POST", f"friends/{tom.id}")).status_code == 200, "answers what Tom has asked"
     body = await everything(ann)
     assert (names_of(body["friends"]), body["receivedRequests"]) == (["Bob", "Tom"], [])
-    if phase != "mongo_only":
+    if Phase(phase).rules.dual:
         await settled(service)
         assert_stores_agree(service)
 
@@ -235,7 +237,7 @@ async def test_partners_that_are_gone_and_other_dirt_are_in_no_list(serve: Serve
     assert (await ann.call("DELETE", f"friends/{gone}")).status_code == 200
     assert (await ann.call("DELETE", f"friends/{bob.id}")).status_code == 200
     assert await friends(ann) == [ann.id], "parting removes whom one parts from, however often they are there"
-    if phase != "mongo_only":
+    if Phase(phase).rules.dual:
         await settled(service)
         assert service.rows("SELECT friend_id, friend_ref FROM user_friends") == [(ann.id, ann.id)]
 

@@ -11,7 +11,7 @@ from bson import ObjectId
 
 from scorekeeper.wire import now
 
-from .conftest import PHASES, Serve, Service, assert_problem
+from .conftest import ADMINISTRATOR, PHASES, Serve, Service, assert_problem
 from .test_friends import Person, person, settled
 
 
@@ -33,7 +33,7 @@ async def ok(someone: Person, method: str, path: str, body: Any = None, **query:
 
 async def administrator(service: Service, name: str = "Root") -> Person:
     root = await person(service, name)
-    await service.app.state.account_changes.set_role(root.id, "admin")
+    await service.app.state.account_changes.set_role(ADMINISTRATOR, root.id, "admin")
     return root
 
 
