@@ -273,11 +273,14 @@ class Board:
         if self.member is None:
             registry = Registry(self.migration, self.record.stores)
             self.member = Membership(registry, self.gate, self.options.lease)
-        # The first look says which store is primary; the entry stands there before the second.
-        for _ in range(2):
+        # The first look says which store is primary; the entry stands there before the next. Where another look of
+        # this process is just writing it, this one has not, and the one after that may have to.
+        for _ in range(3):
             await self.refresh()
             if self.lease_valid:
                 return
+            async with self._signing:
+                pass
 
     async def _run(self) -> None:
         refreshed = boot_clock()

@@ -9,7 +9,7 @@ import pytest
 
 from .conftest import Command, said
 
-pytestmark = [pytest.mark.long, pytest.mark.faults]
+pytestmark = pytest.mark.long
 
 
 def test_the_primary_goes_over_and_back_step_by_step(crossfade: Command, notes: Any) -> None:

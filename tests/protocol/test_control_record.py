@@ -1,7 +1,9 @@
 """Where a migration stands: one record, changed by compare-and-set, and the fence that it is."""
 
 import asyncio
+import contextlib
 
+import psycopg
 import pytest
 
 from crossfade import Phase, StoreUnavailable
@@ -48,6 +50,23 @@ async def test_a_copy_that_lags_is_carried_over_by_the_next_look(open_world):
     assert look.control == new
     seen = await w.m.record.look(timeout=PATIENCE)
     assert seen.mongo == seen.postgres == new.version
+
+
+async def test_a_transaction_whose_client_has_stopped_keeps_no_change_of_epoch_waiting(
+    open_world, database_url
+):
+    """A process that is stopped within a pipeline is not idle in transaction, as the server sees it."""
+    w = await open_world("postgres_primary")
+    shared = "SELECT pg_advisory_xact_lock_shared(hashtextextended('crossfade:accounts', 0))"
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as stopped:
+        with contextlib.suppress(psycopg.OperationalError):
+            async with stopped.pipeline():
+                await stopped.execute("BEGIN")
+                await (await stopped.execute(shared)).fetchall()
+                await w.set_phase("postgres_read")
+                await stopped.execute("COMMIT")
+        assert stopped.broken
+    assert w.m.phase is Phase.POSTGRES_READ
 
 
 async def test_an_older_copy_never_replaces_a_newer_one(open_world):

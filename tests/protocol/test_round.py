@@ -52,7 +52,6 @@ class Evidence:
 
 
 @pytest.mark.long
-@pytest.mark.faults
 @pytest.mark.timeout(SOAK + 300)
 async def test_a_round_of_the_phases_under_traffic_is_clean_at_each(open_world, mongo_uri):
     # Tables are there, and nothing else: the migration begins before Crossfade has been heard of.

@@ -448,6 +448,18 @@ async def test_a_command_that_lifts_a_record_is_in_the_registry_first(open_world
     assert entry.id == w.m.board.member.id
 
 
+@pytest.mark.parametrize("phase", BOTH_WAYS)
+async def test_two_that_enter_the_registry_at_once_both_have_a_lease(open_world, phase):
+    """In one process: the one that finds the entry being written waits for it."""
+    w = await open_world(phase, enlisted=False)
+
+    async def has_a_lease() -> bool:
+        await w.m.board.obtain_lease()
+        return w.m.board.lease_valid
+
+    assert await asyncio.gather(*(has_a_lease() for _ in range(4))) == [True] * 4
+
+
 async def test_a_late_write_that_two_workers_find_is_no_conflict(open_world, monkeypatch):
     w, other = await open_world("postgres_read"), await open_world("postgres_read", enlisted=False)
     made = await w.users.insert({"username": "Bob", "n": 1})

@@ -49,6 +49,8 @@ _LOCKED = " WHERE p.id = %s FOR NO KEY UPDATE OF p"
 _MANY = 8
 #: Seconds for the caller to go on before what is left to do behind its back takes the processor from it.
 _CALLER_FIRST = 0.002
+#: Seconds without a word of its client after which a transaction keeps no change of epoch waiting.
+_SILENT = 0.5
 
 _T = TypeVar("_T")
 _NAMED = re.compile(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", re.MULTILINE | re.DOTALL)
@@ -1243,7 +1245,8 @@ class PostgresStore:
     ) -> bool:
         """Replace the control record that is at version ``expected`` (None: where there is none).
 
-        Waits for every writing transaction under way: none of the older epoch commits afterwards.
+        Waits for every writing transaction under way: none of the older epoch commits afterwards. One whose client has
+        been silent for half a second is ended: nobody was told that it succeeded.
         """
         return await self._control_statement(
             "control_insert" if expected is None else "control_change", migration, record, expected, timeout
@@ -1273,7 +1276,18 @@ class PostgresStore:
                 await connection.execute(QUERIES["lock_exclusive"], {"migration": migration})
                 return (await connection.execute(QUERIES[name], parameters)).rowcount == 1
 
-        return await self._bounded(work(), timeout)
+        ending = asyncio.create_task(self._end_silent(migration, timeout))
+        try:
+            return await self._bounded(work(), timeout)
+        finally:
+            ending.cancel()
+
+    async def _end_silent(self, migration: str, timeout: float) -> None:
+        """End the sessions that keep a change of epoch waiting because their client has stopped."""
+        while True:
+            await asyncio.sleep(_SILENT)
+            with contextlib.suppress(errors.CrossfadeError):
+                await self._ask("end_silent", timeout, migration=migration, silent=_SILENT)
 
     async def note_history(
         self, migration: str, entries: Sequence[Mapping[str, Any]], *, timeout: float

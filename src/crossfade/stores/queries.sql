@@ -18,6 +18,16 @@ SELECT set_config(name, 'off', true) FROM unnest(ARRAY['enable_hashjoin', 'enabl
 -- name: lock_exclusive
 SELECT pg_advisory_xact_lock(hashtextextended('crossfade:' || %(migration)s, 0))
 
+-- name: end_silent
+-- Sessions that hold the shared lock and have not heard of their client for a while. A client that is stopped between
+-- two statements of a pipeline is not idle in transaction to the server, so no time-out of the server's ends it.
+SELECT pg_terminate_backend(pid)
+FROM pg_stat_activity JOIN pg_locks USING (pid)
+WHERE locktype = 'advisory' AND granted AND mode = 'ShareLock' AND objsubid = 1
+  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND (classid::bigint << 32 | objid::bigint) = hashtextextended('crossfade:' || %(migration)s, 0)
+  AND wait_event = 'ClientRead' AND clock_timestamp() - state_change > make_interval(secs => %(silent)s)
+
 -- name: epoch_is
 SELECT EXISTS (SELECT FROM crossfade.control WHERE migration = %(migration)s AND epoch = %(epoch)s)
 

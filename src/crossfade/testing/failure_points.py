@@ -10,7 +10,9 @@ Design
     of its statements was the last.
 
     ``first = await points.run(operation)`` gives the points of a run without failures; ``points.plan({7: ...})`` makes
-    the eighth fail in the next. A worker that was killed asks its stores for nothing any more.
+    the eighth fail in the next. Where what others do decides how often an operation looks, the same number is another
+    point in every run: there `Point.place` names it, and whoever runs the operation says which `FailurePoints.stage` it
+    has come to. A worker that was killed asks its stores for nothing any more.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import asyncio
 import contextlib
 import contextvars
 import inspect
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -72,6 +75,10 @@ class Failure(StrEnum):
 _CONNECTING = (Failure.REFUSED, Failure.ANSWER_LATE)
 
 
+#: The stage, the call, and which of its calls in that stage it is, from 0.
+Place = tuple[str, str, int]
+
+
 class Killed(BaseException):
     """The process ended here."""
 
@@ -85,12 +92,14 @@ class Point:
         store: "mongo" or "postgres".
         call: what was asked for: ``users.find_one_and_update``, ``COMMIT``, a named query.
         failures: what can go wrong there.
+        place: the same point in another run, also where its number is another one.
     """
 
     number: int
     store: str
     call: str
     failures: tuple[Failure, ...]
+    place: Place
 
     def __str__(self) -> str:
         return f"{self.number} ({self.store}: {self.call})"
@@ -105,6 +114,7 @@ class FailurePoints:
         struck: the planned failures that have happened, by the point they met.
         kill: what ends the process; raises `Killed` where it returns.
         killed: the process has ended: nothing is asked of any store any more.
+        stage: how far the operation has come, as whoever runs it says; for `Point.place`.
     """
 
     cf: Crossfade
@@ -112,8 +122,10 @@ class FailurePoints:
     points: list[Point] = field(default_factory=list)
     struck: dict[int, Failure] = field(default_factory=dict)
     killed: bool = False
+    stage: str = ""
     _counting: bool = False
-    _plan: dict[int, Failure] = field(default_factory=dict)
+    _plan: Mapping[Any, Failure] = field(default_factory=dict)
+    _calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     _lasting: bool = False
     _dead: str | None = None
     _late: set[asyncio.Task[None]] = field(default_factory=set)
@@ -126,13 +138,19 @@ class FailurePoints:
         mongo._raw = _Database(mongo._raw, self)  # type: ignore[assignment]
         postgres._pool = _Pool(postgres._pool, self)  # type: ignore[assignment]
 
-    def plan(self, failures: Mapping[int, Failure], *, lasting: bool = False) -> None:
-        """Let these points of the next run fail; ``lasting``: their store is dead from the first of them on."""
+    def plan(
+        self, failures: Mapping[int, Failure] | Mapping[Place, Failure], *, lasting: bool = False
+    ) -> None:
+        """Let the points of these numbers, or places, fail in the next run.
+
+        ``lasting``: their store is dead from the first of them on.
+        """
         self._plan, self._lasting = dict(failures), lasting
 
     async def run(self, operation: Callable[[], Awaitable[T]]) -> T:
         """Carry the operation out, counting, and with the failures that were planned."""
         self.points, self.struck, self._counting = [], {}, True
+        self._calls.clear()
         self._deliver.clear()
         try:
             answer = await operation()
@@ -174,8 +192,11 @@ class FailurePoints:
             raise Killed
         if not self._counting:
             return await act()
-        point = Point(len(self.points), store, call, _failures(store, connecting=connecting))
+        point = Point(
+            len(self.points), store, call, _failures(store, connecting=connecting), self._place(call)
+        )
         self.points.append(point)
+        self._calls[self.stage, call] += 1
         failure = self._failure_at(point)
         if failure is None:
             answer = await act()
@@ -197,8 +218,17 @@ class FailurePoints:
             raise Killed
         raise _exception(store, failure, connecting=connecting)
 
+    def _place(self, call: str) -> Place:
+        return (self.stage, call, self._calls[self.stage, call])
+
+    def planned_next(self, call: str) -> Failure | None:
+        """What is planned for the next point, if it is this call."""
+        if not self._counting:
+            return None
+        return self._plan.get(len(self.points)) or self._plan.get(self._place(call))
+
     def _failure_at(self, point: Point) -> Failure | None:
-        planned = self._plan.get(point.number)
+        planned = self._plan.get(point.number) or self._plan.get(point.place)
         if planned is not None and planned in point.failures:
             if self._lasting:
                 self._dead = point.store
@@ -399,7 +429,7 @@ class _Connection:
         return await self._at(name, lambda: self._inner.execute(query, parameters))
 
     async def _at(self, name: str, act: Callable[[], Awaitable[Any]]) -> Any:
-        planned = self._points._plan.get(len(self._points.points)) if self._points._counting else None
+        planned = self._points.planned_next(name)
 
         async def acted() -> Any:
             answer = await act()
