@@ -33,7 +33,7 @@ def play(*words, environment, **more):
 
 
 @pytest.mark.timeout(420)
-def test_users_move_under_traffic_through_two_outages_and_nothing_is_lost(environment):
+def test_users_move_under_traffic_through_two_outages_over_and_back_and_nothing_is_lost(environment):
     process = play("--users", "150", "--seconds", "1", "--json", environment=environment)
     out, err = process.communicate(timeout=400)
     result = json.loads(out)
@@ -49,6 +49,8 @@ def test_users_move_under_traffic_through_two_outages_and_nothing_is_lost(enviro
     assert result["migrated"]["users"] >= result["legacy"]["users"]
     assert [outage["phase"] for outage in result["outages"]] == ["dual_write", "postgres_read"]
     assert all(outage["deepest"] > 0 for outage in result["outages"])
+    assert [switched["phase"] for switched in result["switches"]] == ["postgres_primary", "postgres_read"]
+    assert all(switched["held"] > 0 and switched["failed"] == 0 for switched in result["switches"])
     assert result["left_in_debt"] == 0
     assert any(read["source"] == "postgres" for read in result["reads"])
     assert result["added_ms"]["all"]["dual_write"]

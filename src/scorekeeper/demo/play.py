@@ -1,7 +1,8 @@
 """The story itself, step by step, and the figures that it leaves.
 
 mongo_only -> dual_write -> backfill -> PostgreSQL dies and comes back -> verify -> shadow_read -> postgres_read ->
-PostgreSQL dies and comes back -> the end: writers stop, everything is settled, compared, and looked for.
+PostgreSQL dies and comes back -> the old application stops -> postgres_primary -> back to postgres_read -> the end:
+writers stop, everything is settled, compared, and looked for.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from scorekeeper.demo.checks import Findings, look_at_both
 from scorekeeper.demo.old_application import OldApplication
 from scorekeeper.demo.screen import Screen, Step
 from scorekeeper.demo.stage import DemoFailed, Stage
+from scorekeeper.demo.switched import Switched
 from scorekeeper.demo.traffic import RoleChange, Traffic
 from scorekeeper.demo.watching import (
     COLLECTIONS,
@@ -37,6 +39,7 @@ from scorekeeper.demo.watching import (
     read_sources,
     rows_by_table,
     run_progress,
+    shadow_progress,
 )
 from scorekeeper.legacy import LegacySummary, generate
 
@@ -102,6 +105,7 @@ class Figures:
     quarantined: dict[str, int] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     outages: list[Outage] = field(default_factory=list)
+    switches: list[Switched] = field(default_factory=list)
     findings: Findings = field(default_factory=Findings)
     left_in_debt: int = 0
     dead_workers: list[int] = field(default_factory=list)
@@ -129,6 +133,7 @@ class Play:
     traffic: Traffic = field(init=False)
     old: OldApplication = field(init=False)
     debts: Debts = field(init=False)
+    _old_writes: asyncio.Task[None] = field(init=False)
 
     @property
     def problems(self) -> list[str]:
@@ -140,6 +145,7 @@ class Play:
             f"{figures.mismatches} records differ": figures.mismatches,
             f"{figures.left_in_debt} records are still in debt": figures.left_in_debt,
             f"workers ended: {figures.dead_workers}": len(figures.dead_workers),
+            "writes that a switch held failed": sum(switched.failed for switched in figures.switches),
         }
         return [what for what, number in found.items() if number]
 
@@ -250,7 +256,8 @@ class Play:
 
     async def _under_traffic(self) -> None:
         async with asyncio.TaskGroup() as group:
-            writers = [group.create_task(self.traffic.run()), group.create_task(self.old.run())]
+            self._old_writes = group.create_task(self.old.run())
+            writers = [group.create_task(self.traffic.run()), self._old_writes]
             watchers = [
                 group.create_task(self.debts.run()),
                 group.create_task(self.old.watch(self.stage.database_url)),
@@ -258,7 +265,6 @@ class Play:
             await self._phases()
             with self.screen.step("writers stop; everything owed is settled") as step:
                 self.traffic.stop()
-                self.old.stop()
                 await asyncio.gather(*writers)
                 done = await self.stage.crossfade("reconcile", "--full", may_find=True)
                 await asyncio.sleep(0.5)
@@ -305,6 +311,7 @@ class Play:
             by_postgres = sum(n for (source, _), n in self.figures.reads.items() if source == "postgres")
             reading.detail = f"{by_postgres * 100 // total} % of {total:,} reads"
         await self._die_and_come_back("postgres_read")
+        await self._over_and_back()
         traffic.stage = "ending"
 
     @contextmanager
@@ -356,18 +363,24 @@ class Play:
     async def _compare_enough(self, step: Step) -> None:
         """Wait for the reads that the guard of ``postgres_read`` wants compared, and see to what differs."""
         until = time.monotonic() + _PATIENCE
-        while True:
-            shadow = (await self.stage.crossfade("status"))["shadow"]
-            wanted = int(self.stage.environment["CROSSFADE_SHADOW_COMPARISONS"])
-            step.progress(min(shadow["comparisons"], wanted), wanted)
-            if shadow["open"]:
-                await self._adopt_what_differs()
-            elif shadow["comparisons"] >= wanted:
-                step.detail = f"{shadow['comparisons']:,} reads compared, no mismatch open"
-                return
-            if time.monotonic() > until:
-                raise DemoFailed(f"the reads did not become equal within {_PATIENCE:.0f} s: {shadow}")
-            await asyncio.sleep(0.5)
+        wanted = int(self.stage.environment["CROSSFADE_SHADOW_COMPARISONS"])
+        async with await psycopg.AsyncConnection.connect(
+            self.stage.database_url, autocommit=True
+        ) as connection:
+            while True:
+                compared, differing = await shadow_progress(connection)
+                step.progress(min(compared, wanted), wanted)
+                if differing:
+                    await self._adopt_what_differs()
+                elif compared >= wanted:
+                    step.detail = f"{compared:,} reads compared, no mismatch open"
+                    return
+                if time.monotonic() > until:
+                    raise DemoFailed(
+                        f"the reads did not become equal within {_PATIENCE:.0f} s: {compared} compared, {differing} "
+                        "differ"
+                    )
+                await asyncio.sleep(0.25)
 
     async def _adopt_what_differs(self) -> None:
         """See to writes of the old application whose sweep came later than the last look of a comparison."""
@@ -384,6 +397,37 @@ class Play:
                     raise
                 await self._adopt_what_differs()
         await self._set_phase("postgres_read")
+
+    async def _over_and_back(self) -> None:
+        """Make PostgreSQL the primary, and MongoDB again."""
+        with self.screen.step("the old application ends: it knows MongoDB alone"):
+            self.old.stop()
+            await self._old_writes
+            await self.stage.crossfade("phase", "foreign-writers", "stopped", as_json=False)
+        # What PostgreSQL cannot hold is in quarantine, and stays in MongoDB: said by name, and kept in the history.
+        accepted = ("--force", "quarantine", "--force", "parked")
+        with self.screen.step("crossfade switch: PostgreSQL becomes the primary") as over:
+            await self._switch(over, "switch", *accepted)
+        with self.screen.step("PostgreSQL decides, MongoDB follows"), self._measured("postgres_primary"):
+            await asyncio.sleep(self.dwell)
+        with self.screen.step("crossfade back: MongoDB is the primary again") as back:
+            await self._switch(back, "back")
+
+    async def _switch(self, step: Step, *words: str) -> None:
+        began = time.monotonic()
+        for attempt in range(1, _LOOKS + 1):
+            try:
+                report = await self.stage.crossfade(*words)
+            except DemoFailed as refused:
+                # It went back by itself: on a machine that is busy enough the pause passes its limit.
+                if attempt == _LOOKS or "the limit" not in str(refused):
+                    raise
+                continue
+            switched = Switched.from_report(report, seconds=time.monotonic() - began, attempts=attempt)
+            self.figures.switches.append(switched)
+            self.screen.phase = switched.phase
+            step.detail = str(switched)
+            return
 
     def _lag(self, stage: str) -> str:
         lags = sorted(self.old.lags.get(stage, ()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich import box
@@ -15,7 +16,7 @@ from scorekeeper.demo.play import Outage, Play
 from scorekeeper.demo.traffic import EXPECTED
 
 #: The phases that are compared, with what the first one is without.
-_BASE, _COMPARED = "mongo_only", ("dual_write", "postgres_read")
+_BASE, _COMPARED = "mongo_only", ("dual_write", "postgres_read", "postgres_primary")
 #: Fewer answers than this say nothing about a percentile.
 _FEWEST = 5
 
@@ -110,6 +111,7 @@ def as_json(play: Play, seconds: float) -> dict[str, Any]:
             {name: getattr(outage, name) for name in Outage.__dataclass_fields__}
             for outage in figures.outages
         ],
+        "switches": [asdict(switched) for switched in figures.switches],
         "left_in_debt": figures.left_in_debt,
         "reads": [
             {"source": source, "reason": reason, "number": n} for (source, reason), n in figures.reads.items()
@@ -137,7 +139,7 @@ def show(play: Play, seconds: float, out: Console) -> None:
 
 def _requests(play: Play) -> Table:
     table = Table(
-        "request", "sent", "failed", "mongo_only", "dual_write", "postgres_read",
+        "request", "sent", "failed", _BASE, *_COMPARED,
         box=box.SIMPLE_HEAD, title="requests; milliseconds p50 / p99: phase 0, and what a later phase adds",
     )  # fmt: skip
     for column in table.columns[1:]:
@@ -206,6 +208,8 @@ def _facts(play: Play) -> Table:
         )
         back = f"; read again after {outage.reads_back} s" if outage.reads_back is not None else ""
         add("  debt", f"at most {outage.deepest} records, drained {outage.drained} s after its return{back}")
+    for switched in figures.switches:
+        add(f"switched to {switched.phase}", str(switched), bad=bool(switched.failed))
     add("  in debt at the end", str(figures.left_in_debt), bad=bool(figures.left_in_debt))
     total = max(figures.reads.total(), 1)
     for (source, reason), number in figures.reads.most_common():

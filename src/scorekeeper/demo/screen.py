@@ -15,7 +15,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-PHASES = ("mongo_only", "dual_write", "shadow_read", "postgres_read")
+PHASES = ("mongo_only", "dual_write", "shadow_read", "postgres_read", "postgres_primary")
 
 
 @dataclass

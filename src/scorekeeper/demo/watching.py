@@ -95,6 +95,16 @@ async def run_progress(connection: psycopg.AsyncConnection[Any], kind: str) -> i
     return 0 if row is None else int(row[0])
 
 
+async def shadow_progress(connection: psycopg.AsyncConnection[Any]) -> tuple[int, int]:
+    """Reads compared since the phase was entered, and records of which the two stores gave different answers."""
+    cursor = await connection.execute(
+        "SELECT coalesce(sum(equal + mismatch), 0), "
+        "(SELECT count(*) FROM crossfade.mismatches WHERE resolved_at IS NULL) FROM crossfade.shadow"
+    )
+    row = await cursor.fetchone()
+    return (0, 0) if row is None else (int(row[0]), int(row[1]))
+
+
 def quarantined_by_reason(database_url: str) -> dict[str, int]:
     """Records in quarantine, by reason; names of fields are left out, so that equal reasons add up."""
     found: Counter[str] = Counter()
