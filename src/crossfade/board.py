@@ -355,7 +355,7 @@ class Board:
             raise errors.StoreUnavailable(
                 control.phase.rules.primary, f"{control.phase.rules.primary} does not answer"
             )
-        await self.record.spread(seen, timeout=timeout)
+        lagging = await self.record.spread(seen, timeout=timeout)
         owed: tuple[Owed, ...] = ()
         deliveries: tuple[Delivery, ...] = ()
         limit = options.board_limit
@@ -387,16 +387,19 @@ class Board:
             postgres=seen.postgres != -1,
         )
         async with self._changed:
-            if self.look is not None and look.began < self.look.began:
-                return look  # another look began later and was faster
-            self._note_ages(look)
-            self._note_flag(control, began)
-            self.look = look
-            self._grant(control, began)
-            if control.state != STEADY:
-                self.gate.hear_of(control.attempt)
-            self._changed.notify_all()
-        await self._give_sign(control, seen)
+            latest = self.look is None or look.began >= self.look.began  # else another one was faster
+            if latest:
+                self._note_ages(look)
+                self._note_flag(control, began)
+                self.look = look
+                self._grant(control, began)
+                if control.state != STEADY:
+                    self.gate.hear_of(control.attempt)
+                self._changed.notify_all()
+        if latest:
+            await self._give_sign(control, seen)
+        # Writes that a switch held go on by now.
+        await self.record.spread_history(lagging, timeout=timeout)
         return look
 
     def _grant(self, control: Control, began: float) -> None:

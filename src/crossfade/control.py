@@ -292,22 +292,31 @@ class ControlRecord:
         found = await self.stores[known.phase.rules.primary].control(self.migration, timeout=timeout)
         return found is not None and int(found["version"]) == known.version
 
-    async def spread(self, seen: Seen, *, timeout: float) -> None:
-        """Bring the copy that lags behind up to the newest version, its history with it.
+    async def spread(self, seen: Seen, *, timeout: float) -> dict[str, int]:
+        """Bring the copy that lags behind up to the newest version; by its store, the version that it had.
 
-        Not while a switch is under way: what the other store holds then says how far it has come.
+        `spread_history` is to follow, once nobody waits. Not while a switch is under way: what the other store holds
+        then says how far it has come.
         """
+        lagging: dict[str, int] = {}
         if seen.control is None or seen.control.state != STEADY:
-            return
+            return lagging
         record = seen.control.to_document()
         for name, version in (("mongo", seen.mongo), ("postgres", seen.postgres)):
             if version is None or 0 <= version < seen.control.version:
                 try:
                     await self.stores[name].copy_control(self.migration, record, timeout=timeout)
-                    # The other steps of a switch stand in the old primary's store alone.
-                    await self._copy_history(to=name, after=(version or 0) - _STEPS, timeout=timeout)
                 except errors.CrossfadeError:
                     continue  # it is down: the next look finds it lagging still
+                lagging[name] = version or 0
+        return lagging
+
+    async def spread_history(self, lagging: Mapping[str, int], *, timeout: float) -> None:
+        """Bring the history to copies that `spread` found behind; what cannot be brought now is left out there."""
+        for name, version in lagging.items():
+            with contextlib.suppress(errors.CrossfadeError):
+                # The other steps of a switch stand in the old primary's store alone.
+                await self._copy_history(to=name, after=version - _STEPS, timeout=timeout)
 
     async def begin(self, control: Control, *, timeout: float) -> Control:
         """Write the first record, or return the one that another worker wrote first.
@@ -323,7 +332,7 @@ class ControlRecord:
         seen = await self.look(timeout=timeout)
         if seen.control is None:
             raise errors.StoreUnavailable(control.phase.rules.primary, "the control record cannot be read")
-        await self.spread(seen, timeout=timeout)
+        await self.spread_history(await self.spread(seen, timeout=timeout), timeout=timeout)
         return seen.control
 
     async def change(self, old: Control, new: Control, *, timeout: float, copy: bool = True) -> bool:

@@ -58,17 +58,34 @@ class Pause:
     """What held writes waited, in seconds, as the workers that are left tell it.
 
     Attributes:
-        writes: how many waited.
-        failed: of these, how many in vain.
+        waits: how long each waited, the shortest first.
+        failed: how many of them in vain.
         whole: from the fence to the decision, by the coordinator's clock.
     """
 
-    writes: int = 0
+    waits: tuple[float, ...] = ()
     failed: int = 0
-    p50: float = 0.0
-    p99: float = 0.0
-    longest: float = 0.0
     whole: float = 0.0
+
+    @property
+    def writes(self) -> int:
+        """How many waited."""
+        return len(self.waits)
+
+    @property
+    def p50(self) -> float:
+        """Half of them waited no longer; 0 where none did."""
+        return statistics.median(self.waits) if self.waits else 0.0
+
+    @property
+    def p99(self) -> float:
+        """All but one in a hundred waited no longer; of fewer than a hundred: the longest."""
+        return self.waits[min(self.writes - 1, int(self.writes * 0.99))] if self.waits else 0.0
+
+    @property
+    def longest(self) -> float:
+        """The longest that one waited; 0 where none did."""
+        return self.waits[-1] if self.waits else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -477,7 +494,9 @@ class Coordinator:
         """Tell the new primary's store that it was decided; every worker that knows does the same."""
         with contextlib.suppress(errors.CrossfadeError):
             seen = await self.migration.record.look(timeout=self._deadline)
-            await self.migration.record.spread(seen.not_before(self.now), timeout=self._deadline)
+            record = self.migration.record
+            lagging = await record.spread(seen.not_before(self.now), timeout=self._deadline)
+            await record.spread_history(lagging, timeout=self._deadline)
             await self.migration.board.refresh()
 
     async def _what_was_waited(self, whole: float) -> Pause:
@@ -491,9 +510,4 @@ class Coordinator:
                     break
             await asyncio.sleep(_POLL * 5)
         waits = sorted(wait for worker in told_ for wait in worker.waits)
-        if not waits:
-            return Pause(whole=whole)
-        return Pause(
-            len(waits), sum(worker.failed for worker in told_), statistics.median(waits),
-            waits[min(len(waits) - 1, int(len(waits) * 0.99))], waits[-1], whole,
-        )  # fmt: skip
+        return Pause(tuple(waits), sum(worker.failed for worker in told_), whole)

@@ -273,7 +273,8 @@ async def test_a_worker_that_does_not_know_of_the_decision_writes_nothing(open_w
 
 
 async def test_a_person_decides_when_the_old_primary_is_lost_before_it_could_tell(open_world, mongo_proxy):
-    w = await open_world("postgres_read", mongo=mongo_proxy)
+    # Each look at the store that is lost takes its deadline.
+    w = await open_world("postgres_read", mongo=mongo_proxy, primary_deadline=3.0, lease=6.0)
     made = await w.users.insert({"username": "Bob", "n": 1})
     await w.settle()
     with pytest.raises(NotAllowedInPhase, match="nothing to resolve"):
