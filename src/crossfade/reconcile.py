@@ -397,10 +397,10 @@ class Reconciler:
 
     # --- sweeping for foreign writes ------------------------------------------------------------------------
 
-    async def sweep(self) -> int:
-        """Adopt documents changed since the last sweep, by ``updatedAt``; how many were lifted."""
+    async def sweep(self, since: datetime | None = None) -> int:
+        """Adopt documents changed since the last sweep, or ``since``, by ``updatedAt``; how many were lifted."""
         began = datetime.now(UTC)
-        since = (self._swept or began) - OVERLAP
+        since = since or (self._swept or began) - OVERLAP
         # For all of it: what began under one primary is not finished under another.
         control = self.pair.board.control
         adopted = 0

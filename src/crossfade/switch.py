@@ -5,8 +5,8 @@ step  name      what it does
 ====  ========  ==============================================================================================
 1     announce  every worker is told, and looks more often from then on; writes go on
 2     fence     new writes wait; those under way end and every worker acknowledges, or its lease runs out
-3     drain     *only then* is every debt settled, open ``ROLLBACK_BOTH`` writes undone: a position read before the
-              fence is how others lost writes
+3     drain     *only then* what another application has just written is adopted, and every debt settled, open
+              ``ROLLBACK_BOTH`` writes undone: a position read before the fence is how others lost writes
 4     verify    what was written since the announcement is compared in both stores, the guard is asked once more
 5     decide    **the point of no return**: one compare-and-set in the old primary's store
 6     resume    the new primary's store is told that it was decided; waiting writes run
@@ -30,6 +30,7 @@ import socket
 import statistics
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from crossfade import errors
@@ -47,6 +48,8 @@ PAUSE_LIMIT = 2.0
 _POLL = 0.01
 #: An announcement that took longer is made again: too much was written meanwhile to compare it in the pause.
 _LONG_ANNOUNCEMENT = 0.5
+#: Seconds that the sweep for foreign writes may take of the pause, and how far before the announcement it begins.
+_SWEEP, _SWEEP_OVERLAP = 0.25, timedelta(seconds=2)
 #: Seconds for the workers to say what their writes waited.
 _REPORTS = 3.0
 
@@ -95,7 +98,7 @@ class Changed:
     Attributes:
         before, after: the control records.
         forced: guards that did not hold and were overridden by name.
-        adopted: records that were made equal before the switch began.
+        adopted: records that were made equal before the switch began, and inside it, by what another application wrote.
         drained: debts settled inside the switch.
         compared: records compared inside the switch.
         silent: workers that did not acknowledge, and were fenced by their lease.
@@ -242,6 +245,8 @@ class Coordinator:
     #: What a worker must have acknowledged to have a lease.
     _granting: set[tuple[int, str]] = field(default_factory=set)
     _paused: float = 0.0
+    #: When the last sweep for foreign writes began, by this process's date; None: another coordinator made it.
+    _swept: datetime | None = None
 
     def __post_init__(self) -> None:
         self._before = self.now
@@ -318,7 +323,9 @@ class Coordinator:
         self.on_step("0 compare: every record in both stores, while writes go on")
         reconciler = self.migration.reconciler
         if self._old == "mongo":
-            return await reconciler.full_sweep()
+            adopted = await reconciler.full_sweep()
+            self._swept = datetime.now(UTC)
+            return adopted + await reconciler.sweep()
         return await reconciler.full_delivery()
 
     async def announce(self, target: Phase, *, reason: str, forced: tuple[str, ...]) -> None:
@@ -383,6 +390,8 @@ class Coordinator:
         asked = asyncio.create_task(guard(self.migration, target))
         try:
             self._say(3, "drain: every debt")
+            if self._old == "mongo":
+                await self._sweep()
             await self._drain()
             self._say(4, f"verify: {len(self._wrote)} records written since the announcement, and the guard")
             await self._compare()
@@ -421,6 +430,18 @@ class Coordinator:
                 "more was written since the announcement than can be compared while writes wait; try again"
             )
         return tuple(sorted({key for worker in workers for key in worker.wrote or ()}))
+
+    async def _sweep(self) -> None:
+        """Adopt what was written past Crossfade since the last sweep: every worker makes one of these now and then.
+
+        Bounded, because it reads what workers wrote as well: what it leaves is a conflict when its record is delivered.
+        """
+        since = None if self._swept is None else self._swept - _SWEEP_OVERLAP
+        try:
+            async with asyncio.timeout(_SWEEP):
+                self.adopted += await self.migration.reconciler.sweep(since)
+        except TimeoutError:
+            self.on_step("  not all that was changed of late could be looked through for foreign writes")
 
     async def _drain(self) -> None:
         done = await self.migration.reconciler.drain()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -333,6 +334,25 @@ async def test_the_guard_is_asked_again_while_writes_wait(open_world):
         await go(w, on_step=on_step)
     assert (await w.m.board.refresh()).control.state == STEADY
     assert w.m.primary == "mongo"
+
+
+async def test_what_another_application_has_just_written_comes_along(open_world):
+    worker, w = await open_world("postgres_read", background=True), await open_world("postgres_read")
+    made = await worker.users.insert({"username": "Bob", "n": 1})
+    await worker.settle()
+
+    def on_step(text: str) -> None:
+        if text.startswith("2"):  # after everything was compared
+            now = datetime.now(UTC)
+            w.documents.update_one({"_id": made.id}, {"$set": {"n": 2, "updatedAt": now}})
+
+    done = await go(w, on_step=on_step)
+    assert done.adopted == 1
+    found = await worker.users.get(made.id)
+    assert (found["n"], found.source) == (2, "postgres")
+    await w.reconcile()
+    await w.assert_equal()
+    assert w.conflicts() == []
 
 
 async def test_what_was_written_since_the_announcement_is_compared_in_the_pause(open_world):
