@@ -22,7 +22,7 @@ from typing import Any
 from crossfade import errors, observe
 from crossfade.board import Pair, debt_key, end
 from crossfade.clock import boot_clock
-from crossfade.control import Control
+from crossfade.control import STEADY, Control
 from crossfade.debt import Settled, Settler
 from crossfade.entity import Entity
 from crossfade.record import Image
@@ -110,7 +110,7 @@ class Reconciler:
                     # Before the work: what fails is not tried again with every poll.
                     next_full = boot_clock() + options.full_sweep
                     if adopts:
-                        await self.full_sweep()
+                        await self.full_sweep(makes_way=True)
                     await self.link()
                 if options.sweep and boot_clock() >= next_sweep:
                     next_sweep = boot_clock() + options.sweep
@@ -413,13 +413,19 @@ class Reconciler:
         self._swept = began
         return adopted
 
-    async def full_sweep(self) -> int:
-        """Adopt every document whose content is not its row's, and every foreign delete; how many."""
+    async def full_sweep(self, *, makes_way: bool = False) -> int:
+        """Adopt every document whose content is not its row's, and every foreign delete; how many.
+
+        ``makes_way``: end early where a switch of the primary begins. That compares everything itself, and then waits
+        for this process to say that it has heard of it.
+        """
         adopted = 0
         control = self.pair.board.control
         for entity in self.pair.entities.values():
             found = self.pair.mongo.scan(entity, batch=_BATCH, timeout=self.pair.options.bulk_deadline)
-            adopted += await self._adopt_all(entity, found, control)
+            adopted += await self._adopt_all(entity, found, control, makes_way=makes_way)
+            if makes_way and self.pair.board.control.state != STEADY:
+                break
             adopted += await self._adopt_deletes(entity, control)
         return adopted
 
@@ -468,7 +474,12 @@ class Reconciler:
         return found
 
     async def _adopt_all(
-        self, entity: Entity, found: AsyncIterator[Image | tuple[Any, bytes]], control: Control
+        self,
+        entity: Entity,
+        found: AsyncIterator[Image | tuple[Any, bytes]],
+        control: Control,
+        *,
+        makes_way: bool = False,
     ) -> int:
         adopted = 0
         batch: list[Image | tuple[Any, bytes]] = []
@@ -476,6 +487,8 @@ class Reconciler:
             # Without its content: a thousand whole documents may be more than a worker has room for.
             batch.append(replace(one, document={}) if isinstance(one, Image) else (one[0], b""))
             if len(batch) >= _BATCH:
+                if makes_way and self.pair.board.control.state != STEADY:
+                    return adopted
                 adopted += await self._adopt_batch(entity, batch, control)
                 batch = []
         return adopted + await self._adopt_batch(entity, batch, control)

@@ -6,8 +6,10 @@ import pytest
 from bson import ObjectId
 
 from crossfade import StoreUnavailable
+from crossfade.record import CF
+from crossfade.stores import mongo
 
-from .conftest import World, eventually
+from .conftest import PATIENCE, World, eventually, requests_entity
 from .test_images import apply, image_of
 
 
@@ -262,3 +264,19 @@ async def test_the_exact_spelling_is_tried_before_the_normal_form(open_world):
     await w.m.board.refresh()
     found = [(await w.users.find_by_key("username", name)).id for name in ("Bob", "bob", "BOB")]
     assert found == [plain, own, plain]
+
+
+async def test_debts_are_found_by_a_server_that_cannot_put_collections_together(open_world, monkeypatch):
+    w = await open_world("dual_write", others=[requests_entity()])
+    kept, gone = [await w.users.insert({"username": name}) for name in ("Kept", "Gone")]
+    await w.users.delete(gone.id)
+    await w.settle()
+    w.documents.update_one({"_id": kept.id}, {"$set": {f"{CF}.debt": {"epoch": 1}}})
+    tombstones = w.documents.database["crossfade_tombstones"]
+    tombstones.update_one({"_id.id": str(gone.id)}, {"$set": {"debt": True}})
+    asked = {"limit": 10, "timeout": PATIENCE}
+    united = await w.mongo.debts(w.m.entities.values(), **asked)
+    assert {(debt.id, debt.tombstone) for debt in united} == {(kept.id, False), (gone.id, True)}
+    monkeypatch.setattr(mongo, "_UNION", "$noSuchStage")
+    assert await w.mongo.debts(w.m.entities.values(), **asked) == united
+    assert not w.mongo._unites
