@@ -565,6 +565,24 @@ class Settler:
                     await pair.postgres.release(each, [one.id], timeout=timeout)
         return brought[0]
 
+    async def bring_anew(self, entity: Entity, id_: Any, control: Control) -> Settled:
+        """Give a document the next revision and bring it to PostgreSQL whole, whatever its row says that it holds.
+
+        `settle_one` goes by revision and digest; a row whose content was changed beneath them it takes for confirmed.
+
+        Raises:
+            crossfade.errors.StoreUnavailable, Fenced: what was begun stays in debt.
+        """
+        timeout = self.pair.options.primary_deadline
+        held = await self.pair.postgres.held(entity, id_, timeout=timeout)
+        image = await self.lift(entity, id_, above=held.highest, control=control)
+        if image is None:
+            return Settled.SUPERSEDED
+        settled = await self.bring(entity, image, control, timeout=timeout)
+        if settled is Settled.CONFIRMED and (key := confirmed(entity, image)) is not None:
+            await self.pair.mongo.settle(entity, [key], timeout=timeout)
+        return settled
+
     async def adopt_delete(self, entity: Entity, id_: Any, rev: int, control: Control) -> bool:
         """Make a delete behind our back one of ours: the row at ``rev`` goes; False: it is there again, or changed.
 

@@ -39,6 +39,9 @@ class Means(Protocol):
     async def from_primary(self, entity: Entity, id_: Any) -> object:
         """Bring what the primary holds of a record to the other store."""
 
+    async def anew(self, entity: Entity, id_: Any) -> object:
+        """The same as a new revision: what stands there is not what its revision and digest say."""
+
     async def drop_row(self, entity: Entity, id_: Any, rev: int) -> object:
         """Make a delete of the row at this revision, decided in MongoDB."""
 
@@ -199,12 +202,20 @@ class Repair:
             await self._means.from_primary(self.entity, id_)
         elif row is not None:
             await self._means.drop_row(self.entity, id_, row.rev)
+        now = await self._now(tables, text)
+        if now is Finding.DIFFERENT and action == "from primary":
+            await self._means.anew(self.entity, id_)
+            now = await self._now(tables, text)
         row = (await self._target.read_ids(tables, [text])).get(text)
         await self._target.end_repair(number, row, self._content(row))
-        [(now, _)] = (await look_at(self.entity, self._source, self._target, tables, [text])).values()
         if now is None:
             return self._note("repaired", text, finding)
-        return self._note("left", text, now[0])
+        return self._note("left", text, now)
+
+    async def _now(self, tables: EntityTables, text: str) -> Finding | None:
+        """How a record differs now; None: not."""
+        [(now, _)] = (await look_at(self.entity, self._source, self._target, tables, [text])).values()
+        return None if now is None else now[0]
 
     def _content(self, row: StoredRecord | None) -> bytes | None:
         """The document that a row gives back; None where it gives none."""
