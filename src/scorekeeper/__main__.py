@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import sys
 import tempfile
 from typing import Annotated, NoReturn
@@ -20,7 +19,7 @@ from crossfade import CrossfadeError, StoreUnavailable, observe
 from scorekeeper import demo_accounts
 from scorekeeper.app import check_start, create_app, crossfade_of
 from scorekeeper.auth.passwords import Passwords
-from scorekeeper.serving import DrainingProtocol, Workers
+from scorekeeper.serving import DrainingProtocol, DrainingServer, Listener, Workers, bind
 from scorekeeper.settings import Settings, SettingsError, load_settings
 
 log = structlog.get_logger("scorekeeper")
@@ -62,15 +61,12 @@ def serve(
         "timeout_graceful_shutdown": 30,
         "timeout_keep_alive": 65,
     }
+    listener = _listen(settings.host, settings.port, uds)
+    _say_where(uds, settings.host, 0 if uds else listener.socket.getsockname()[1])
     if workers == 1:
-        server = uvicorn.Server(uvicorn.Config(create_app(settings), uds=uds, **common))  # type: ignore[arg-type]
-        listener = None if uds else _listen(settings.host, settings.port)
-        _say_where(uds, settings.host, listener.getsockname()[1] if listener else 0)
-        server.run(sockets=[listener] if listener else None)
+        config = uvicorn.Config(create_app(settings), **common)  # type: ignore[arg-type]
+        DrainingServer(config, listener).run(sockets=[listener.socket])
         return
-    if not uds:
-        _listen(settings.host, settings.port).close()
-    _say_where(uds, settings.host, settings.port)
     with tempfile.TemporaryDirectory(prefix="scorekeeper-metrics-") as folder:
         # Set before the workers import prometheus_client: each writes its counts there, any of them adds up.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
@@ -78,26 +74,21 @@ def serve(
         config = uvicorn.Config(
             "scorekeeper.app:from_environment",
             factory=True,
-            host=settings.host,
-            port=settings.port,
-            uds=uds,
             workers=workers,
             **common,  # type: ignore[arg-type]
         )
-        Workers(config).run()
+        Workers(config, listener).run()
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _listen(host: str, port: int, path: str | None) -> Listener:
     try:
-        listener.bind((host, port))
+        return Listener(bind(host, port, path))
     except OSError as error:
+        setting, where = ("--uds", path) if path else ("PORT", f"{host}:{port}")
         _stop(
-            f"PORT: cannot listen on {host}:{port} ({error.strerror}). Stop what does, or set another PORT.",
+            f"{setting}: cannot listen on {where} ({error.strerror}). Stop what does, or set another.",
             2,
         )
-    return listener
 
 
 async def _make_demo_accounts(settings: Settings) -> None:
