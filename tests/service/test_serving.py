@@ -129,6 +129,7 @@ async def test_a_listener_is_left_when_all_who_came_were_taken_and_no_other_can_
 async def test_a_path_that_the_next_process_serves_already_is_left_to_it(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     old = Listener(bind("", 0, path))
+    old.socket.listen()
     with bind("", 0, path) as new, socket.socket(socket.AF_UNIX) as client:
         new.listen()
         await old.leave()
