@@ -376,23 +376,22 @@ class Verify:
         if left:
             rows = await self._look.rows_with(self._target, tables, list(left))
             self._add(rows=len(rows))
-            for text, raw in left.items():
-                self._compare(text, raw, rows.get(text))
+            self._compare((text, raw, rows.get(text)) for text, raw in left.items())
 
     async def _compare_range(
         self, tables: EntityTables, after: str, last: str, documents: dict[str, bytes]
     ) -> None:
         """Merge the documents of a range with its rows; at most a chunk of rows is held at once."""
-        first, lines = after, []
+        first, lines = after, list[tuple[str, str]]()
         while True:
             rows = await self._look.rows(self._target, tables, after, last, limit=self._chunk)
-            lines += [self._compare(text, documents.pop(text, None), row) for text, row in rows]
+            lines += self._compare((text, documents.pop(text, None), row) for text, row in rows)
             self._add(rows=len(rows))
             if len(rows) < self._chunk:
                 break
             after = rows[-1][0]
-        lines += [self._compare(text, raw, None) for text, raw in documents.items()]
-        self._note_checksum(first, last, [line for line in lines if line is not None])
+        lines += self._compare((text, raw, None) for text, raw in documents.items())
+        self._note_checksum(first, last, lines)
 
     def _note_checksum(self, first: str, last: str, lines: list[tuple[str, str]]) -> None:
         """As SQL gives it of the rows; see schema.sql."""
@@ -412,13 +411,21 @@ class Verify:
                     self._add(rows=1)
                     self._seen.suspects[row.text] = None
 
-    def _compare(self, text: str, raw: bytes | None, row: Any) -> tuple[str, str] | None:
-        """Take the first look at one record; its id text with its line of the checksum."""
-        seen = self._look.compare(self.entity, text, raw, row)
-        if seen.suspect:
-            self._seen.suspects[text] = None
-        self._add(documents=seen.alive, equal=seen.alive and not seen.suspect)
-        return None if seen.line is None else (text, seen.line)
+    def _compare(self, records: Iterable[tuple[str, bytes | None, Any]]) -> list[tuple[str, str]]:
+        """Take the first look at records (id text, document, row); id text and line of the checksum of those alive."""
+        compare, entity, suspects = self._look.compare, self.entity, self._seen.suspects
+        lines = []
+        documents = equal = 0
+        for text, raw, row in records:
+            suspect, alive, line = compare(entity, text, raw, row)
+            if suspect:
+                suspects[text] = None
+            documents += alive
+            equal += alive and not suspect
+            if line is not None:
+                lines.append((text, line))
+        self._add(documents=documents, equal=equal)
+        return lines
 
     def _add(self, *, documents: int = 0, rows: int = 0, equal: int = 0) -> None:
         for counts in (self._counts, self._total):
