@@ -290,7 +290,7 @@ class Board:
             await asyncio.sleep(self.options.glance if under_way else self.options.poll)
             try:
                 young = boot_clock() - refreshed < self.options.poll
-                if not (under_way and young and await self._is_unchanged()):
+                if not (under_way and young and await self.is_unchanged()):
                     refreshed = boot_clock()
                     await self.refresh()
                     await self._reap()
@@ -301,8 +301,12 @@ class Board:
                 # A worker that has stopped looking would never take a lease again.
                 observe.log().error(f"A look failed: {type(cause).__name__}", context="Debt Board")
 
-    async def _is_unchanged(self) -> bool:
-        """Whether the control record is the one that is known; that renews the lease as a whole look does."""
+    async def is_unchanged(self) -> bool:
+        """Whether the control record is the one that is known; that renews the lease as a whole look does.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: the primary does not answer.
+        """
         began, known = boot_clock(), self.control
         if not await self.record.glance(known, timeout=self.options.lease / 2):
             return False
@@ -355,6 +359,8 @@ class Board:
             raise errors.StoreUnavailable(
                 control.phase.rules.primary, f"{control.phase.rules.primary} does not answer"
             )
+        if control.holds_writes:
+            await self._hold(control, seen, began)
         lagging = await self.record.spread(seen, timeout=timeout)
         owed: tuple[Owed, ...] = ()
         deliveries: tuple[Delivery, ...] = ()
@@ -387,7 +393,9 @@ class Board:
             postgres=seen.postgres != -1,
         )
         async with self._changed:
-            latest = self.look is None or look.began >= self.look.began  # else another one was faster
+            latest = self.look is None or (
+                look.began >= self.look.began and control.version >= self.look.control.version
+            )  # else another one was faster
             if latest:
                 self._note_ages(look)
                 self._note_flag(control, began)
@@ -401,6 +409,22 @@ class Board:
         # Writes that a switch held go on by now.
         await self.record.spread_history(lagging, timeout=timeout)
         return look
+
+    async def _hold(self, control: Control, seen: SeenCopies, began: float) -> None:
+        """Let writes wait for a switch at once: everybody's wait ends sooner if this look's debts come afterwards.
+
+        What is known of debts is as old as it was.
+        """
+        async with self._changed:
+            if self.look is None or control.version <= self.look.control.version:
+                return
+            if control.phase is not self.look.control.phase:
+                return  # debts of another primary
+            self.look = replace(self.look, control=control)
+            self._grant(control, began)
+            self.gate.hear_of(control.attempt)
+            self._changed.notify_all()
+        await self._give_sign(control, seen)
 
     def _grant(self, control: Control, began: float) -> None:
         """Take the lease that a look at this record gives."""

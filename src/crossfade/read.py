@@ -232,8 +232,11 @@ class Reader:
                         )
                 if found[1] != primary or board.vouches_for(control):
                     return found
-                # It may have answered as the primary that it was: others may be writing to the new one already.
-                await board.refresh()
+                # It may have answered as the primary that it was: others may be writing to the new one already. It was
+                # not yet if the record, which is changed in its store, is the one that is known; every read of a pause
+                # asks that, so no more is asked.
+                if board.control.phase.rules.primary != primary or not await board.is_unchanged():
+                    await board.refresh()
                 if board.control.phase.rules.primary == primary:
                     return found
         except Unmappable as cause:
