@@ -24,7 +24,7 @@ from typing import Any
 
 from crossfade import errors, observe
 from crossfade.clock import boot_clock
-from crossfade.control import STEADY, Control, ControlRecord
+from crossfade.control import ANNOUNCED, STEADY, Control, ControlRecord
 from crossfade.control import Seen as SeenCopies
 from crossfade.entity import Entity
 from crossfade.record import new_operation
@@ -359,8 +359,8 @@ class Board:
             raise errors.StoreUnavailable(
                 control.phase.rules.primary, f"{control.phase.rules.primary} does not answer"
             )
-        if control.holds_writes:
-            await self._hold(control, seen, began)
+        if control.state != STEADY:
+            await self._hear(control, seen, began)
         lagging = await self.record.spread(seen, timeout=timeout)
         owed: tuple[Owed, ...] = ()
         deliveries: tuple[Delivery, ...] = ()
@@ -410,8 +410,8 @@ class Board:
         await self.record.spread_history(lagging, timeout=timeout)
         return look
 
-    async def _hold(self, control: Control, seen: SeenCopies, began: float) -> None:
-        """Let writes wait for a switch at once: everybody's wait ends sooner if this look's debts come afterwards.
+    async def _hear(self, control: Control, seen: SeenCopies, began: float) -> None:
+        """Acknowledge a step of a switch before debts are looked at: everybody's writes may be waiting for that.
 
         What is known of debts is as old as it was.
         """
@@ -451,6 +451,10 @@ class Board:
                 await self.gate.nobody_waits()  # they may go on, and what they waited belongs into the entry
             if self.gate.is_clear(self.control.epoch):
                 await self.member.sign(self.control, timeout=self.options.lease / 2, secondary=secondary)
+                if self.control.state == ANNOUNCED:
+                    # The fence may follow at once, and writes under way then have what is left of this lease.
+                    with contextlib.suppress(errors.CrossfadeError):
+                        await self.is_unchanged()
 
     async def _sign_once_clear(self, secondary: float) -> None:
         await self.gate.cleared(self.control.epoch)
