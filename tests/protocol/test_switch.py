@@ -481,6 +481,37 @@ async def test_two_that_enter_the_registry_at_once_both_have_a_lease(open_world,
     assert await asyncio.gather(*(has_a_lease() for _ in range(4))) == [True] * 4
 
 
+async def test_a_step_that_was_heard_of_is_not_forgotten_for_a_slower_look(open_world, monkeypatch):
+    w = await open_world("postgres_read")
+    board, debts = w.m.board, w.m.pair.mongo.debts
+    asked, released = [asyncio.Event(), asyncio.Event()], [asyncio.Event(), asyncio.Event()]
+    turns = iter((0, 1))
+
+    async def debts_later(*entities: Any, **limits: Any) -> Any:
+        turn = next(turns)
+        asked[turn].set()
+        await released[turn].wait()
+        return await debts(*entities, **limits)
+
+    monkeypatch.setattr(w.m.pair.mongo, "debts", debts_later)
+    slower = asyncio.create_task(board.refresh())
+    await asked[0].wait()
+    announced = w.control.announced(
+        Phase.POSTGRES_PRIMARY, by="a test", reason="", limit=60.0, coordinator="", forced=()
+    )
+    assert await w.m.record.change(w.control, announced, timeout=PATIENCE)
+    assert await w.m.record.change(announced, announced.fenced(), timeout=PATIENCE)
+    later = asyncio.create_task(board.refresh())
+    await asked[1].wait()
+    assert board.control.holds_writes, "nobody's writes wait for this process to have looked at debts"
+    released[0].set()
+    await slower
+    assert board.control.holds_writes
+    released[1].set()
+    await later
+    assert board.control.holds_writes
+
+
 async def test_a_late_write_that_two_workers_find_is_no_conflict(open_world, monkeypatch):
     w, other = await open_world("postgres_read"), await open_world("postgres_read", enlisted=False)
     made = await w.users.insert({"username": "Bob", "n": 1})
