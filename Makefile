@@ -6,8 +6,9 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .PHONY: demo test test-faults soak soak-bulk check format bench model mutants serve crossfade backfill-users backfill-users-dry setup servers-ready clean help
 
-# A test run as a whole ends after this, with pytest's summary, whatever hangs.
+# A test run as a whole ends after this, with pytest's summary, whatever hangs; every failure takes longer.
 TEST_LIMIT ?= 35m
+FAULTS_LIMIT ?= 90m
 # One more than there are processors, because a test often waits; more than four wait for the same three servers.
 TEST_WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4)
 BENCHES := $(filter-out __init__,$(basename $(notdir $(wildcard bench/*.py))))
@@ -52,7 +53,7 @@ test: servers-ready ## all tests, on servers of their own (ARGS="-k name" picks)
 	echo $$status > .venv/.tested; exit $$status
 
 test-faults: servers-ready ## every failure at every await on a store (make test has a sample; FAULTS_SEED=1 repeats)
-	@timeout --foreground -s INT -k 60 $(TEST_LIMIT) \
+	@timeout --foreground -s INT -k 60 $(FAULTS_LIMIT) \
 		$(BIN)/python -m pytest -n auto --maxprocesses=$(TEST_WORKERS) -m faults $(ARGS)
 
 soak: servers-ready ## histories of workers in trouble, then rounds of the phases, SOAK=1800 seconds each (HISTORY_SEED=1)
