@@ -4,7 +4,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-faults soak soak-bulk check format bench model mutants serve crossfade backfill-users backfill-users-dry setup servers-ready clean help
+.PHONY: demo test test-faults schemathesis soak soak-bulk check format bench model mutants serve crossfade backfill-users backfill-users-dry setup servers-ready clean help
 
 # A test run as a whole ends after this, with pytest's summary, whatever hangs; every failure takes longer.
 TEST_LIMIT ?= 35m
@@ -55,6 +55,9 @@ test: servers-ready ## all tests, on servers of their own (ARGS="-k name" picks)
 test-faults: servers-ready ## every failure at every await on a store (make test has a sample; FAULTS_SEED=1 repeats)
 	@timeout --foreground -s INT -k 60 $(FAULTS_LIMIT) \
 		$(BIN)/python -m pytest -n auto --maxprocesses=$(TEST_WORKERS) -m faults $(ARGS)
+
+schemathesis: servers-ready ## requests made up from the OpenAPI document, ten thousand and more, in three phases (CASES=40)
+	@SCHEMATHESIS=$(or $(CASES),40) $(BIN)/python -m pytest -n 0 -s --show-capture=no tests/service/test_schema.py $(ARGS)
 
 soak: servers-ready ## histories of workers in trouble, then rounds of the phases, SOAK=1800 seconds each (HISTORY_SEED=1)
 	@SOAK=$(or $(SOAK),1800) $(BIN)/python -m pytest -n 0 -s tests/histories tests/protocol/test_round.py $(ARGS)

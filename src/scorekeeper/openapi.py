@@ -62,7 +62,8 @@ def _describe(responses: dict[str, Any]) -> None:
             status,
             {"description": description, "content": {"application/json": {"schema": {"$ref": _PROBLEM}}}},
         )
-    for response in responses.values():
+    for status, response in responses.items():
         content = response.get("content", {})
-        if content.get("application/json", {}).get("schema", {}).get("$ref") == _PROBLEM:
+        # Some have more members than the common shape; all of them travel as problem details.
+        if status[0] in "45" and "application/json" in content:
             response["content"] = {"application/problem+json": content.pop("application/json")}
