@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, Final
 
+import orjson
 from fastapi import Depends, Request
+from fastapi.responses import StreamingResponse
 
 from scorekeeper.users.schemas import ProblemOut
+
+#: Bytes that a list waits for before they are sent: as many as are worth a packet or two.
+_PIECE: Final = 65_536
 
 
 def of_app(name: str) -> Any:
@@ -21,3 +27,25 @@ def of_app(name: str) -> Any:
 def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What a route answers besides success, for its OpenAPI description."""
     return {status: {"model": ProblemOut} for status in (*statuses, 413, 503)}
+
+
+async def streamed(member: str, items: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
+    """``{member: [items]}``, sent while it is read: a long list with pictures is never in memory whole.
+
+    The first item is read before the answer begins, so that a store that does not answer is an error like any other.
+    One that fails later breaks the answer off, which no client takes for a whole one.
+    """
+    first = await anext(items, None)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        held = bytearray(b'{"%b":[' % member.encode())
+        if first is not None:
+            held += orjson.dumps(first)
+        async for item in items:
+            held += b"," + orjson.dumps(item)
+            if len(held) >= _PIECE:
+                yield bytes(held)
+                held.clear()
+        yield bytes(held + b"]}")
+
+    return StreamingResponse(pieces(), media_type="application/json")

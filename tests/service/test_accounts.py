@@ -7,12 +7,16 @@ import io
 import json
 import struct
 import zlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 from bson import ObjectId
 from PIL import Image
+
+from crossfade import StoreUnavailable
+from scorekeeper.routing import streamed
 
 from .conftest import PHASES, Serve, Service, assert_problem
 from .test_users import eventually
@@ -385,3 +389,35 @@ def player(name: str, merged_into: Any) -> dict[str, Any]:
         "displayName": name, "normalizedName": name.lower(), "userId": None, "type": "imported",
         "mergedInto": merged_into, "isDeleted": False,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [0, 1, 12])
+async def test_a_long_list_is_sent_while_it_is_read(count: int) -> None:
+    read = 0
+
+    async def items() -> AsyncIterator[dict[str, Any]]:
+        nonlocal read
+        for read in range(1, count + 1):
+            yield {"id": str(read), "profilePicture": "x" * 30_000}
+
+    answer = await streamed("users", items())
+    assert read == min(count, 1)
+    pieces, read_at = [], []
+    async for piece in answer.body_iterator:
+        pieces.append(bytes(piece))
+        read_at.append(read)
+    assert [user["id"] for user in json.loads(b"".join(pieces))["users"]] == [
+        str(n) for n in range(1, count + 1)
+    ]
+    assert read_at == sorted(read_at)
+    assert len(pieces) == 1 + count // 3
+    assert max(map(len, pieces)) < 100_000
+
+
+async def test_a_list_that_cannot_be_read_is_an_error_and_no_answer() -> None:
+    async def items() -> AsyncIterator[dict[str, Any]]:
+        raise StoreUnavailable("mongo", "it does not answer")
+        yield {}
+
+    with pytest.raises(StoreUnavailable):
+        await streamed("users", items())

@@ -7,6 +7,7 @@ was merged into an account is that account.
 from __future__ import annotations
 
 import math
+from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from crossfade import Record
@@ -82,14 +83,15 @@ class ProfileService:
         owned = None if owner is None else await self._users.find_by_id(owner[0])
         return owned or found
 
-    async def everybody(self) -> dict[str, Any]:
-        """All accounts without guests, by name."""
-        found = self._users.in_order_of_name(roles=WITH_ACCOUNT)
-        return {"users": [user_of(record) async for record in found]}
+    async def everybody(self) -> AsyncIterator[dict[str, Any]]:
+        """All accounts without guests, by name, as they are read."""
+        async for record in self._users.in_order_of_name(roles=WITH_ACCOUNT):
+            yield user_of(record)
 
-    async def everybody_for_admin(self) -> dict[str, Any]:
-        """All users, guests too, by name."""
-        return {"users": [listed_for_admin(record) async for record in self._users.in_order_of_name()]}
+    async def everybody_for_admin(self) -> AsyncIterator[dict[str, Any]]:
+        """All users, guests too, by name, as they are read."""
+        async for record in self._users.in_order_of_name():
+            yield listed_for_admin(record)
 
 
 def _sum(stats: list[Any], field: str) -> int:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.convertors import StringConvertor, register_url_convertor
 
 from scorekeeper.auth.current import Administrator, Authenticator, Scheme, SignedIn
-from scorekeeper.routing import errors_of, of_app
+from scorekeeper.routing import errors_of, of_app, streamed
 from scorekeeper.users.changes import AccountChanges
 from scorekeeper.users.profiles import ProfileService
 from scorekeeper.users.schemas import (
@@ -127,15 +127,15 @@ async def remove_picture(current: SignedIn, changes: Changes) -> Any:
 
 
 @router.get("/all", response_model=EverybodyOut, response_model_exclude_unset=True, responses=errors_of(401))
-async def everybody(_current: SignedIn, profiles: Profiles) -> Any:
+async def everybody(_current: SignedIn, profiles: Profiles) -> Response:
     """All accounts, by name."""
-    return await profiles.everybody()
+    return await streamed("users", profiles.everybody())
 
 
 @router.get("/admin/all", response_model=EverybodyForAdminOut, responses=errors_of(401, 403))
-async def everybody_for_admin(_current: Administrator, profiles: Profiles) -> Any:
+async def everybody_for_admin(_current: Administrator, profiles: Profiles) -> Response:
     """All users, by name; for administrators."""
-    return await profiles.everybody_for_admin()
+    return await streamed("users", profiles.everybody_for_admin())
 
 
 @router.get(
