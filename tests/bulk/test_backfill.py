@@ -497,8 +497,41 @@ async def test_what_comes_after_its_target_arrives_with_its_link(stores, user):
         async def links_nothing(*_):
             pass
 
-        target._link = links_nothing
+        target.link = links_nothing
 
     await stores.backfill(hook=hook, batch_size=2)
     linked = stores.rows("SELECT friend_ref FROM user_friends ORDER BY user_id")
     assert linked == [(None,), *((key({"_id": id_}),) for id_ in ids[:3])]
+
+
+async def test_links_are_set_while_the_next_chunk_is_written_and_by_the_next_run_if_that_fails(stores, user):
+    ids = [ObjectId() for _ in range(6)]
+    stores.collection.insert_many([user(n, _id=ids[n], friends=[ids[2]]) for n in range(6)])
+    written, linked = [], []
+    last_is_written = asyncio.Event()
+
+    def hook(target):
+        link, write_chunk = target.link, target.write_chunk
+
+        async def says_when_the_last_is_written(*arguments, **options):
+            written.append(await write_chunk(*arguments, **options))
+            if len(written) == 3:
+                last_is_written.set()
+            return written[-1]
+
+        async def fails_behind_the_second(*arguments):
+            linked.append(arguments)
+            if len(linked) == 2:
+                await last_is_written.wait()
+                raise errors.StoreUnavailable("postgres", "gone")
+            await link(*arguments)
+
+        target.write_chunk, target.link = says_when_the_last_is_written, fails_behind_the_second
+
+    with pytest.raises(errors.StoreUnavailable, match="gone"):
+        await stores.backfill(hook=hook, batch_size=2)
+    waiting = "SELECT count(*) FROM user_friends WHERE friend_ref IS NULL"
+    assert stores.rows(waiting) == [(2,)]
+    report = await stores.backfill(batch_size=2)
+    assert (report.state, report.counts.inserted, report.resumed) == ("complete", 6, 6)
+    assert stores.rows(waiting) == [(0,)]

@@ -174,6 +174,7 @@ class Backfill:
         self._counts = Counts()
         self._total = Counts()
         self._report = Report(entity.name, "interrupted", self._total)
+        self._links = _Links(target)
 
     async def begin(self, *, restart: bool = False, workers: int = 1) -> Run:
         """The unfinished run of this epoch and mapping, or a new one, with its pieces for so many workers.
@@ -251,7 +252,7 @@ class Backfill:
     ) -> None:
         """Write chunk after chunk of a piece, to its end or until it is to stop."""
         loop = asyncio.get_running_loop()
-        await self._finish_pending(tables, piece.pending)
+        await self._finish_pending(tables, piece.pending, resumed=True)
         within, position = at(piece), decode_position(piece.position)
         documents = self._source.read(
             self.entity, within.queries, position, batch=min(FETCH_SIZE, self._pace.count)
@@ -265,14 +266,18 @@ class Backfill:
                 upcoming = loop.run_in_executor(thread, next, made, None)
                 began = loop.time()
                 steering = await self._write(tables, piece, chunk)
+                if steering.duty < 1 or steering.rate:
+                    await self._links.done()  # whoever is asked to be gentle does one thing at a time
                 self._pace.took(chunk.read, loop.time() - began, steering)
                 # What little is in cycles (tracebacks) must not add up; there is next to nothing to walk.
                 gc.collect(0)
                 if self._on_progress is not None:
                     self._on_progress(self._total)
                 await pieces.rest(piece)
+            await self._links.done()
             await pieces.complete(piece, asdict(self._counts))
         finally:
+            await self._links.end()
             await asyncio.wait([upcoming])
             upcoming.exception()  # seen here, where another error is on its way already
 
@@ -288,7 +293,7 @@ class Backfill:
             nonlocal pending, steering
             _set(self._counts, before)  # counted anew on each try of the transaction
             self._count(chunk, written)
-            pending = _pending(chunk, written)
+            pending = _pending(chunk, written, self._links.left)
             steering = await self._target.runs.checkpoint(
                 piece, position=position, pending=pending, counts=asdict(self._counts)
             )
@@ -301,7 +306,7 @@ class Backfill:
             {"id": bad.text, "reason": bad.reason, "field": bad.field}
             for bad in [*chunk.bad, *written.refused][: max(room, 0)]
         ]
-        await self._finish_pending(tables, pending)
+        await self._finish_pending(tables, pending, resumed=False)
         for name, value in asdict(self._counts).items():
             setattr(self._total, name, getattr(self._total, name) + value - before[name])
         return steering
@@ -317,16 +322,24 @@ class Backfill:
         counts.behind += len(written.behind)
         counts.violations += len(written.violations)
 
-    async def _finish_pending(self, tables: EntityTables, stored: bytes | None) -> None:
-        """Do what a chunk leaves to do behind its commit. Repeating it does no harm."""
+    async def _finish_pending(self, tables: EntityTables, stored: bytes | None, *, resumed: bool) -> None:
+        """Do what a chunk leaves to do behind its commit, or begin to. Repeating it does no harm.
+
+        ``resumed``: another worker has left it, perhaps with the links of a chunk before.
+        """
         if stored is None:
             return
         work = bson.decode(stored, CODEC_OPTIONS)
-        self._counts.removed += await self._target.look_again(tables, work["first"], work["last"])
+        links = [(first, last) for first, last in work.get("links", ())] if resumed else []
+        if "first" in work:
+            self._counts.removed += await self._target.look_again(tables, work["first"], work["last"])
+            links.append((work["first"], work["last"]))
         if work["behind"] and self._on_behind is not None:
             await self._on_behind(self.entity, work["behind"])
         for id_, rule in work["violations"]:
             await self._settle(id_, rule)
+        await self._links.done()
+        self._links.begin(tables, links)
 
     async def _settle(self, id_: Any, rule: str) -> None:
         why = "no one to settle it"
@@ -348,17 +361,58 @@ def _set(counts: Counts, values: Mapping[str, Any]) -> None:
         setattr(counts, name, values.get(name, 0))
 
 
-def _pending(chunk: Chunk, written: Written) -> bytes | None:
-    if not chunk.rows:
+def _pending(chunk: Chunk, written: Written, links: Sequence[tuple[str, str]]) -> bytes | None:
+    """What a chunk leaves to do behind its commit, with the links that are not set yet of those before."""
+    if not chunk.rows and not links:
         return None
-    texts = [row.text for row in chunk.rows]
-    work = {
-        "first": min(texts),
-        "last": max(texts),
+    work: dict[str, Any] = {
         "behind": written.behind,
         "violations": [[id_, rule] for id_, rule in written.violations],
+        "links": [list(each) for each in links],
     }
+    if chunk.rows:
+        texts = [row.text for row in chunk.rows]
+        work |= {"first": min(texts), "last": max(texts)}
     return bson.encode(work, codec_options=CODEC_OPTIONS)
+
+
+class _Links:
+    """The links of one chunk at a time, set while the next one is written.
+
+    Attributes:
+        left: ranges of id texts whose links are not known to be set.
+    """
+
+    def __init__(self, target: BulkPostgres) -> None:
+        self._target = target
+        self._task: asyncio.Task[None] | None = None
+        self.left: list[tuple[str, str]] = []
+
+    def begin(self, tables: EntityTables, ranges: list[tuple[str, str]]) -> None:
+        """Set the links of these ranges from now on."""
+        self.left = ranges
+        self._task = asyncio.create_task(self._set(tables))
+
+    async def _set(self, tables: EntityTables) -> None:
+        while self.left:
+            await self._target.link(tables, *self.left[0])
+            del self.left[0]
+
+    async def done(self) -> None:
+        """Wait until they are set.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: they are not.
+        """
+        if self._task is not None:
+            await self._task
+
+    async def end(self) -> None:
+        """Wait until nothing is under way, whatever became of it: what is left is noted with the piece."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+            self._task.exception()  # seen here, where another error is on its way already
+            self._task, self.left = None, []
 
 
 def _shown(id_: Any) -> str:

@@ -10,7 +10,8 @@ What a chunk promises
 Why it is fast
     Parents go through a temporary table, because only an INSERT can be guarded. Child rows, most of the
     volume, are copied straight into their table, once it is known which parents won; those with links to other
-    records go through a temporary table, too, and arrive with the links whose target is there.
+    records go through a temporary table, too, and arrive with the links whose target is there. Those whose target
+    comes later are a second write of the row, about half of all: that is done beside the next chunk (`link`).
 
 One bad row and its neighbours
     A chunk is written at once inside a savepoint. If the server refuses it, rows that collide on a unique key
@@ -47,6 +48,8 @@ from crossfade.stores.runs import LEASE, Piece, Run, Runs
 STORE = "postgres"
 #: Times a chunk is tried when the server breaks a deadlock or a snapshot conflict by refusing it.
 ATTEMPTS = 5
+#: Seconds.
+CONNECT_TIMEOUT = 5
 
 #: Above the text of every id, which begins with a hexadecimal digit, "s:" or "j:".
 _LAST_TEXT = "t"
@@ -320,19 +323,22 @@ def _key(table: Table) -> str:
 
 
 class BulkPostgres:
-    """One connection to PostgreSQL for one bulk run.
+    """A connection to PostgreSQL for one bulk run, and one more where records link to each other.
 
     Made by `connect`. Not for use by two tasks at once.
     """
 
-    def __init__(self, connection: AsyncConnection[Any], address: str) -> None:
+    def __init__(self, connection: AsyncConnection[Any], url: str, address: str) -> None:
         self._connection = connection
+        self._url = url
+        #: The one that links are set over; opened when there are some.
+        self._beside: AsyncConnection[Any] | None = None
         self.address = address
         self.runs = Runs(connection, lambda: translated(address))
         self.loading = Loading(connection, lambda: translated(address))
 
     @classmethod
-    async def connect(cls, url: str, *, connect_timeout: int = 5) -> BulkPostgres:
+    async def connect(cls, url: str, *, connect_timeout: int = CONNECT_TIMEOUT) -> BulkPostgres:
         """Connect.
 
         Args:
@@ -352,21 +358,15 @@ class BulkPostgres:
             ) from None
         address = f"{parts.get('host', 'the local socket')}:{parts.get('port', 5432)}"
         with translated(address):
-            connection = await AsyncConnection.connect(
-                url,
-                autocommit=True,
-                connect_timeout=connect_timeout,
-                application_name="crossfade bulk",
-                # A worker that stands still must not keep the rows of its chunk for longer than its lease.
-                options="-c synchronous_commit=on -c timezone=UTC -c client_min_messages=warning -c jit=off "
-                f"-c idle_in_transaction_session_timeout={int(LEASE * 1000)}",
-            )
+            connection = await _open(url, connect_timeout)
         connection.adapters.register_loader("jsonb", _RawJson)
-        return cls(connection, address)
+        return cls(connection, url, address)
 
     async def close(self) -> None:
-        """Close the connection; an open transaction is rolled back."""
+        """Close the connections; an open transaction is rolled back."""
         await self._connection.close()
+        if self._beside is not None:
+            await self._beside.close()
 
     # --- getting ready -----------------------------------------------------------------------------------
 
@@ -609,21 +609,8 @@ class BulkPostgres:
             [(name, d.text, d.reason, d.field, d.rev, d.digest, d.raw) for d in documents],
         )
 
-    async def _link(self, tables: EntityTables, first: str, last: str) -> None:
-        for link in tables.links:
-            portion = PORTION
-            while portion >= PORTION:
-                async with self._connection.transaction():
-                    # A table that is being filled has no statistics yet, and guesses of it would read whole tables
-                    # per chunk.
-                    await self._connection.execute(
-                        "SELECT set_config(name, 'off', true) FROM unnest(ARRAY["
-                        "'enable_hashjoin', 'enable_mergejoin', 'enable_seqscan']) AS name"
-                    )
-                    portion = (await self._connection.execute(link, [first, last])).rowcount
-
     async def look_again(self, tables: EntityTables, first: str, last: str) -> int:
-        """Remove the rows from ``first`` to ``last`` (id texts) that a tombstone covers; how many. Link the others.
+        """Remove the rows from ``first`` to ``last`` (id texts) that a tombstone covers; how many.
 
         To be called after the commit that may have put them there.
         """
@@ -631,13 +618,27 @@ class BulkPostgres:
             for attempt in range(ATTEMPTS):
                 try:
                     async with self._connection.transaction():
-                        dropped = await self._drop_covered(tables, first, last)
-                    await self._link(tables, first, last)
-                    return dropped
+                        return await self._drop_covered(tables, first, last)
                 except _PASSING:
                     if attempt == ATTEMPTS - 1:
                         raise
         raise AssertionError("unreachable")
+
+    async def link(self, tables: EntityTables, first: str, last: str) -> None:
+        """Set the links of the records from ``first`` to ``last`` (id texts), and those to them.
+
+        To be called after the commit that put them there. It may go on beside everything else, over a connection of
+        its own: it waits for no row that another transaction has locked.
+        """
+        if not tables.links:
+            return
+        with translated(self.address):
+            if self._beside is None:
+                self._beside = await _open(self._url)
+            for link in tables.links:
+                portion = PORTION
+                while portion >= PORTION:
+                    portion = await _link(self._beside, link, first, last)
 
     async def drop_covered(self, tables: EntityTables) -> int:
         """Remove every row that a tombstone covers; how many.
@@ -904,6 +905,36 @@ def _parts(blocks: Iterable[bytes], size: int = 1 << 18) -> Iterator[bytes]:
             waiting, length = [], 0
     waiting.append(TRAILER)
     yield b"".join(waiting)
+
+
+async def _open(url: str, connect_timeout: int = CONNECT_TIMEOUT) -> AsyncConnection[Any]:
+    return await AsyncConnection.connect(
+        url,
+        autocommit=True,
+        connect_timeout=connect_timeout,
+        application_name="crossfade bulk",
+        # A worker that stands still must not keep the rows of its chunk for longer than its lease.
+        options="-c synchronous_commit=on -c timezone=UTC -c client_min_messages=warning -c jit=off "
+        f"-c idle_in_transaction_session_timeout={int(LEASE * 1000)}",
+    )
+
+
+async def _link(connection: AsyncConnection[Any], link: sql.Composed, first: str, last: str) -> int:
+    """Set a portion of the links; how many."""
+    for attempt in range(ATTEMPTS):
+        try:
+            async with connection.transaction():
+                # A table that is being filled has no statistics yet, and guesses of it would read whole tables per
+                # chunk.
+                await connection.execute(
+                    "SELECT set_config(name, 'off', true) FROM unnest(ARRAY["
+                    "'enable_hashjoin', 'enable_mergejoin', 'enable_seqscan']) AS name"
+                )
+                return (await connection.execute(link, [first, last])).rowcount
+        except _PASSING:
+            if attempt == ATTEMPTS - 1:
+                raise
+    raise AssertionError("unreachable")
 
 
 @contextlib.contextmanager
