@@ -9,7 +9,7 @@ has taken, ``born`` the insert that made it, ``parts`` the large fields that the
 
 from __future__ import annotations
 
-import uuid
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -33,7 +33,7 @@ def new_id() -> ObjectId:
 
 def new_operation() -> str:
     """A fresh operation id (32 hex characters): tells a retry from a rival."""
-    return uuid.uuid4().hex
+    return os.urandom(16).hex()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import MutableMapping
+from functools import cache
 from typing import Any, TextIO
 
 import structlog
@@ -82,8 +83,15 @@ def configure_logging(level: str = "INFO", *, stream: TextIO | None = None, json
         logger_factory=structlog.PrintLoggerFactory(out),
         cache_logger_on_first_use=False,
     )
+    _logger.cache_clear()
 
 
 def log() -> Any:
     """The logger; pass ``context="User Registration"`` for the name in front."""
-    return structlog.get_logger("crossfade")
+    return _logger() if structlog.is_configured() else structlog.get_logger("crossfade")
+
+
+@cache
+def _logger() -> Any:
+    # Put together once: a line below the threshold, of which every write has four, then costs next to nothing.
+    return structlog.get_logger("crossfade").bind()
