@@ -26,7 +26,7 @@ from typing import Any
 
 import bson
 
-from crossfade.bulk.convert import Chunk, chunks, quiet_collector
+from crossfade.bulk.convert import Chunk, chunks, quiet_interpreter
 from crossfade.bulk.pace import Pace
 from crossfade.bulk.pieces import Pieces, at, plan
 from crossfade.bulk.plan import decode_position, encode_position
@@ -232,7 +232,7 @@ class Backfill:
         _set(self._total, await self._target.runs.totals(run))
         self._report.resumed = self._total.read
         pieces = Pieces(self._target.runs, run, self._pace, stop)
-        with ThreadPoolExecutor(1, "crossfade-convert") as thread, quiet_collector():
+        with ThreadPoolExecutor(1, "crossfade-convert") as thread, quiet_interpreter():
             while (piece := await pieces.next(alone=alone)) is not None:
                 async with pieces.hold(piece):
                     _set(self._counts, piece.counts)

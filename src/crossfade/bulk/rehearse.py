@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from crossfade.bulk.convert import bad_document, image_of, quiet_collector
+from crossfade.bulk.convert import bad_document, image_of, quiet_interpreter
 from crossfade.bulk.plan import Range
 from crossfade.entity import Entity, Rows
 from crossfade.stores.bulk_mongo import BulkMongo
@@ -99,7 +99,7 @@ class Rehearsal:
         loop = asyncio.get_running_loop()
         began = loop.time()
         tables = await self._target.tables_of(self.entity)
-        with ThreadPoolExecutor(1, "crossfade-rehearse") as thread, quiet_collector():
+        with ThreadPoolExecutor(1, "crossfade-rehearse") as thread, quiet_interpreter():
             made = self._batches(tables)
             while (keys := await loop.run_in_executor(thread, next, made, None)) is not None:
                 if keys:

@@ -34,7 +34,7 @@ from typing import Any
 import bson
 from bson import ObjectId
 
-from crossfade.bulk.convert import quiet_collector
+from crossfade.bulk.convert import quiet_interpreter
 from crossfade.bulk.findings import Finding, Notes, Source, judge, text_of
 from crossfade.bulk.looks import Look, Revisions, Whole
 from crossfade.bulk.pace import Pace
@@ -279,7 +279,7 @@ class Verify:
         self._total.set(await self._target.runs.totals(run))
         self._report.resumed = self._total.documents
         pieces = Pieces(self._target.runs, run, self._pace, stop)
-        with ThreadPoolExecutor(1, "crossfade-verify") as thread, quiet_collector():
+        with ThreadPoolExecutor(1, "crossfade-verify") as thread, quiet_interpreter():
             while (piece := await pieces.next(alone=alone)) is not None:
                 async with pieces.hold(piece):
                     self._counts.set(piece.counts)
