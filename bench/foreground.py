@@ -1,10 +1,11 @@
 """The reference service while a backfill runs beside it: how much longer its slowest answers take.
 
-    python -m bench.foreground [--users 10000] [--seconds 20] [--throttle '--max-latency 20']
+    python -m bench.foreground [--users 60000] [--seconds 20] [--throttle '--max-latency 20']
 
 One process of the service and eight clients of it, the demo's, at a steady pace: registrations, log-ins, profiles,
-look-ups. First alone, then while `crossfade backfill` copies every user over and over: throttled, and as fast as it
-goes for comparison. p99 of all answers. Ends with a JSON line per figure.
+look-ups. First alone, then while `crossfade backfill` copies every user, over and over where there is time for that:
+throttled, and as fast as it goes for comparison. A part begins when the first users have been copied. p99 of all
+answers. Ends with a JSON line per figure.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import argparse
 import asyncio
 import statistics
 import sys
-import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext, suppress
 
 import psycopg
 import pymongo
 
 from bench import Figure, report
+from bench.backfill import fill_mongo
 from scorekeeper.demo.stage import DemoFailed, Stage, staged
 from scorekeeper.demo.traffic import Traffic
 from scorekeeper.legacy import DirtRates, generate
@@ -28,6 +30,8 @@ GOAL = 2.0
 ALONE, THROTTLED, FREE = "alone", "beside a throttled backfill", "beside one as fast as it goes"
 #: Requests a second: what leaves the processors of a small machine half idle.
 RATE = 30.0
+#: Users that can log in.
+KNOWN = 1_000
 
 
 def p99(traffic: Traffic, stage: str) -> float:
@@ -36,19 +40,29 @@ def p99(traffic: Traffic, stage: str) -> float:
     return statistics.quantiles(took, n=100)[98]
 
 
-async def copy_over_and_over(stage: Stage, seconds: float, *words: str) -> None:
-    """Backfill after backfill, the last one stopped."""
-    ends = time.monotonic() + seconds
-    while (left := ends - time.monotonic()) > 0:
-        begun = asyncio.create_task(
-            stage.crossfade("backfill", "--entity", "users", "--restart", *words, may_find=True)
-        )
-        await asyncio.wait({begun}, timeout=left)
-        with suppress(DemoFailed):  # that it was interrupted, or had just ended by itself
-            if not begun.done():
-                await stage.crossfade("stop")
-        with suppress(DemoFailed):
-            await begun
+@asynccontextmanager
+async def copying(stage: Stage, *words: str) -> AsyncIterator[None]:
+    """Backfill after backfill, under way until the block ends."""
+    over = asyncio.Event()
+
+    async def copy_over_and_over() -> None:
+        while not over.is_set():
+            with suppress(DemoFailed):  # that it was interrupted
+                await stage.crossfade("backfill", "--entity", "users", "--restart", *words, may_find=True)
+
+    before = copied(stage)
+    running = asyncio.create_task(copy_over_and_over())
+    try:
+        for _ in range(600):
+            await asyncio.sleep(0.1)
+            if copied(stage) != before:
+                break
+        yield
+    finally:
+        over.set()
+        with suppress(DemoFailed):  # that it had just ended by itself
+            await stage.crossfade("stop")
+        await running
 
 
 def copied(stage: Stage) -> int:
@@ -62,10 +76,11 @@ def copied(stage: Stage) -> int:
 async def play(stage: Stage, users: int, seconds: float, throttle: list[str]) -> Traffic:
     """The three parts; the clients afterwards."""
     print(f"making {users:,} users ...", flush=True)
+    fill_mongo(stage.mongo_uri, users)
     sizes = dict.fromkeys(("playeridentities", "friendrequests", "games", "wizard", "tablegames"), 0)
     with pymongo.MongoClient[dict[str, object]](stage.mongo_uri) as client:
         database = client.get_default_database()
-        made = generate(database, seed=1, users=users, sizes=sizes, rates=DirtRates.none())
+        made = generate(database, seed=1, users=KNOWN, sizes=sizes, rates=DirtRates.none())
         known = [(each["username"], str(each["_id"])) for each in database["users"].find().limit(200)]
     await stage.crossfade("init")
     await stage.crossfade("phase", "set", "dual_write")
@@ -79,16 +94,14 @@ async def play(stage: Stage, users: int, seconds: float, throttle: list[str]) ->
         (THROTTLED, throttle),
         (FREE, ["--max-latency", "0", "--max-debts", "0"]),
     ):
-        traffic.stage, before = part, copied(stage)
-        if words is None:
+        async with nullcontext() if words is None else copying(stage, *words):
+            traffic.stage, before = part, copied(stage)
             await asyncio.sleep(seconds)
-        else:
-            await copy_over_and_over(stage, seconds, *words)
+            traffic.stage, number = "between", copied(stage) - before
         print(
-            f"{part}: p99 {p99(traffic, part) * 1000:.0f} ms, {copied(stage) - before:,} users copied",
+            f"{part}: p99 {p99(traffic, part) * 1000:.0f} ms, {number / seconds:,.0f} users a second copied",
             flush=True,
         )
-        traffic.stage = "between"
     traffic.stop()
     await running
     return traffic
@@ -112,7 +125,7 @@ def run(users: int, seconds: float, throttle: list[str]) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--users", type=int, default=10_000)
+    parser.add_argument("--users", type=int, default=60_000)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each part")
     parser.add_argument("--throttle", default="--max-latency 20", help="options of the throttled backfill")
     arguments = parser.parse_args()

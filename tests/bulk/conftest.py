@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import UTC, datetime
 from importlib import resources
 
@@ -63,6 +64,13 @@ class Bench:
 
     def rows(self, query, *parameters):
         return self.sql.execute(query, parameters).fetchall()
+
+    def wait_until(self, query, seconds=30):
+        """Until a query gives a row."""
+        ends = time.monotonic() + seconds
+        while not self.rows(query):
+            assert time.monotonic() < ends, query
+            time.sleep(0.01)
 
     def ids(self):
         return [text for [text] in self.rows("SELECT id FROM users ORDER BY id")]

@@ -8,11 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import bson
+import psycopg
 import pytest
 from bson import Binary, Decimal128, Int64, ObjectId, Timestamp
 
 from crossfade import errors
 from crossfade.bulk import pieces
+from crossfade.stores import bulk_postgres
 from crossfade.stores.errors import Fenced
 from crossfade.values import id_to_text
 from scorekeeper.legacy import generate
@@ -169,6 +171,51 @@ async def test_a_newer_document_replaces_row_and_children(stores, user):
         "SELECT position, friend_id FROM user_friends WHERE user_id = %s", key(documents[3])
     ) == [(0, key(documents[7]))]
     assert (await stores.verify()).counts.mismatches == 0
+
+
+@pytest.fixture
+def newer_than_its_rows(stores, user):
+    """Two documents, each newer than its row."""
+
+    async def made():
+        documents = [user(n) for n in range(2)]
+        stores.collection.insert_many(documents)
+        await stores.backfill()
+        for number, document in enumerate(documents):
+            notes = {"rev": Int64(3), "op": "0" * 31 + "a", "keys": {"username": f"name{number}"}}
+            stores.collection.update_one({"_id": document["_id"]}, {"$set": {"_cf": notes, "role": "admin"}})
+        return sorted(map(key, documents))
+
+    return made
+
+
+async def test_a_chunk_that_waits_for_a_row_lets_go_of_all_others(stores, newer_than_its_rows, database_url):
+    first, last = await newer_than_its_rows()
+    with psycopg.connect(database_url) as holder, psycopg.connect(database_url, autocommit=True) as other:
+        holder.execute("SELECT FROM users WHERE id = %s FOR UPDATE", [last])
+        running = asyncio.create_task(stores.backfill())
+        await asyncio.to_thread(stores.wait_until, "SELECT FROM pg_locks WHERE NOT granted")
+        other.execute("SET lock_timeout = '10s'")
+        # The chunk has locked it, and waits for what somebody else holds.
+        await asyncio.to_thread(other.execute, "UPDATE users SET last_login = now() WHERE id = %s", [first])
+        assert not running.done()
+        holder.rollback()
+        report = await running
+    assert (report.state, report.counts.updated) == ("complete", 2)
+
+
+async def test_what_others_never_let_go_of_is_one_clear_error(
+    stores, newer_than_its_rows, database_url, monkeypatch
+):
+    monkeypatch.setattr(bulk_postgres, "LOCK_TRIES", 2)
+    first, last = await newer_than_its_rows()
+    with psycopg.connect(database_url) as holder:
+        holder.execute("SELECT FROM users WHERE id = %s FOR UPDATE", [last])
+        with pytest.raises(errors.Busy, match=r"others hold rows .*End long transactions"):
+            await stores.backfill()
+    assert stores.rows("SELECT id, cf_rev FROM users ORDER BY id") == [(first, 0), (last, 0)]
+    report = await stores.backfill()
+    assert (report.state, report.counts.updated) == ("complete", 2)
 
 
 async def test_a_deleted_record_does_not_come_back(stores, user):
@@ -508,12 +555,14 @@ async def test_links_are_set_while_the_next_chunk_is_written_and_by_the_next_run
     ids = [ObjectId() for _ in range(6)]
     stores.collection.insert_many([user(n, _id=ids[n], friends=[ids[2]]) for n in range(6)])
     written, linked = [], []
-    last_is_written = asyncio.Event()
+    first_is_linked, last_is_written = asyncio.Event(), asyncio.Event()
 
     def hook(target):
         link, write_chunk = target.link, target.write_chunk
 
         async def says_when_the_last_is_written(*arguments, **options):
+            if written:
+                await first_is_linked.wait()  # or it would find what comes now
             written.append(await write_chunk(*arguments, **options))
             if len(written) == 3:
                 last_is_written.set()
@@ -525,6 +574,7 @@ async def test_links_are_set_while_the_next_chunk_is_written_and_by_the_next_run
                 await last_is_written.wait()
                 raise errors.StoreUnavailable("postgres", "gone")
             await link(*arguments)
+            first_is_linked.set()
 
         target.write_chunk, target.link = says_when_the_last_is_written, fails_behind_the_second
 

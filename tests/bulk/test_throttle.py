@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crossfade.bulk.pace import Pace
+from crossfade.bulk.pace import FEWEST, MOST, Pace
 from crossfade.bulk.throttle import LEAST, SMALL_CHUNK, Throttle
 from crossfade.stores.postgres import PostgresStore
 from crossfade.stores.runs import Steering
@@ -64,6 +64,17 @@ def test_who_may_work_half_of_the_time_rests_as_long_as_it_worked(duty, rest):
     while part := pace.rest():
         rested += part
     assert rested == pytest.approx(rest)
+
+
+def test_chunks_are_as_large_as_are_written_in_a_second_within_bounds():
+    pace = Pace()
+    for seconds, settled in ((0.001, MOST), (2.0, 500), (1000.0, FEWEST)):
+        for _ in range(20):
+            # A chunk of the size that was asked for, at a steady rate; only the second one fits the bounds.
+            pace.took(1000, seconds, Steering())
+        assert pace.count == pytest.approx(settled, abs=1)
+    pace.took(1000, 1.0, Steering(chunk_size=7))
+    assert pace.count == 7
 
 
 def test_a_pool_that_makes_others_wait_counts_too():

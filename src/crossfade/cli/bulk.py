@@ -47,6 +47,7 @@ from crossfade.cli.crew import (
     backfill_of,
     bulk_stores,
     dask,
+    give_way,
     lead,
     pool,
     verify_of,
@@ -266,6 +267,7 @@ class Job:
     async def run(self, chosen: Sequence[Entity]) -> list[Any]:
         """The report for each entity, up to the one where it was interrupted."""
         reports = []
+        give_way()
         totals = await _totals(chosen)
         with stopping() as stop, bars(self.as_json, totals) as bar, self._crew() as (executor, most):
             async with self._live(stop) as live:

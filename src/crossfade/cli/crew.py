@@ -35,6 +35,9 @@ _LOOK = 0.5
 #: Workers that may die before a run is given up, for each that there are: something kills them, and it is no accident.
 _DEATHS = 5
 
+#: Niceness of a bulk command and its processes: what else runs on their machine goes first.
+_NICE = 10
+
 ExecutorFactory = Callable[[], AbstractContextManager[Executor]]
 
 
@@ -69,6 +72,15 @@ class Outcome:
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     error: str = ""
     unreachable: bool = False
+
+
+def give_way() -> None:
+    """Let everything else on this machine go first, from now on, before this process and those that it will start.
+
+    So a service beside it keeps its processors; and since the probes of the throttle stand back, too, they notice when
+    there are none left.
+    """
+    os.nice(max(0, _NICE - os.nice(0)))
 
 
 @asynccontextmanager

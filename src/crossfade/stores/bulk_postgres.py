@@ -13,6 +13,11 @@ Why it is fast
     records go through a temporary table, too, and arrive with the links whose target is there. Those whose target
     comes later are a second write of the row, about half of all: that is done beside the next chunk (`link`).
 
+Gentle with whoever else writes
+    A chunk locks the rows it writes until its commit, a second or so. Where it has to wait for others it gives up
+    after `LOCK_SECONDS`, lets go of everything, and tries again: so it never keeps anybody waiting for long because
+    of what a third one holds.
+
 One bad row and its neighbours
     A chunk is written at once inside a savepoint. If the server refuses it, rows that collide on a unique key
     are found by joins and set aside; what still fails is halved until the one row is found.
@@ -20,12 +25,14 @@ One bad row and its neighbours
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg import AsyncConnection, sql
@@ -48,8 +55,13 @@ from crossfade.stores.runs import LEASE, Piece, Run, Runs
 STORE = "postgres"
 #: Times a chunk is tried when the server breaks a deadlock or a snapshot conflict by refusing it.
 ATTEMPTS = 5
+#: Seconds that a chunk waits for a lock that somebody else holds, before it gives its own free and rests as long; and
+#: how often, within a lease. Who is kept waiting by a chunk is so for this long, whatever the chunk itself waits for.
+LOCK_SECONDS, LOCK_TRIES = 1.0, 20
 #: Seconds.
 CONNECT_TIMEOUT = 5
+
+T = TypeVar("T")
 
 #: Above the text of every id, which begins with a hexadecimal digit, "s:" or "j:".
 _LAST_TEXT = "t"
@@ -441,17 +453,34 @@ class BulkPostgres:
 
         Raises:
             crossfade.stores.errors.Fenced: PostgreSQL is at another epoch; nothing was written.
+            crossfade.errors.Busy: others hold what it needs, again and again; nothing was written.
             crossfade.errors.StoreUnavailable: nothing is known to be written; a new run finds out.
         """
-        with translated(self.address):
-            for attempt in range(ATTEMPTS):
+        return await self._patiently(
+            self._connection, lambda: self._write(tables, rows, bad, migration, epoch, checkpoint)
+        )
+
+    async def _patiently(self, connection: AsyncConnection[Any], work: Callable[[], Awaitable[T]]) -> T:
+        """Do something in a transaction: again where a deadlock is broken by refusing it, or others hold a lock."""
+        refused = held = 0
+        while True:
+            with translated(self.address):
                 try:
-                    async with self._connection.transaction():
-                        return await self._write(tables, rows, bad, migration, epoch, checkpoint)
+                    async with connection.transaction():
+                        return await work()
                 except _PASSING:
-                    if attempt == ATTEMPTS - 1:
+                    refused += 1
+                    if refused == ATTEMPTS:
                         raise
-        raise AssertionError("unreachable")
+                except psycopg.errors.LockNotAvailable as cause:
+                    held += 1
+                    if held == LOCK_TRIES:
+                        raise errors.Busy(
+                            f"others hold rows or tables for longer than {LOCK_SECONDS:g} s, again and again "
+                            f"({cause.diag.context or cause.diag.message_primary}). End long transactions, then run "
+                            "it again: it goes on"
+                        ) from cause
+                    await asyncio.sleep(LOCK_SECONDS)
 
     async def _write(
         self,
@@ -614,15 +643,7 @@ class BulkPostgres:
 
         To be called after the commit that may have put them there.
         """
-        with translated(self.address):
-            for attempt in range(ATTEMPTS):
-                try:
-                    async with self._connection.transaction():
-                        return await self._drop_covered(tables, first, last)
-                except _PASSING:
-                    if attempt == ATTEMPTS - 1:
-                        raise
-        raise AssertionError("unreachable")
+        return await self._patiently(self._connection, lambda: self._drop_covered(tables, first, last))
 
     async def link(self, tables: EntityTables, first: str, last: str) -> None:
         """Set the links of the records from ``first`` to ``last`` (id texts), and those to them.
@@ -632,13 +653,13 @@ class BulkPostgres:
         """
         if not tables.links:
             return
-        with translated(self.address):
-            if self._beside is None:
+        if self._beside is None:
+            with translated(self.address):
                 self._beside = await _open(self._url)
-            for link in tables.links:
-                portion = PORTION
-                while portion >= PORTION:
-                    portion = await _link(self._beside, link, first, last)
+        for link in tables.links:
+            portion = PORTION
+            while portion >= PORTION:
+                portion = await self._patiently(self._beside, partial(_link, self._beside, link, first, last))
 
     async def drop_covered(self, tables: EntityTables) -> int:
         """Remove every row that a tombstone covers; how many.
@@ -646,9 +667,7 @@ class BulkPostgres:
         Who is killed behind the commit of a chunk leaves looking again to whoever goes on with its run; a run that
         began anew does not.
         """
-        with translated(self.address):
-            async with self._connection.transaction():
-                return await self._drop_covered(tables, "", _LAST_TEXT)
+        return await self._patiently(self._connection, lambda: self._drop_covered(tables, "", _LAST_TEXT))
 
     async def _drop_covered(self, tables: EntityTables, first: str, last: str) -> int:
         cursor = await self._connection.execute(tables.covered, [tables.entity.name, first, last])
@@ -915,26 +934,18 @@ async def _open(url: str, connect_timeout: int = CONNECT_TIMEOUT) -> AsyncConnec
         application_name="crossfade bulk",
         # A worker that stands still must not keep the rows of its chunk for longer than its lease.
         options="-c synchronous_commit=on -c timezone=UTC -c client_min_messages=warning -c jit=off "
-        f"-c idle_in_transaction_session_timeout={int(LEASE * 1000)}",
+        f"-c idle_in_transaction_session_timeout={int(LEASE * 1000)} -c lock_timeout={int(LOCK_SECONDS * 1000)}",
     )
 
 
 async def _link(connection: AsyncConnection[Any], link: sql.Composed, first: str, last: str) -> int:
     """Set a portion of the links; how many."""
-    for attempt in range(ATTEMPTS):
-        try:
-            async with connection.transaction():
-                # A table that is being filled has no statistics yet, and guesses of it would read whole tables per
-                # chunk.
-                await connection.execute(
-                    "SELECT set_config(name, 'off', true) FROM unnest(ARRAY["
-                    "'enable_hashjoin', 'enable_mergejoin', 'enable_seqscan']) AS name"
-                )
-                return (await connection.execute(link, [first, last])).rowcount
-        except _PASSING:
-            if attempt == ATTEMPTS - 1:
-                raise
-    raise AssertionError("unreachable")
+    # A table that is being filled has no statistics yet, and guesses of it would read whole tables per chunk.
+    await connection.execute(
+        "SELECT set_config(name, 'off', true) FROM unnest(ARRAY["
+        "'enable_hashjoin', 'enable_mergejoin', 'enable_seqscan']) AS name"
+    )
+    return (await connection.execute(link, [first, last])).rowcount
 
 
 @contextlib.contextmanager

@@ -132,7 +132,15 @@ class Loading:
         if not await self.aside(entity):
             return 0
         async with self._alone(entity):
-            return await self._restore(entity, on_step)
+            try:
+                with self._translated():
+                    # What is done here waits for long transactions, vacuums and its like, and nobody waits behind it.
+                    await self._connection.execute("SELECT set_config('lock_timeout', '0', false)")
+                return await self._restore(entity, on_step)
+            finally:
+                if not self._connection.closed:
+                    with self._translated():
+                        await self._connection.execute("RESET lock_timeout")
 
     @asynccontextmanager
     async def _alone(self, entity: Entity) -> AsyncIterator[None]:
@@ -217,8 +225,7 @@ class Loading:
         table, name = sql.SQL(each.table), sql.Identifier(each.name)
         for attempt in range(_CLEARINGS):
             if link is not None:
-                with self._translated():
-                    await self._connection.execute(link.dangling())
+                await self._patiently(f"clear links for {each.name}", link.dangling())
             with self._translated():
                 cursor = await self._connection.execute(
                     "SELECT FROM pg_constraint WHERE conrelid = %s::regclass AND conname = %s",
