@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -73,14 +74,13 @@ def fill_mongo(uri: str, count: int) -> None:
         if collection.estimated_document_count() == count:
             return
         collection.drop()
-        batch: list[dict[str, Any]] = []
-        for document in documents(count):
-            batch.append(document)
-            if len(batch) == 5000:
-                collection.insert_many(batch, ordered=False)
-                batch = []
-        if batch:
-            collection.insert_many(batch, ordered=False)
+        insert_users(collection, count)
+
+
+def insert_users(collection: pymongo.collection.Collection[dict[str, Any]], count: int) -> None:
+    made = documents(count)
+    while batch := list(itertools.islice(made, 5000)):
+        collection.insert_many(batch, ordered=False)
 
 
 def make_database(url: str) -> str:

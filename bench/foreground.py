@@ -21,7 +21,7 @@ import psycopg
 import pymongo
 
 from bench import Figure, report
-from bench.backfill import fill_mongo
+from bench.backfill import insert_users
 from scorekeeper.demo.stage import DemoFailed, Stage, staged
 from scorekeeper.demo.traffic import Traffic
 from scorekeeper.legacy import DirtRates, generate
@@ -76,11 +76,11 @@ def copied(stage: Stage) -> int:
 async def play(stage: Stage, users: int, seconds: float, throttle: list[str]) -> Traffic:
     """The three parts; the clients afterwards."""
     print(f"making {users:,} users ...", flush=True)
-    fill_mongo(stage.mongo_uri, users)
     sizes = dict.fromkeys(("playeridentities", "friendrequests", "games", "wizard", "tablegames"), 0)
     with pymongo.MongoClient[dict[str, object]](stage.mongo_uri) as client:
         database = client.get_default_database()
         made = generate(database, seed=1, users=KNOWN, sizes=sizes, rates=DirtRates.none())
+        insert_users(database["users"], users - KNOWN)
         known = [(each["username"], str(each["_id"])) for each in database["users"].find().limit(200)]
     await stage.crossfade("init")
     await stage.crossfade("phase", "set", "dual_write")
