@@ -23,6 +23,8 @@ How
     Look-ups that are asked for in one turn of the event loop go to Redis as one command. It leaves after the last of
     them was asked, so each sees every change that was acknowledged before.
 
+    A value is JSON, written once, when the stores were asked: the cache hands on the bytes and never reads them.
+
 What breaks it, and what is done
     A change that cannot reach Redis cannot delete the entry. It is acknowledged only after every entry from
     before it has run out (``ttl`` + ``LEASE``): a slow answer while Redis is away, counted, and no stale
@@ -35,13 +37,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import struct
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-import orjson
 import structlog
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -66,6 +68,12 @@ SILENCE: Final = 1.0
 LARGEST: Final = 65_536
 
 _HIT, _WAITED = CACHE.labels("hit"), CACHE.labels("waited")
+
+#: What stands before the value in an entry: which layout it is, when it ends (seconds since 1970), and the word that it
+#: is stamped with. Another layout (another release beside this one) is a miss.
+_HEAD: Final = struct.Struct("<4sd16s")
+_LAYOUT: Final = b"sk2\n"
+_NO_STAMP: Final = bytes(16)
 
 #: Seconds that a look-up waits for another's fill before it asks the stores itself.
 PATIENCE: Final = 0.5
@@ -112,11 +120,11 @@ class Loaded:
     """What the stores said.
 
     Attributes:
-        value: JSON-able, or None when there is no such user. Absence is not cached.
+        value: JSON, or None when there is no such user. Absence is not cached.
         cacheable: False for an answer that may be old (the primary could not be asked).
     """
 
-    value: dict[str, Any] | None
+    value: bytes | None
     cacheable: bool = True
 
 
@@ -138,9 +146,9 @@ class UserCache:
         self._ttl = ttl
         self._silence: asyncio.Task[None] | None = None
         self._loading: dict[str, asyncio.Event] = {}
-        self._asked: dict[str, asyncio.Future[bytes | None]] = {}
+        self._asked: dict[str, list[asyncio.Future[tuple[bytes | None, bytes | None]]]] = {}
         self._asking: set[asyncio.Task[None]] = set()
-        self._refreshes: set[asyncio.Task[None]] = set()
+        self._refreshes: dict[str, asyncio.Task[None]] = {}
 
     @classmethod
     def connect(cls, url: str, *, prefix: str, ttl: float) -> UserCache:
@@ -161,8 +169,8 @@ class UserCache:
         )
         return cls(Redis.from_pool(pool), prefix=prefix, ttl=ttl)
 
-    async def get(self, user_id: str, load: Load, kind: Kind = Kind.WHO) -> dict[str, Any] | None:
-        """The user, from Redis or else from the stores.
+    async def get(self, user_id: str, load: Load, kind: Kind = Kind.WHO) -> bytes | None:
+        """The user as JSON, from Redis or else from the stores; None: there is no such user.
 
         Args:
             user_id: id as text.
@@ -170,17 +178,17 @@ class UserCache:
             kind: what of the user; each with a ``load`` of its own.
         """
         slot = f"{kind}:{user_id}"
-        patience = time.monotonic() + PATIENCE
-        waited = False
+        until = 0.0
         while self._ttl and self._silence is None:
-            if slot in self._loading and time.monotonic() < patience:
-                waited = await self._wait_for_local(slot, patience)
+            if slot in self._loading:
+                until = until or time.monotonic() + PATIENCE
+                await self._wait_for_local(slot, until)
             try:
-                entry, stamp = await self._read(self._entry(slot), kind)
+                entry, stamp = await self._read(slot, kind)
                 if entry is not None and (value := self._opened(slot, entry, stamp, load)) is not None:
-                    (_WAITED if waited else _HIT).inc()
+                    (_WAITED if until else _HIT).inc()
                     return value
-                if time.monotonic() >= patience:
+                if until and time.monotonic() >= until:
                     break
                 if slot in self._loading:
                     continue
@@ -196,8 +204,8 @@ class UserCache:
                 finally:
                     self._loading.pop(slot, None)
                     done.set()
-            waited = True
             # Another process is filling; 10 ms is a few times what a look-up in the stores takes.
+            until = until or time.monotonic() + PATIENCE
             await asyncio.sleep(0.01)
         CACHE.labels("bypass").inc()
         return (await load()).value
@@ -247,7 +255,11 @@ class UserCache:
 
     async def close(self) -> None:
         """Stop refreshing and let go of the connections."""
-        tasks = [*self._refreshes, *self._asking, *([] if self._silence is None else [self._silence])]
+        tasks = [
+            *self._refreshes.values(),
+            *self._asking,
+            *([] if self._silence is None else [self._silence]),
+        ]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -255,17 +267,13 @@ class UserCache:
 
     # -- one fill at a time ------------------------------------------------------------------------
 
-    async def _wait_for_local(self, slot: str, until: float) -> bool:
-        """Wait for a fill of this process, if there is one; whether there was."""
-        loading = self._loading.get(slot)
-        if loading is None:
-            return False
+    async def _wait_for_local(self, slot: str, until: float) -> None:
+        """Wait for a fill of this process."""
         try:
             async with asyncio.timeout(max(0.0, until - time.monotonic())):
-                await loading.wait()
+                await self._loading[slot].wait()
         except TimeoutError:
             pass
-        return True
 
     async def _take_lease(self, slot: str, seen: bytes | None) -> str | None:
         """The word to fill with, if the entry is still what was seen and nobody else is filling."""
@@ -274,9 +282,7 @@ class UserCache:
         taken = await self._command(self._lend(keys=keys, args=[word, int(LEASE * 1000), seen or b""]))
         return word if taken else None
 
-    async def _load_and_fill(
-        self, slot: str, word: str, stamp: str | None, load: Load
-    ) -> dict[str, Any] | None:
+    async def _load_and_fill(self, slot: str, word: str, stamp: bytes | None, load: Load) -> bytes | None:
         began = time.monotonic()
         try:
             loaded = await load()
@@ -287,45 +293,45 @@ class UserCache:
         await self._store(slot, word, stamp, loaded, began)
         return loaded.value
 
-    async def _store(self, slot: str, word: str, stamp: str | None, loaded: Loaded, began: float) -> None:
+    async def _store(self, slot: str, word: str, stamp: bytes | None, loaded: Loaded, began: float) -> None:
         left = self._ttl - (time.monotonic() - began)
         try:
             if stamp is None and loaded.value is not None:
                 # No change of identities was ever told, or Redis has lost its word: begin with one.
                 await self._command(self._redis.set(self._stamp, secrets.token_hex(8), nx=True))
-            entry = orjson.dumps({"until": time.time() + left, "stamp": stamp, "user": loaded.value})
             if (
                 loaded.value is None
                 or not loaded.cacheable
                 or left <= 0
                 or stamp is None
-                or len(entry) > LARGEST
+                or len(loaded.value) > LARGEST
             ):
                 # Not to be filled: the next one need not wait for the lease to run out. If it is another's by
                 # now, that one loses a fill, nothing else.
                 await self._command(self._redis.delete(self._lease(slot)))
                 return
+            entry = _HEAD.pack(_LAYOUT, time.time() + left, stamp) + loaded.value
             keys = [self._entry(slot), self._lease(slot)]
             await self._command(self._fill(keys=keys, args=[word, entry, int(left * 1000) or 1]))
         except _FAILURES as error:
             self._failed(error)
 
-    def _opened(self, slot: str, entry: bytes, stamp: str | None, load: Load) -> dict[str, Any] | None:
+    def _opened(self, slot: str, entry: bytes, stamp: bytes | None, load: Load) -> bytes | None:
         try:
-            held = orjson.loads(entry)
-            value, left = held["user"], held["until"] - time.time()
-            if held["stamp"] != stamp:
-                return None
-        except (orjson.JSONDecodeError, KeyError, TypeError):
+            layout, until, stamped = _HEAD.unpack_from(entry)
+        except struct.error:
+            return None
+        if layout != _LAYOUT or stamped != stamp:
             return None
         # Only *when* to refresh hangs on the wall clock; how long an entry lives is Redis's own count.
-        if left < self._ttl * REFRESH_AT and slot not in self._loading:
+        is_due = until - time.time() < self._ttl * REFRESH_AT
+        if is_due and slot not in self._loading and slot not in self._refreshes:
             task = asyncio.create_task(self._refresh(slot, entry, stamp, load))
-            self._refreshes.add(task)
-            task.add_done_callback(self._refreshes.discard)
-        return value if isinstance(value, dict) else None
+            self._refreshes[slot] = task
+            task.add_done_callback(lambda _: self._refreshes.pop(slot, None))
+        return entry[_HEAD.size :]
 
-    async def _refresh(self, slot: str, seen: bytes, stamp: str | None, load: Load) -> None:
+    async def _refresh(self, slot: str, seen: bytes, stamp: bytes | None, load: Load) -> None:
         try:
             word = await self._take_lease(slot, seen)
             if word is not None:
@@ -336,38 +342,37 @@ class UserCache:
 
     # -- Redis -------------------------------------------------------------------------------------
 
-    async def _read(self, entry: str, kind: Kind) -> tuple[bytes | None, str | None]:
-        """The entry, and the word that it must be stamped with: none ("") where identities have no part in it."""
-        if kind is Kind.WHO:
-            return await asyncio.shield(self._fetch(entry)), ""
-        both = self._fetch(entry), self._fetch(self._stamp)
-        held, stamp = await asyncio.shield(both[0]), await asyncio.shield(both[1])
-        return held, None if stamp is None else stamp.decode()
+    async def _read(self, slot: str, kind: Kind) -> tuple[bytes | None, bytes | None]:
+        """The entry, and the word that it must be stamped with; where identities have no part in it, always the same.
 
-    def _fetch(self, key: str) -> asyncio.Future[bytes | None]:
-        """What is under a key, by the command that leaves at the end of this turn of the loop."""
+        By the command that leaves at the end of this turn of the loop.
+        """
         if not self._asked:
             task = asyncio.create_task(self._ask())
             self._asking.add(task)
             task.add_done_callback(self._asking.discard)
-        if key not in self._asked:
-            self._asked[key] = asyncio.get_running_loop().create_future()
-        return self._asked[key]
+        # One for each who asks: when one goes away, nobody else is to be left without an answer.
+        answer = asyncio.get_running_loop().create_future()
+        self._asked.setdefault(self._entry(slot), []).append(answer)
+        entry, stamp = await answer
+        return entry, _NO_STAMP if kind is Kind.WHO else stamp
 
     async def _ask(self) -> None:
         asked, self._asked = self._asked, {}
         try:
-            found = await self._command(self._redis.mget(list(asked)))
+            *entries, stamp = await self._command(self._redis.mget([*asked, self._stamp]))
         except BaseException as error:
-            for future in asked.values():
-                future.set_exception(error if isinstance(error, Exception) else TimeoutError("closing"))
+            for answer in (each for answers in asked.values() for each in answers if not each.done()):
+                answer.set_exception(error if isinstance(error, Exception) else TimeoutError("closing"))
                 # Who asked may be gone; then nobody else is to be told of it.
-                future.exception()
+                answer.exception()
             if not isinstance(error, Exception):
                 raise
             return
-        for future, value in zip(asked.values(), found, strict=True):
-            future.set_result(value)
+        for answers, entry in zip(asked.values(), entries, strict=True):
+            for answer in answers:
+                if not answer.done():
+                    answer.set_result((entry, stamp))
 
     async def _command(self, command: Awaitable[Any]) -> Any:
         # The pool may make a command wait for a connection besides: twice the deadline bounds both.

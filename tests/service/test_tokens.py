@@ -14,6 +14,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from scorekeeper.auth import tokens as tokens_module
 from scorekeeper.auth.tokens import LIFETIME, InvalidToken, Tokens
 
 from .conftest import SECRET, Serve, assert_problem
@@ -121,6 +122,58 @@ FORGED = {
 def test_a_forged_token_proves_nothing(kind: str) -> None:
     with pytest.raises(InvalidToken):
         Tokens(SECRET).read(FORGED[kind])
+
+
+class TestRemembered:
+    """A token is verified once; what was found holds for this text alone, and for as long as its times allow."""
+
+    def test_it_is_read_again_and_expires_all_the_same(self) -> None:
+        clock = [1_700_000_000.0]
+        tokens = Tokens(SECRET, lambda: clock[0])
+        token = tokens.issue(USER, "Ann")
+        assert tokens.read(token) == tokens.read(token)
+        clock[0] += LIFETIME - 1
+        tokens.read(token)
+        clock[0] += 1
+        for _ in range(2):
+            with pytest.raises(InvalidToken, match="expired"):
+                tokens.read(token)
+
+    def test_one_that_was_read_too_early_is_good_later_and_not_before(self) -> None:
+        clock = [1_700_000_000.0]
+        tokens = Tokens(SECRET, lambda: clock[0])
+        token = signed({"userId": USER, "nbf": 1_700_000_010, "exp": 1_700_000_020})
+        for moment, good in ((0, False), (9, False), (10, True), (0, False), (20, False)):
+            clock[0] = 1_700_000_000.0 + moment
+            if good:
+                tokens.read(token)
+            else:
+                with pytest.raises(InvalidToken):
+                    tokens.read(token)
+
+    def test_another_signature_or_payload_is_another_token(self) -> None:
+        tokens, other = Tokens(SECRET), Tokens("another secret")
+        token = tokens.issue(USER, "Ann")
+        tokens.read(token)
+        head, payload, signature = token.split(".")
+        for forged in (
+            f"{head}.{payload}.{signature[::-1]}",
+            f"{head}.{part(claims(userId='0' * 24))}.{signature}",
+            other.issue(USER, "Ann"),
+        ):
+            with pytest.raises(InvalidToken):
+                tokens.read(forged)
+        with pytest.raises(InvalidToken, match="signature"):
+            other.read(token)
+
+    def test_only_so_many_are(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tokens_module, "REMEMBERED", 3)
+        tokens = Tokens(SECRET)
+        issued = [tokens.issue(USER, f"Ann {n}") for n in range(5)]
+        for _ in range(2):
+            for token in (*issued, signed(claims(pad="x" * 2000))):
+                assert tokens.read(token).user_id == USER
+        assert set(tokens._proven) == set(issued[2:])
 
 
 async def test_forged_tokens_are_401_on_the_wire(serve: Serve) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import orjson
 from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 
@@ -59,12 +60,12 @@ class Authenticator:
             record = await self._users.get(user_id, parts=False)
             if record is None:
                 return Loaded(None)
-            return Loaded(normalised(record), cacheable=not record.stale)
+            return Loaded(orjson.dumps(normalised(record)), cacheable=not record.stale)
 
         found = await self._cache.get(claims.user_id, load)
         if found is None:
             raise await self.nobody()
-        return CurrentUser(**found)
+        return CurrentUser(**orjson.loads(found))
 
     async def claims_of(self, authorization: str | None) -> Claims:
         """What the token of an ``Authorization`` header says. Whether its user exists is not asked.

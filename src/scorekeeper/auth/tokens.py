@@ -25,6 +25,8 @@ from jwt.warnings import InsecureKeyLengthWarning
 
 from scorekeeper.metrics import AUTH
 
+_ACCEPTED = AUTH.labels("token", "accepted")
+
 ALGORITHM: Final = "HS256"
 
 #: Seconds that a token is good for: 7 days, as the old back end has it.
@@ -33,13 +35,19 @@ LIFETIME: Final = 7 * 24 * 3600
 #: Longest token that is looked at; ours have some 300 characters.
 LONGEST: Final = 8192
 
+#: Tokens of which is remembered that a secret of ours signed them: all who use a worker within minutes, in 10 MB.
+REMEMBERED: Final = 16_384
+
+#: The longest of these: then it is 25 MB at most, whatever they are.
+LONGEST_REMEMBERED: Final = 1024
+
 #: An id as text: 24 hex characters, or a text of an old document; no control characters, no lone surrogates.
 _USER_ID = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,256}")
 
 _ESCAPES = str.maketrans({character: f"\\u{ord(character):04x}" for character in "><?~\x7f"})
 
 
-#: PyJWT's own checks of times and names: done in `Tokens._checked`, where a number is told from text.
+#: PyJWT's own checks of times and names: done in `Tokens`, where a number is told from text.
 _UNCHECKED: Any = dict.fromkeys(
     ("verify_exp", "verify_iat", "verify_nbf", "verify_aud", "verify_iss", "verify_sub", "verify_jti"), False
 )
@@ -75,11 +83,13 @@ class Claims:
         user_id: the user's id as text.
         username: the name at the time of issue, or None. Only informative: it may have changed since.
         expires: seconds since 1970.
+        begins: seconds since 1970 from which on it is good; None: always was.
     """
 
     user_id: str
     username: str | None
     expires: float
+    begins: float | None = None
 
 
 class Tokens:
@@ -87,6 +97,10 @@ class Tokens:
 
     A token names the secret that signed it (``kid``). One that names none is the old back end's, or from before the
     first rotation: every secret is tried.
+
+    What a signature proves stays proven as long as the secrets are the same, and they are for the life of this object:
+    a token is verified once, and remembered. Its times are compared with the clock whenever it is read. Only tokens
+    that were proven are remembered, so nobody else can fill the memory.
     """
 
     def __init__(
@@ -102,6 +116,7 @@ class Tokens:
         self._secrets = {key_id(each): each for each in (secret, *former)}
         self._kid = key_id(secret)
         self._clock = clock
+        self._proven: dict[str, Claims] = {}
 
     def issue(self, user_id: str, username: str) -> str:
         """A token for 7 days from now."""
@@ -127,11 +142,22 @@ class Tokens:
                 type.
         """
         try:
-            claims = self._decode(token)
+            claims = self._proven.get(token) or self._prove(token)
+            self._check_times(claims)
         except InvalidToken as error:
             AUTH.labels("token", error.args[0]).inc()
             raise
-        AUTH.labels("token", "accepted").inc()
+        _ACCEPTED.inc()
+        return claims
+
+    def _prove(self, token: str) -> Claims:
+        claims = self._decode(token)
+        if len(token) > LONGEST_REMEMBERED:
+            return claims
+        if len(self._proven) >= REMEMBERED:
+            # The one that has been remembered for longest; verifying it again is no loss worth more bookkeeping.
+            del self._proven[next(iter(self._proven))]
+        self._proven[token] = claims
         return claims
 
     def _decode(self, token: str) -> Claims:
@@ -169,7 +195,8 @@ class Tokens:
         except (jwt.PyJWTError, ValueError, RecursionError) as error:
             raise InvalidToken("malformed") from error
 
-    def _checked(self, payload: dict[str, Any]) -> Claims:
+    @staticmethod
+    def _checked(payload: dict[str, Any]) -> Claims:
         user_id, username = payload.get("userId"), payload.get("username")
         if not isinstance(user_id, str) or not _USER_ID.fullmatch(user_id):
             raise InvalidToken("claims")
@@ -180,12 +207,15 @@ class Tokens:
                 raise InvalidToken("claims")
         if "exp" not in payload:
             raise InvalidToken("claims")
+        begins = float(payload["nbf"]) if "nbf" in payload else None
+        return Claims(user_id, username, float(payload["exp"]), begins)
+
+    def _check_times(self, claims: Claims) -> None:
         now = self._clock()
-        if now >= payload["exp"]:
+        if now >= claims.expires:
             raise InvalidToken("expired")
-        if "nbf" in payload and now < payload["nbf"]:
+        if claims.begins is not None and now < claims.begins:
             raise InvalidToken("claims")
-        return Claims(user_id, username, float(payload["exp"]))
 
 
 def _is_moment(value: object) -> bool:

@@ -79,11 +79,10 @@ async def me(request: Request, _scheme: Scheme, users: Users) -> Response:
     """Who is signed in."""
     authenticator: Authenticator = request.app.state.authenticator
     claims = await authenticator.claims_of(request.headers.get("authorization"))
-    user = await users.me(claims.user_id)
-    if user is None:
+    body = await users.me(claims.user_id)
+    if body is None:
         raise await authenticator.nobody()
-    # Asked for more than anything else: what the cache holds goes out as it is.
-    return Response(orjson.dumps({"user": user}), media_type="application/json")
+    return Response(body, media_type="application/json")
 
 
 @router.delete("/me", response_model=DoneOut, responses=errors_of(401))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import orjson
 import structlog
 
 from crossfade import CrossfadeError, DuplicateKey, NotFound, Record, StaleRevision
@@ -173,8 +174,8 @@ class UserService:
             DEGRADED.labels("last_login").inc()
             log.warning("time of log-in not noted", cause=type(error).__name__)
 
-    async def me(self, user_id: str) -> dict[str, Any] | None:
-        """The user of this id with their identities; None if they are gone."""
+    async def me(self, user_id: str) -> bytes | None:
+        """What the user of this id is shown of themselves, identities included, as JSON; None if they are gone."""
         id_ = document_id(user_id)
 
         async def load() -> Loaded:
@@ -183,6 +184,7 @@ class UserService:
             )
             if record is None:
                 return Loaded(None)
-            return Loaded({**user_of(record), "identities": identities}, cacheable=not record.stale)
+            shown = {"user": {**user_of(record), "identities": identities}}
+            return Loaded(orjson.dumps(shown), cacheable=not record.stale)
 
         return await self._cache.get(user_id, load, Kind.SELF)
