@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 
 import structlog
 from fastapi import FastAPI
-from starlette.middleware.gzip import GZipMiddleware
 
 from crossfade import Crossfade, Migration, Options, SchemaNotReady, StoreUnavailable, observe
 from crossfade.control import Control
@@ -31,7 +30,7 @@ from scorekeeper.games.played import ProfileGames
 from scorekeeper.games.repository import GameRepository
 from scorekeeper.games.table import TableGameService
 from scorekeeper.games.wizard import WizardGameService
-from scorekeeper.http import BodyLimit, Cors, ErrorBoundary, IdentityChanges, RequestContext, Turns
+from scorekeeper.http import Front, Turns
 from scorekeeper.identities import routes as identity_routes
 from scorekeeper.identities.accounts import AccountIdentities
 from scorekeeper.identities.admin import IdentityAdministration
@@ -146,22 +145,10 @@ def create_app(
     app.include_router(identity_routes.router)
     app.include_router(game_routes.router)
     app.include_router(operations.router)
-    app.add_middleware(IdentityChanges)
-    app.add_middleware(ErrorBoundary)
     app.add_middleware(Turns)
-    # Answers below a packet's size gain nothing; level 5 is a third of 9's time for a few percent.
-    app.add_middleware(GZipMiddleware, minimum_size=1400, compresslevel=5)
     if legacy is not None:
         app.add_middleware(Forwarding, routes=app.routes, legacy=legacy)
-    app.add_middleware(BodyLimit)
-    app.add_middleware(
-        Cors,
-        allow_origins=settings.cors_origins,
-        allow_methods=["GET", "HEAD", "PUT", "PATCH", "POST", "DELETE"],
-        allow_headers=["*"],
-        expose_headers=["X-Request-Id", "Retry-After"],
-    )
-    app.add_middleware(RequestContext)
+    app.add_middleware(Front, origins=settings.cors_origins)
     return app
 
 

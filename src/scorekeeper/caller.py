@@ -21,5 +21,5 @@ class Caller:
 
 _NOBODY = Caller()
 
-#: Set by `scorekeeper.http.RequestContext`; outside a request there is nobody.
+#: Set by `scorekeeper.http.Front`; outside a request there is nobody.
 caller: ContextVar[Caller] = ContextVar("caller", default=_NOBODY)
