@@ -140,6 +140,7 @@ def create_app(
     errors.install(app)
     openapi.install(app)
 
+    app.include_router(user_routes.direct)
     app.include_router(user_routes.router)
     app.include_router(friend_routes.router)
     app.include_router(identity_routes.router)

@@ -9,8 +9,8 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from starlette.convertors import StringConvertor, register_url_convertor
 
-from scorekeeper.auth.current import Administrator, Authenticator, Scheme, SignedIn
-from scorekeeper.routing import errors_of, of_app, streamed
+from scorekeeper.auth.current import BEARER, Administrator, Authenticator, SignedIn
+from scorekeeper.routing import Direct, errors_of, of_app, streamed
 from scorekeeper.users.changes import AccountChanges
 from scorekeeper.users.profiles import ProfileService
 from scorekeeper.users.schemas import (
@@ -44,6 +44,7 @@ class _AccountId(StringConvertor):
 register_url_convertor("account", _AccountId())
 
 router = APIRouter(prefix="/api/users", tags=["users"])
+direct = APIRouter(prefix="/api/users", tags=["users"], route_class=Direct)
 
 
 Users = Annotated[UserService, of_app("users")]
@@ -71,13 +72,13 @@ async def log_in(credentials: Credentials, users: Users) -> Any:
     return await users.log_in(credentials.username, credentials.password)
 
 
-@router.get("/me", response_model=OwnUserAnswer, response_model_exclude_unset=True, responses=errors_of(401))
-@router.get(
-    "/profile", response_model=OwnUserAnswer, response_model_exclude_unset=True, responses=errors_of(401)
-)
-async def me(request: Request, _scheme: Scheme, users: Users) -> Response:
+@direct.get("/me", response_model=OwnUserAnswer, dependencies=[BEARER], responses=errors_of(401))
+@direct.get("/profile", response_model=OwnUserAnswer, dependencies=[BEARER], responses=errors_of(401))
+async def me(request: Request) -> Response:
     """Who is signed in."""
-    authenticator: Authenticator = request.app.state.authenticator
+    services = request.app.state
+    authenticator: Authenticator = services.authenticator
+    users: UserService = services.users
     claims = await authenticator.claims_of(request.headers.get("authorization"))
     body = await users.me(claims.user_id)
     if body is None:
