@@ -19,7 +19,7 @@ from crossfade import CrossfadeError, StoreUnavailable, observe
 from scorekeeper import demo_accounts
 from scorekeeper.app import check_start, create_app, crossfade_of
 from scorekeeper.auth.passwords import Passwords
-from scorekeeper.serving import DrainingProtocol, DrainingServer, Listener, Workers, bind
+from scorekeeper.serving import DrainingProtocol, DrainingServer, Listener, Workers, bind, keep_what_is_loaded
 from scorekeeper.settings import Settings, SettingsError, load_settings
 
 log = structlog.get_logger("scorekeeper")
@@ -65,6 +65,7 @@ def serve(
     _say_where(uds, settings.host, 0 if uds else listener.socket.getsockname()[1])
     if workers == 1:
         config = uvicorn.Config(create_app(settings), **common)  # type: ignore[arg-type]
+        keep_what_is_loaded()
         DrainingServer(config, listener).run(sockets=[listener.socket])
         return
     with tempfile.TemporaryDirectory(prefix="scorekeeper-metrics-") as folder:

@@ -43,6 +43,7 @@ from scorekeeper.identities.service import IdentityService
 from scorekeeper.limits import RateLimits, parse
 from scorekeeper.migration import accounts as account_entities
 from scorekeeper.migration import name as migration_name
+from scorekeeper.serving import keep_what_is_loaded
 from scorekeeper.settings import Settings, load_settings
 from scorekeeper.users import routes as user_routes
 from scorekeeper.users.changes import AccountChanges
@@ -256,4 +257,6 @@ def from_environment() -> FastAPI:
     """
     settings = load_settings()
     observe.configure_logging(settings.log_level)
-    return create_app(settings)
+    app = create_app(settings)
+    keep_what_is_loaded()
+    return app

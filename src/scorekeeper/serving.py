@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import os
 import select
 import socket
@@ -139,6 +140,16 @@ class Workers(Multiprocess):
         asyncio.run(self._listener.leave())
         self._listener.socket.close()
         super().terminate_all()
+
+
+def keep_what_is_loaded() -> None:
+    """Tell the garbage collector to leave alone what is there now, for a process that serves from here on.
+
+    It is modules, routes and models: nothing of it ever becomes garbage, and looking through it again and again takes
+    a worker under load a tenth of its time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def bind(host: str, port: int, path: str | None = None) -> socket.socket:

@@ -730,9 +730,10 @@ class PostgresStore:
         condition, values = self._condition(entity, query.where, query.order)
         found: list[Image] = []
         for behind, place in as_clauses_behind(entity, query):
-            statement = own.select(small=small) + sql.SQL(
-                " WHERE ({}) AND ({}) ORDER BY {} LIMIT %s OFFSET %s"
-            ).format(condition, behind, as_order(entity, query.order))
+            asked = sql.SQL(" WHERE ({}) AND ({}) ORDER BY {} LIMIT %s OFFSET %s").format(
+                condition, behind, as_order(entity, query.order)
+            )
+            statement = own.select(asked, small=small)
             left = query.limit - len(found)
             rows = await self._rows(statement, [*values, *place, left, query.skip], timeout)
             found += (own.image(row, small=small) for row in rows)
@@ -1187,7 +1188,7 @@ class PostgresStore:
         for entity in entities:
             own = self.statements(entity)
             try:
-                await self._rows(own.select() + sql.SQL(" LIMIT 0"), [], timeout)
+                await self._rows(own.select(sql.SQL(" LIMIT 0")), [], timeout)
             except errors.SchemaNotReady as cause:
                 missing.append(f"table {entity.table.name} ({str(cause.__cause__).splitlines()[0]})")
         return missing

@@ -156,9 +156,17 @@ class RowStatements:
             ).format(self.table)
         )
         self._reading: dict[tuple[bool, tuple[str, ...]], bytes] = {}
+        self._selects: dict[bool, bytes] = {}
 
-    def select(self, *, small: bool = False) -> sql.Composed:
-        """What reads images, up to the condition on the parent row ``p``; ``small``: without the values of parts."""
+    def select(self, behind: sql.Composable, *, small: bool = False) -> bytes:
+        """What reads images, with the condition on the parent row ``p``, and what else comes ``behind``; ``small``:
+        without the values of parts.
+        """
+        if small not in self._selects:
+            self._selects[small] = rendered(self._select(small=small))
+        return self._selects[small] + rendered(behind)
+
+    def _select(self, *, small: bool) -> sql.Composed:
         arrays = [
             sql.SQL("ARRAY(SELECT c.{} FROM {} AS c WHERE c.{} = p.id ORDER BY {})").format(
                 sql.Identifier(name),
@@ -280,7 +288,7 @@ class RowStatements:
         key = (small, (where, *columns))
         if key not in self._reading:
             condition = sql.SQL(where).format(*map(sql.Identifier, columns))
-            self._reading[key] = rendered(self.select(small=small) + condition)
+            self._reading[key] = self.select(condition, small=small)
         return self._reading[key]
 
     def _child(self, child: Any) -> _ChildStatements:
