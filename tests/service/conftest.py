@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from scorekeeper.app import create_app
 from scorekeeper.auth.current import CurrentUser
 from scorekeeper.settings import Settings, sqlalchemy_url
 
+from .log_scan import LogScan, scanning, written_by_processes
+
 ROOT = Path(__file__).parents[2]
 SECRET = "the secret that both back ends share"  # 36 bytes
 #: The contract is held in each of them.
@@ -34,6 +36,33 @@ PHASES = tuple(phase.value for phase in Phase)
 
 #: Who does what an administrator does, in tests that ask a service directly.
 ADMINISTRATOR = CurrentUser("0" * 24, "Root", "admin")
+
+
+_SCAN = pytest.StashKey[LogScan]()
+
+
+@pytest.fixture(autouse=True)
+def log_scan(request: pytest.FixtureRequest) -> Iterator[LogScan]:
+    """What this test logs, and the secrets that it uses; see `pytest_runtest_makereport`."""
+    with scanning() as scan:
+        scan.keep("secret", SECRET)
+        request.node.stash[_SCAN] = scan
+        yield scan
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test in whose logs a secret of its own stands has failed, when all of it is over."""
+    report = yield
+    if call.when == "teardown" and _SCAN in item.stash:
+        folder = getattr(item, "funcargs", {}).get("tmp_path")
+        streams = (text for _, text in report.sections)
+        leaks = item.stash[_SCAN].leaks(*streams, *written_by_processes(folder))
+        if leaks and report.passed:
+            report.outcome, report.longrepr = "failed", "\n".join(["secrets in the logs:", *leaks])
+    return report
 
 
 def with_database(uri: str, name: str) -> str:
@@ -95,7 +124,12 @@ Serve = Callable[..., Awaitable[Service]]
 
 @pytest.fixture
 async def serve(
-    mongo_uri: str, database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    mongo_uri: str,
+    database_url: str,
+    redis_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    log_scan: LogScan,
 ) -> AsyncIterator[Serve]:
     """Open a worker; other addresses by name (``redis_url=``...), other options as `Options`."""
     for name in Settings.model_fields:
@@ -109,6 +143,8 @@ async def serve(
         ) -> Service:
             addresses = {"mongo_uri": mongo_uri, "database_url": database_url, "redis_url": redis_url}
             given = {"jwt_secret": SECRET, "bcrypt_rounds": 4, **addresses, **settings}
+            for secret in (given["jwt_secret"], *given.get("jwt_former_secrets", ())):
+                log_scan.keep("secret", secret)
             app = create_app(Settings(_env_file=None, **given), initial_phase=phase, options=options)
             await stack.enter_async_context(app.router.lifespan_context(app))
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -117,6 +153,15 @@ async def serve(
             return Service(http, app, documents, database_url)
 
         yield open_
+        for hashed in password_hashes(documents, database_url):
+            log_scan.keep("hash", hashed)
+
+
+def password_hashes(documents: Any, database_url: str) -> set[Any]:
+    """Those that both stores hold at the end."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        rows = connection.execute("SELECT password_hash FROM users").fetchall()
+    return {held for (held,) in rows} | {user.get("passwordHash") for user in documents["users"].find()}
 
 
 def assert_problem(answer: httpx.Response, status: int) -> dict[str, Any]:

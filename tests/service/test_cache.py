@@ -16,7 +16,6 @@ from scorekeeper.cache import LEASE, Loaded, UserCache
 
 from .conftest import ADMINISTRATOR, Serve, assert_problem
 
-
 OLD, NEW = b'{"v": "old"}', b'{"v": "new"}'
 
 
