@@ -65,6 +65,22 @@ async def test_of_many_who_miss_at_once_one_asks(redis_url: str, monkeypatch: py
     await other.close()
 
 
+async def test_look_ups_of_one_turn_are_one_command_and_who_goes_away_takes_no_answer_along(
+    redis_proxy: FaultProxy,
+) -> None:
+    cache, stores = cache_on(redis_proxy.uri, ttl=60.0), Stores()
+    for user in "uvw":
+        await cache.get(user, stores)
+    before = redis_proxy.counts.requests
+    asking = [asyncio.create_task(cache.get(user, stores)) for user in "uvwuvw"]
+    await asyncio.sleep(0)
+    asking[0].cancel()
+    assert await asyncio.gather(*asking[1:]) == [OLD] * 5
+    assert redis_proxy.counts.requests - before == 1
+    assert stores.asked == 3
+    await cache.close()
+
+
 async def test_a_fill_that_began_before_a_change_is_not_kept(redis_url: str) -> None:
     reader, writer, stores = cache_on(redis_url), cache_on(redis_url), Stores()
     stores.open.clear()

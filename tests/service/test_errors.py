@@ -89,6 +89,15 @@ async def test_preflight_is_204_and_any_origin_may_read_errors_too(service: Serv
     assert refused.headers["access-control-allow-origin"] == "*"
 
 
+async def test_an_answer_depends_on_the_origin_and_says_so_whoever_asks(serve: Serve) -> None:
+    client = "https://client.example"
+    service = await serve(cors_origins=(client,))
+    for origin, allowed in ((None, None), (client, client), ("https://other.example", None)):
+        answer = await service.http.get("/api/health/live", headers={"Origin": origin} if origin else {})
+        assert answer.headers.get("access-control-allow-origin") == allowed
+        assert answer.headers["vary"] == "Origin"
+
+
 async def test_what_nobody_expected_is_500_without_a_word_about_it(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
