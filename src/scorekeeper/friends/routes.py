@@ -24,7 +24,7 @@ from scorekeeper.users.schemas import DoneOut
 router = APIRouter(prefix="/api/users/{userId}", tags=["friends"])
 
 
-def _oneself(userId: str, current: SignedIn) -> CurrentUser:
+async def _oneself(userId: str, current: SignedIn) -> CurrentUser:
     if userId != current.id:
         raise forbidden("You can only manage your own friends")
     return current
