@@ -71,7 +71,8 @@ class Options:
         parked_retry: between two attempts at a debt that PostgreSQL's rules refuse.
         sweep: between two sweeps for foreign writes by ``updatedAt``; 0: none.
         full_sweep: between two full passes against the rows' digests; 0: none.
-        board_limit: ids per entity on the board; more than that: the whole entity is read from the primary.
+        board_limit: ids per entity on the board, and tombstones, or deliveries, of all of them; more than that: the
+            whole entity, or every one, is read from the primary.
         mongo_pool, postgres_pool: connections at most.
         feed: how long MongoDB is still fed once phase ``postgres_only`` was entered.
         shadow_sample: the part of the reads that is compared in phase ``shadow_read``; 1.0: all of them.
@@ -380,11 +381,13 @@ class Board:
         for entity, _ in found:
             counts[entity] = counts.get(entity, 0) + 1
         overflown = frozenset(entity for entity, number in counts.items() if number >= limit)
+        if len(deliveries) >= limit or sum(debt.tombstone for debt in owed) >= limit:
+            overflown = frozenset(self.entities)  # these share the limit
         look = Look(
             began,
             control,
             frozenset((entity, id_to_text(id_)) for entity, id_ in found),
-            frozenset(counts) | frozenset(quarantined),
+            frozenset(counts) | frozenset(quarantined) | overflown,
             overflown,
             frozenset(quarantined),
             owed,
@@ -418,8 +421,11 @@ class Board:
         async with self._changed:
             if self.look is None or control.version <= self.look.control.version:
                 return
-            if control.phase is not self.look.control.phase:
+            known = self.look.control
+            if control.phase is not known.phase:
                 return  # debts of another primary
+            if known.unreadable is not None and control.unreadable is None:
+                return  # debts from before the secondary was made readable do not say what may be read there
             self.look = replace(self.look, control=control)
             self._grant(control, began)
             self.gate.hear_of(control.attempt)

@@ -386,13 +386,13 @@ class Coordinator:
             await self.migration.record.copy(self.now, to=self._new, timeout=self._deadline)
 
     async def _drain_and_verify(self, target: Phase) -> None:
-        # What the guard asks does not depend on the drain: what that could not settle ends the switch by itself.
+        self._say(3, "drain: every debt")
+        if self._old == "mongo":
+            await self._sweep()
+        await self._drain()
+        # Only now: what was parked, or put into quarantine, until here is the guard's to refuse.
         asked = asyncio.create_task(guard(self.migration, target))
         try:
-            self._say(3, "drain: every debt")
-            if self._old == "mongo":
-                await self._sweep()
-            await self._drain()
             self._say(4, f"verify: {len(self._wrote)} records written since the announcement, and the guard")
             await self._compare()
             if in_the_way := refusals(await asked, self.now.forced):

@@ -26,6 +26,7 @@ import gc
 import os
 import select
 import socket
+import stat
 import struct
 import sys
 import time
@@ -88,7 +89,8 @@ class Listener:
     def _has_waiting(self) -> bool:
         poll = select.poll()
         poll.register(self.socket, select.POLLIN)
-        return bool(poll.poll(0))
+        # What is no listening socket yet only says that it is not connected.
+        return any(event & select.POLLIN for _, event in poll.poll(0))
 
 
 class DrainingProtocol(HttpToolsProtocol):
@@ -162,8 +164,13 @@ def bind(host: str, port: int, path: str | None = None) -> socket.socket:
         bound = socket.socket(socket.AF_UNIX)
         # What a process left that was killed; one that still serves there keeps its connections.
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        bound.bind(path)
+            if stat.S_ISSOCK(os.stat(path).st_mode):
+                os.unlink(path)
+        try:
+            bound.bind(path)
+        except OSError:
+            bound.close()
+            raise
         os.chmod(path, 0o666)  # noqa: S103 - for whoever may enter the folder: the proxy in front is another user
         return bound
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)

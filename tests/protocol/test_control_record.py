@@ -69,6 +69,41 @@ async def test_a_transaction_whose_client_has_stopped_keeps_no_change_of_epoch_w
     assert w.m.phase is Phase.POSTGRES_READ
 
 
+async def test_a_transaction_that_sends_many_rows_is_waited_for(open_world, database_url):
+    """Within a COPY the server waits for its client most of the time."""
+    w = await open_world("postgres_primary")
+    shared = "SELECT pg_advisory_xact_lock_shared(hashtextextended('crossfade:accounts', 0))"
+    rows, times = b"x" * 99 + b"\n", 40
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as busy:
+        async with busy.transaction():
+            await busy.execute(shared)
+            await busy.execute("CREATE TEMPORARY TABLE copied (line text)")
+            changing = asyncio.create_task(w.set_phase("postgres_read"))
+            async with busy.cursor().copy("COPY copied FROM STDIN") as copy:
+                for _ in range(times):
+                    await copy.write(rows * 2_000)
+                    await asyncio.sleep(0.05)
+            assert not changing.done()
+        cursor = await busy.execute("SELECT count(*) FROM copied")
+        assert await cursor.fetchone() == (times * 2_000,)
+        await changing
+
+
+async def test_a_transaction_whose_client_stops_within_its_rows_is_not(open_world, database_url):
+    w = await open_world("postgres_primary")
+    shared = "SELECT pg_advisory_xact_lock_shared(hashtextextended('crossfade:accounts', 0))"
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as stopped:
+        with contextlib.suppress(psycopg.OperationalError):
+            async with stopped.transaction():
+                await stopped.execute(shared)
+                await stopped.execute("CREATE TEMPORARY TABLE copied (line text)")
+                async with stopped.cursor().copy("COPY copied FROM STDIN") as copy:
+                    await copy.write(b"x\n" * 50_000)
+                    await w.set_phase("postgres_read")
+        assert stopped.broken
+    assert w.m.phase is Phase.POSTGRES_READ
+
+
 async def test_an_older_copy_never_replaces_a_newer_one(open_world):
     w = await open_world("dual_write")
     old = w.control

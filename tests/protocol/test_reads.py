@@ -266,6 +266,43 @@ async def test_the_exact_spelling_is_tried_before_the_normal_form(open_world):
     assert found == [plain, own, plain]
 
 
+@pytest.mark.parametrize("phase", ["postgres_read", "postgres_primary"])
+async def test_where_the_board_is_full_nothing_is_said_to_be_settled(open_world, mongo_proxy, phase):
+    """Of tombstones, and of deliveries, it shows so many of all entities together."""
+    w = await open_world(phase, others=[requests_entity()], board_limit=3, mongo=mongo_proxy)
+    bob = await w.users.insert({"username": "Bob"})
+    asked = [
+        await w.m.friend_requests.insert({"sender": bob.id, "receiver": bob.id, "status": "pending"})
+        for _ in range(2)
+    ]
+    others = [await w.users.insert({"username": name}) for name in ("Ann", "Eve")]
+    await w.reconcile()
+    if phase == "postgres_primary":
+        mongo_proxy.refuse()
+        for record in others:
+            await w.users.update(record.id, {"n": 2})
+        for record in asked:
+            await w.m.friend_requests.update(record.id, {"status": "accepted"})
+        mongo_proxy.pass_through()
+
+        async def answers() -> bool:
+            return (await w.cf.health())["mongo"][0]
+
+        await eventually(answers)
+    else:
+        for record in others:
+            await w.users.delete(record.id)
+        for record in asked:
+            await w.m.friend_requests.delete(record.id)
+        await w.settle()
+        w.documents.database["crossfade_tombstones"].update_many({}, {"$set": {"debt": True}})
+    look = await w.m.board.refresh()
+    assert len(look.debts) == 3
+    assert look.overflown == look.owed_entities == {"users", "friend_requests"}
+    await w.m.reconciler.reconcile()
+    assert await w.owed() == ()
+
+
 async def test_debts_are_found_by_a_server_that_cannot_put_collections_together(open_world, monkeypatch):
     w = await open_world("dual_write", others=[requests_entity()])
     kept, gone = [await w.users.insert({"username": name}) for name in ("Kept", "Gone")]

@@ -355,6 +355,22 @@ async def test_what_another_application_has_just_written_comes_along(open_world)
     assert w.conflicts() == []
 
 
+async def test_what_another_application_has_just_written_is_refused_where_postgres_cannot_take_it(open_world):
+    w = await open_world("postgres_read")
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.settle()
+
+    def on_step(text: str) -> None:
+        if text.startswith("2"):
+            now = datetime.now(UTC)
+            w.documents.update_one({"_id": made.id}, {"$set": {"n": 666, "updatedAt": now}})
+
+    with pytest.raises(NotAllowedInPhase, match=r"while writes waited: \[parked\]"):
+        await go(w, on_step=on_step)
+    assert (await w.m.board.refresh()).control.state == STEADY
+    assert w.m.primary == "mongo"
+
+
 async def test_what_was_written_since_the_announcement_is_compared_in_the_pause(open_world):
     worker, w = await open_world("postgres_read", background=True), await open_world("postgres_read")
     made = await worker.users.insert({"username": "Bob", "n": 1})
@@ -510,6 +526,45 @@ async def test_a_step_that_was_heard_of_is_not_forgotten_for_a_slower_look(open_
     released[1].set()
     await later
     assert board.control.holds_writes
+
+
+async def test_a_step_heard_of_before_debts_are_looked_at_makes_no_row_readable(open_world, monkeypatch):
+    """What was left in debt while nobody read PostgreSQL is on no board from that time."""
+    patient = {"board_age": 30.0, "poll": 10.0}
+    w, other = await open_world("postgres_read", **patient), await open_world("postgres_read", **patient)
+    made = await other.users.insert({"username": "Bob", "n": 1})
+    await other.settle()
+    flag = w.control.changed(by="a test", reason="a test", unreadable="x")
+    assert await w.m.record.change(w.control, flag, timeout=PATIENCE)
+    await other.m.board.refresh()
+    await w.m.board.refresh()
+    await other.users.update(made.id, {"n": 666})  # PostgreSQL refuses it, so it stays in debt
+    control = w.control
+    for make in (
+        lambda c: c.changed(by="a test", reason="a test", unreadable=None),
+        lambda c: c.announced(
+            Phase.POSTGRES_PRIMARY, by="", reason="", limit=60.0, coordinator="", forced=()
+        ),
+        lambda c: c.fenced(),
+    ):
+        after = make(control)
+        assert await w.m.record.change(control, after, timeout=PATIENCE)
+        control = after
+    asked, released, debts = asyncio.Event(), asyncio.Event(), w.m.pair.mongo.debts
+
+    async def debts_later(*entities: Any, **limits: Any) -> Any:
+        asked.set()
+        await released.wait()
+        return await debts(*entities, **limits)
+
+    monkeypatch.setattr(w.m.pair.mongo, "debts", debts_later)
+    looking = asyncio.create_task(w.m.board.refresh())
+    await asked.wait()
+    look = w.m.board.look
+    released.set()
+    await looking
+    assert ("users", id_to_text(made.id)) in look.ids or look.control.unreadable == "x"
+    assert ("users", id_to_text(made.id)) in w.m.board.look.ids
 
 
 async def test_a_late_write_that_two_workers_find_is_no_conflict(open_world, monkeypatch):

@@ -133,6 +133,21 @@ async def test_a_listener_is_left_when_all_who_came_were_taken_and_no_other_can_
         each.close()
 
 
+async def test_a_listener_that_nobody_listens_on_yet_is_left_at_once(
+    place: tuple[str, int, str | None],
+) -> None:
+    listener = Listener(bind(*place))
+    await asyncio.wait_for(listener.leave(), 2)
+    listener.socket.close()
+
+
+def test_a_file_that_is_no_socket_is_not_taken_away(tmp_path: Path) -> None:
+    (tmp_path / "letters").write_text("kept")
+    with pytest.raises(OSError, match="in use"):
+        bind("", 0, str(tmp_path / "letters"))
+    assert (tmp_path / "letters").read_text() == "kept"
+
+
 async def test_a_path_that_the_next_process_serves_already_is_left_to_it(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     old = Listener(bind("", 0, path))

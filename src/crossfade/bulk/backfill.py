@@ -411,7 +411,8 @@ class _Links:
         """Wait until nothing is under way, whatever became of it: what is left is noted with the piece."""
         if self._task is not None:
             await asyncio.wait([self._task])
-            self._task.exception()  # seen here, where another error is on its way already
+            if not self._task.cancelled():
+                self._task.exception()  # seen here, where another error is on its way already
             self._task, self.left = None, []
 
 

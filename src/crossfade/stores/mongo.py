@@ -63,8 +63,8 @@ WORKERS = "crossfade_workers"
 BORN = 16
 #: Debts that one command erases.
 _PAIRS = 200
-#: The stage that puts collections together, and the error of a server that does not know a stage.
-_UNION, _UNKNOWN_STAGE = "$unionWith", 40324
+#: The stage that puts collections together, and the errors of servers that do not know a stage (304: Amazon's).
+_UNION, _UNKNOWN_STAGE = "$unionWith", (40324, 304)
 
 if sys.version_info < (3, 12):
 
@@ -603,7 +603,7 @@ class MongoStore:
             try:
                 cursor = await self.database[name].aggregate(stages)
             except OperationFailure as cause:
-                if not self._unites or cause.code != _UNKNOWN_STAGE:
+                if not self._unites or cause.code not in _UNKNOWN_STAGE:
                     raise
                 self._unites = False  # an older server
                 async for note in self._owing(entities, limit=limit, parked=parked):

@@ -49,8 +49,9 @@ _LOCKED = " WHERE p.id = %s FOR NO KEY UPDATE OF p"
 _MANY = 8
 #: Seconds for the caller to go on before what is left to do behind its back takes the processor from it.
 _CALLER_FIRST = 0.002
-#: Seconds without a word of its client after which a transaction keeps no change of epoch waiting.
-_SILENT = 0.5
+#: Seconds without a word of its client after which a transaction keeps no change of epoch waiting; and for which one
+#: that waits does not ask who that may be.
+_SILENT, _AT_ONCE = 0.5, 0.1
 
 _T = TypeVar("_T")
 _NAMED = re.compile(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", re.MULTILINE | re.DOTALL)
@@ -1285,10 +1286,13 @@ class PostgresStore:
 
     async def _end_silent(self, migration: str, timeout: float) -> None:
         """End the sessions that keep a change of epoch waiting because their client has stopped."""
+        seen: list[str] = []
+        await asyncio.sleep(_AT_ONCE)
         while True:
-            await asyncio.sleep(_SILENT)
             with contextlib.suppress(errors.CrossfadeError):
-                await self._ask("end_silent", timeout, migration=migration, silent=_SILENT)
+                rows = await self._ask("end_silent", timeout, migration=migration, seen=seen)
+                seen = [mark for mark, _ in rows]
+            await asyncio.sleep(_SILENT)
 
     async def note_history(
         self, migration: str, entries: Sequence[Mapping[str, Any]], *, timeout: float

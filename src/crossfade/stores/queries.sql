@@ -19,14 +19,19 @@ SELECT set_config(name, 'off', true) FROM unnest(ARRAY['enable_hashjoin', 'enabl
 SELECT pg_advisory_xact_lock(hashtextextended('crossfade:' || %(migration)s, 0))
 
 -- name: end_silent
--- Sessions that hold the shared lock and have not heard of their client for a while. A client that is stopped between
--- two statements of a pipeline is not idle in transaction to the server, so no time-out of the server's ends it.
-SELECT pg_terminate_backend(pid)
-FROM pg_stat_activity JOIN pg_locks USING (pid)
-WHERE locktype = 'advisory' AND granted AND mode = 'ShareLock' AND objsubid = 1
-  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-  AND (classid::bigint << 32 | objid::bigint) = hashtextextended('crossfade:' || %(migration)s, 0)
-  AND wait_event = 'ClientRead' AND clock_timestamp() - state_change > make_interval(secs => %(silent)s)
+-- Sessions that hold the shared lock and wait for their client, each with what another word of that client's changes.
+-- Those of which just the same was seen before are ended. (A client that is stopped between two statements of a pipeline
+-- is not idle in transaction to the server, so no time-out of the server's ends it. One that sends the rows of a COPY, or
+-- that a long statement kept waiting, is heard of later than its state has changed.)
+SELECT mark, CASE WHEN mark = ANY(%(seen)s::text[]) THEN pg_terminate_backend(pid) END
+FROM (
+    SELECT pid, concat_ws(' ', pid, a.backend_start, a.state_change, c.bytes_processed) AS mark
+    FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid) LEFT JOIN pg_stat_progress_copy AS c USING (pid)
+    WHERE l.locktype = 'advisory' AND l.granted AND l.mode = 'ShareLock' AND l.objsubid = 1
+      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND (l.classid::bigint << 32 | l.objid::bigint) = hashtextextended('crossfade:' || %(migration)s, 0)
+      AND a.wait_event = 'ClientRead'
+) AS holding
 
 -- name: epoch_is
 SELECT EXISTS (SELECT FROM crossfade.control WHERE migration = %(migration)s AND epoch = %(epoch)s)
