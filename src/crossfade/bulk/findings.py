@@ -107,12 +107,14 @@ class Notes:
         tombstone: revision of PostgreSQL's tombstone, or None.
         deleted: MongoDB has a tombstone.
         delete_owed: and PostgreSQL has not confirmed it.
+        delivery_owed: PostgreSQL's outbox has it: MongoDB has not confirmed its revision.
     """
 
     quarantined: bytes | None = None
     tombstone: int | None = None
     deleted: bool = False
     delete_owed: bool = False
+    delivery_owed: bool = False
 
 
 def differing_fields(entity: Entity, source: Source, row: StoredRecord) -> list[str]:
@@ -162,7 +164,7 @@ def judge(
     if source is None or source.is_gone:
         if row is None:
             return None
-        if notes.delete_owed or (image is not None and image.debt is not None):
+        if notes.delivery_owed or notes.delete_owed or (image is not None and image.debt is not None):
             return Finding.IN_DEBT, []
         known = notes.deleted or notes.tombstone is not None or image is not None
         behind_our_back = not known and is_as_written(entity, row)
@@ -173,7 +175,7 @@ def judge(
         return None
     if notes.quarantined is not None and notes.quarantined == source.digest:
         return Finding.QUARANTINED, []
-    if image is not None and image.debt is not None:
+    if notes.delivery_owed or (image is not None and image.debt is not None):
         return Finding.IN_DEBT, fields
     if row is None or image is None:
         covered = notes.tombstone is not None and image is not None and notes.tombstone >= image.rev

@@ -42,7 +42,7 @@ from crossfade.bulk.pieces import Pieces, at, plan
 from crossfade.bulk.plan import Range, bracket_of, decode_position, encode_position
 from crossfade.entity import Entity
 from crossfade.stores.bulk_mongo import BulkMongo, id_of
-from crossfade.stores.bulk_postgres import BulkPostgres, EntityTables
+from crossfade.stores.bulk_postgres import BulkPostgres, EntityTables, StoredRecord
 from crossfade.stores.runs import Piece, Run, Steering
 from crossfade.values import id_to_text, text_to_id
 
@@ -471,17 +471,44 @@ class Verify:
 async def look_at(
     entity: Entity, source: BulkMongo, target: BulkPostgres, tables: EntityTables, texts: Sequence[str]
 ) -> dict[str, tuple[tuple[Finding, list[str]] | None, bool]]:
-    """How each of these records differs now (None: not), and whether there is a document; by id text."""
+    """How each of these records differs now (None: not), and whether there is a document; by id text.
+
+    One that is written between the looks at its two sides differs for that alone, so those that differ are read twice.
+    """
     sources = {one.text: one for one in await _fetch(entity, source, texts)}
     rows = await target.read_ids(tables, texts)
     quarantined, buried = await target.notes(entity, texts)
+    owed = await target.deliveries_owed(entity, texts)
     deleted = await asyncio.to_thread(source.tombstones, entity, texts)
-    looked = {}
+    looked: dict[str, tuple[tuple[Finding, list[str]] | None, bool]] = {}
     for text in texts:
-        notes = Notes(quarantined.get(text), buried.get(text), text in deleted, deleted.get(text, False))
+        notes = Notes(
+            quarantined.get(text), buried.get(text), text in deleted, deleted.get(text, False), text in owed
+        )
         one = sources.get(text)
         looked[text] = (judge(entity, one, rows.get(text), notes), one is not None and not one.is_gone)
+    differing = [
+        text for text, (found, _) in looked.items() if found is not None and not found[0].is_explained
+    ]
+    if differing:
+        now = {one.text: one for one in await _fetch(entity, source, differing)}
+        rows_now = await target.read_ids(tables, differing)
+        for text in differing:
+            if (_mark(sources.get(text)), _mark(rows.get(text))) != (
+                _mark(now.get(text)),
+                _mark(rows_now.get(text)),
+            ):
+                found, is_there = looked[text]
+                looked[text] = ((Finding.IN_DEBT, found[1] if found else []), is_there)
     return looked
+
+
+def _mark(side: Source | StoredRecord | None) -> tuple[int, str | None] | None:
+    """What every write through Crossfade changes on either side of a record."""
+    if isinstance(side, Source):
+        side_now = side.image
+        return None if side_now is None else (side_now.rev, side_now.op)
+    return None if side is None else (side.rev, side.op)
 
 
 async def _fetch(entity: Entity, source: BulkMongo, texts: Sequence[str]) -> list[Source]:

@@ -788,6 +788,14 @@ class BulkPostgres:
             buried = {text: int(rev) for text, rev in await cursor.fetchall()}
         return quarantined, buried
 
+    async def deliveries_owed(self, entity: Entity, ids: Sequence[str]) -> set[str]:
+        """Those of these id texts that the outbox has: MongoDB has not confirmed them."""
+        with translated(self.address):
+            cursor = await self._connection.execute(
+                "SELECT id FROM crossfade.outbox WHERE entity = %s AND id = ANY(%s)", [entity.name, list(ids)]
+            )
+            return {text for (text,) in await cursor.fetchall()}
+
     # --- what a verify notes -------------------------------------------------------------------------------
 
     async def note(
