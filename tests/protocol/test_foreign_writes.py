@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from bson import ObjectId
 
-from crossfade.errors import CrossfadeError
+from crossfade.errors import ConditionNotMet, CrossfadeError
 from crossfade.record import CF
 from crossfade.testing.failure_points import Failure, FailurePoints, Killed
 
@@ -273,3 +273,22 @@ async def test_an_adoption_that_ends_anywhere_is_owed_as_soon_as_it_is_begun(w, 
             assert number > 5, "the points were not counted"
             break
         await swept(w)
+
+
+async def test_a_condition_that_another_application_breaks_before_the_write_is_not_met(open_world, monkeypatch):
+    """Such a writer counts no revision up, so only the condition itself in the update's filter notices it."""
+    w = await open_world()
+    bob = await w.users.insert({"username": "Bob", "n": 1})
+    id_, look = bob.id, w.mongo.notes
+    await w.settle()
+
+    async def overtaken(entity, id_, fields, **how):
+        found = await look(entity, id_, fields, **how)
+        monkeypatch.setattr(w.mongo, "notes", look)
+        w.documents.update_one({"_id": id_}, {"$set": {"n": 2}})
+        return found
+
+    monkeypatch.setattr(w.mongo, "notes", overtaken)
+    with pytest.raises(ConditionNotMet, match="in n by now"):
+        await w.users.update(id_, {"won": True}, where={"n": 1})
+    assert (w.document(id_)["n"], "won" in w.document(id_)) == (2, False)
