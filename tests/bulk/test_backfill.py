@@ -402,6 +402,36 @@ async def test_a_row_that_the_table_refuses_does_not_stop_its_neighbours(stores,
     ]
 
 
+@pytest.mark.parametrize(
+    ("rule", "most"),
+    [
+        # Colliding keys are found by joins: once all, once to find them, once the others.
+        ("CREATE UNIQUE INDEX one_hash ON users (password_hash)", 3),
+        # What else the server refuses is halved until it is found: all once, then both halves of what holds it.
+        ("ALTER TABLE users ADD CONSTRAINT no_such_name CHECK (username <> 'Name700')", 4),
+    ],
+    ids=["a key that another has", "a value that is refused"],
+)
+async def test_one_bad_row_makes_its_chunk_a_few_times_as_much_work_and_no_more(stores, user, rule, most):
+    documents = [user(n, passwordHash=f"hash {n if n != 700 else 3}") for n in range(1000)]
+    stores.collection.insert_many(documents)
+    stores.sql.execute(rule)
+    staged = []
+
+    def hook(target):
+        stage = target._stage
+
+        async def counted(tables, rows):
+            staged.append(len(rows))
+            await stage(tables, rows)
+
+        target._stage = counted
+
+    report = await stores.backfill(hook=hook)
+    assert report.counts.inserted == 999
+    assert sum(staged) <= most * 1000
+
+
 async def test_rows_that_leave_quarantine_are_struck_off(stores, user):
     stores.collection.insert_many([user(n) for n in range(3)])
     stores.sql.execute("ALTER TABLE users ADD CONSTRAINT no_such_name CHECK (username <> 'Name1')")
