@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,16 +269,16 @@ class Job:
         reports = []
         give_way()
         totals = await _totals(chosen)
-        with stopping() as stop, bars(self.as_json, totals) as bar, self._crew() as (executor, most):
+        with stopping() as stop, bars(self.as_json, totals) as bar, self._crew() as crew:
             async with self._live(stop) as live:
                 for entity in in_dependency_order(chosen):
                     async with bulk_stores() as (source, target):
                         total = totals[entity.name]
                         # A process takes seconds to begin; who names a number gets it.
                         asked = self.workers is not None or self.dask is not None
-                        workers = most if asked or total >= _WORTH_A_CREW else 1
+                        workers = crew.most if asked or total >= _WORTH_A_CREW else 1
                         one = _One(entity, source, target, total, workers, bar(entity, total))
-                        reports.append(await self._one(one, executor, live, stop))
+                        reports.append(await self._one(one, crew, live, stop))
                     if stop.is_set():
                         break
         return reports
@@ -299,16 +299,16 @@ class Job:
                 await asyncio.wait([throttling])
 
     @contextmanager
-    def _crew(self) -> Iterator[tuple[ExecutorFactory, int]]:
+    def _crew(self) -> Iterator[_Crew]:
         if self.dask is None:
             most = self.workers or len(os.sched_getaffinity(0))
-            yield (lambda: pool(most)), most
+            yield _Crew(lambda: pool(most), most, lambda: True)
             return
-        with dask(self.dask) as (executor, there):
-            yield (lambda: nullcontext(executor)), self.workers or there
+        with dask(self.dask) as (executor, there, is_manned):
+            yield _Crew(lambda: nullcontext(executor), self.workers or there, is_manned)
 
     async def _one(
-        self, one: _One, executor: ExecutorFactory, live: Live, stop: asyncio.Event
+        self, one: _One, crew: _Crew, live: Live, stop: asyncio.Event
     ) -> BackfillReport | VerifyReport:
         entity, source, target, show = one.entity, one.source, one.target, one.show
         made: Backfill | Verify
@@ -340,7 +340,7 @@ class Job:
                 made.heard(await target.runs.totals(begun))
 
             order = Order(self.kind, self.application, entity.name, str(begun.run), self.batch_size)
-            outcomes = await lead(executor, workers, order, look)
+            outcomes = await lead(crew.executor, workers, order, look, crew.is_manned)
         for outcome in outcomes:
             if outcome.error:
                 raise (
@@ -354,6 +354,15 @@ class Job:
             for name, samples in outcome.samples.items():
                 getattr(report, name).extend(samples)
         return cast(BackfillReport | VerifyReport, report)
+
+
+@dataclass(frozen=True, slots=True)
+class _Crew:
+    """Who works: what makes an executor, how many workers at most, and whether there are any."""
+
+    executor: ExecutorFactory
+    most: int
+    is_manned: Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)

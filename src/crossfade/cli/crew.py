@@ -35,6 +35,8 @@ _LOOK = 0.5
 #: Workers that may die before a run is given up, for each that there are: something kills them, and it is no accident.
 _DEATHS = 5
 
+#: Seconds that a cluster may be without any worker: one that died is replaced by then, or by nobody.
+_UNMANNED = 30.0
 #: Niceness of a bulk command and its processes: what else runs on their machine goes first.
 _NICE = 10
 
@@ -196,8 +198,8 @@ def pool(workers: int) -> Iterator[Executor]:
 
 
 @contextmanager
-def dask(where: str) -> Iterator[tuple[Executor, int]]:
-    """A Dask cluster and how many workers it has.
+def dask(where: str) -> Iterator[tuple[Executor, int, Callable[[], bool]]]:
+    """A Dask cluster, how many workers it has, and whether there have been any of late (for a thread).
 
     Raises:
         crossfade.errors.ConfigurationError: the extra is not installed, or there is no scheduler or no worker.
@@ -215,11 +217,19 @@ def dask(where: str) -> Iterator[tuple[Executor, int]]:
         raise errors.ConfigurationError(
             f"no Dask scheduler at {where}: {str(cause).splitlines()[0] if str(cause) else type(cause).__name__}"
         ) from None
+    seen = time.monotonic()
+
+    def is_manned() -> bool:
+        nonlocal seen
+        if client.scheduler_info(n_workers=-1)["workers"]:
+            seen = time.monotonic()
+        return time.monotonic() - seen < _UNMANNED
+
     try:
         workers = len(client.scheduler_info(n_workers=-1)["workers"])
         if not workers:
             raise errors.ConfigurationError(f"the Dask cluster at {where} has no worker")
-        yield cast(Executor, client.get_executor(pure=False)), workers
+        yield cast(Executor, client.get_executor(pure=False)), workers, is_manned
     finally:
         client.close()
 
@@ -229,12 +239,14 @@ async def lead(
     workers: int,
     order: Order,
     look: Callable[[], Awaitable[None]],
+    is_manned: Callable[[], bool] = lambda: True,
 ) -> list[Outcome]:
-    """Give ``workers`` workers an order and wait until none of them finds anything to do.
+    """Give ``workers`` workers an order and wait until none of them finds anything to do, or none is left.
 
     Args:
         executor: makes one; again, when the death of a worker has broken it.
         look: called now and then meanwhile: shows progress, passes on what is asked.
+        is_manned: whether somebody is there to do it.
 
     Raises:
         crossfade.errors.CrossfadeError: workers died again and again.
@@ -249,6 +261,13 @@ async def lead(
             while futures:
                 done, futures = await asyncio.wait(futures, timeout=_LOOK)
                 await look()
+                if not done and not await asyncio.to_thread(is_manned):
+                    for future in futures:
+                        future.cancel()
+                    problems.print(
+                        "the cluster has no worker left; this command goes on alone", highlight=False
+                    )
+                    return outcomes
                 for future in done:
                     try:
                         outcomes.append(future.result())
