@@ -275,7 +275,9 @@ async def test_an_adoption_that_ends_anywhere_is_owed_as_soon_as_it_is_begun(w, 
         await swept(w)
 
 
-async def test_a_condition_that_another_application_breaks_before_the_write_is_not_met(open_world, monkeypatch):
+async def test_a_condition_that_another_application_breaks_before_the_write_is_not_met(
+    open_world, monkeypatch
+):
     """Such a writer counts no revision up, so only the condition itself in the update's filter notices it."""
     w = await open_world()
     bob = await w.users.insert({"username": "Bob", "n": 1})
