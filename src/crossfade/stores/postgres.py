@@ -789,7 +789,8 @@ class PostgresStore:
         """
 
         async def work() -> list[Change | None]:
-            async with self._connection(timeout) as connection, connection.transaction():
+            # Whatever is raised in here, the connection rolls back as it is given back.
+            async with self._connection(timeout) as connection:
                 there = await self._lock(
                     connection, writes, migration=migration, epoch=epoch, op=op, small=small
                 )
@@ -806,18 +807,28 @@ class PostgresStore:
                             entity, id_, before, change, migration, epoch, keep_in_outbox=keep_in_outbox
                         ):
                             await connection.execute(query, parameters)
-                        keys = orjson.dumps(change.image.keys if change.image else {}).decode()
-                        held_open.append(
-                            await connection.execute(
-                                QUERIES["reserved"],
-                                {"entity": entity.name, "id": id_to_text(id_), "keys": keys, "op": change.op},
-                            )
-                        )
-                    for cursor in held_open:
-                        [(taken,)] = await cursor.fetchall()
+                        own = {} if before is None else before.keys
+                        taken = {rule: key for rule, key in _keys(change).items() if own.get(rule) != key}
                         if taken:
+                            held_open.append(
+                                await connection.execute(
+                                    QUERIES["reserved"],
+                                    {
+                                        "entity": entity.name, "id": id_to_text(id_), "op": change.op,
+                                        "keys": orjson.dumps(taken).decode(),
+                                    },
+                                )
+                            )  # fmt: skip
+                    if not held_open:
+                        # Nobody else's values are wanted: one round trip less.
+                        await connection.execute(b"COMMIT")
+                    for cursor in held_open:
+                        [(is_reserved,)] = await cursor.fetchall()
+                        if is_reserved:
                             # Seen after the unique index let us through: whoever freed it may yet take it back.
                             raise errors.Busy("a value of this record is another open write's")
+                if held_open:
+                    await connection.execute(b"COMMIT")
                 return changes
 
         ends = time.monotonic() + timeout
@@ -878,11 +889,12 @@ class PostgresStore:
         op: str | None,
         small: bool,
     ) -> list[tuple[Image | None, int]]:
-        """Lock these records; (image, revision of the tombstone) of each as given."""
+        """Begin a transaction and lock these records in it; (image, revision of the tombstone) of each as given."""
         names = [{"entity": entity.name, "id": id_to_text(id_)} for entity, id_, _ in writes]
         cursors = []
         async with connection.pipeline():
             records = [(entity, id_to_text(id_)) for entity, id_, _ in writes]
+            await connection.execute(b"BEGIN")
             await connection.execute(QUERIES["lock"], _locks(migration, records))
             fence = await connection.execute(QUERIES["epoch_is"], {"migration": migration, "epoch": epoch})
             for (entity, _, _), name in zip(writes, names, strict=True):
@@ -1413,6 +1425,10 @@ async def _or_rolled_back(work: Coroutine[Any, Any, bool]) -> bool:
         return await work
     except Rollback:
         return False
+
+
+def _keys(change: Change) -> Mapping[str, str]:
+    return {} if change.image is None else change.image.keys
 
 
 def _verdict(image: Image, now: Held, same_epoch: bool, *, deleted: bool = False) -> Applied:
