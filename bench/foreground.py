@@ -1,6 +1,6 @@
 """The reference service while a backfill runs beside it: how much longer its slowest answers take.
 
-    python -m bench.foreground [--users 60000] [--seconds 20] [--throttle '--max-latency 20']
+    python -m bench.foreground [--users 60000] [--seconds 20] [--throttle '--max-latency 5']
 
 One process of the service and eight clients of it, the demo's, at a steady pace: registrations, log-ins, profiles,
 look-ups. First alone, then while `crossfade backfill` copies every user, over and over where there is time for that:
@@ -127,7 +127,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--users", type=int, default=60_000)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each part")
-    parser.add_argument("--throttle", default="--max-latency 20", help="options of the throttled backfill")
+    parser.add_argument("--throttle", default="--max-latency 5", help="options of the throttled backfill")
     arguments = parser.parse_args()
     return 0 if run(arguments.users, arguments.seconds, arguments.throttle.split()) else 1
 

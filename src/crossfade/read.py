@@ -242,7 +242,7 @@ class Reader:
         except Unmappable as cause:
             raise errors.Quarantined(f"a document of {entity.name} cannot be read: {cause}") from cause
         finally:
-            observe.READ_SECONDS.labels(self.pair.name).observe(time.perf_counter() - began)
+            observe.of(observe.READ_SECONDS, self.pair.name).observe(time.perf_counter() - began)
 
     async def _mongo_primary(
         self,
@@ -365,7 +365,7 @@ class Reader:
         return answer
 
     def _count(self, entity: Entity, source: str, reason: str | None) -> None:
-        observe.READS.labels(self.pair.name, entity.name, source, reason or "first").inc()
+        observe.of(observe.READS, self.pair.name, entity.name, source, reason or "first").inc()
 
 
 def _can_be_marked(answer: object) -> bool:

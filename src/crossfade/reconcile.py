@@ -74,12 +74,17 @@ class Round:
 
 @dataclass
 class Reconciler:
-    """Reconciles one migration in one worker."""
+    """Reconciles one migration in one worker.
+
+    Attributes:
+        settled: debts that it has settled so far.
+    """
 
     pair: Pair
     settler: Settler
     writer: Writer
     strays: Strays
+    settled: int = 0
     _task: asyncio.Task[None] | None = None
     _parked: dict[tuple[str, str, int], float] = field(default_factory=dict)
     _swept: datetime | None = None
@@ -277,7 +282,7 @@ class Reconciler:
                     continue
                 if settled in (Settled.CONFIRMED, Settled.GONE):
                     done.settled += 1
-                    observe.SETTLED.labels(self.pair.name, debt.entity).inc()
+                    self._count(debt.entity, 1)
                 elif settled is Settled.PARKED:
                     done.parked += 1
                 else:
@@ -313,6 +318,21 @@ class Reconciler:
             pass
         return left + [debt for portion in portions for debt in portion]
 
+    def _count(self, entity: str, number: int) -> None:
+        self.settled += number
+        observe.SETTLED.labels(self.pair.name, entity).inc(number)
+
+    async def owed(self) -> int:
+        """How many debts there are now, parked ones among them.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: the primary cannot be reached.
+        """
+        pair, timeout = self.pair, self.pair.options.bulk_deadline
+        if pair.board.control.phase.rules.primary == "mongo":
+            return await pair.mongo.count_debts(pair.entities.values(), timeout=timeout)
+        return (await pair.postgres.outbox_depth(pair.entities, timeout=timeout))[0]
+
     def _claim(self) -> contextlib.AbstractAsyncContextManager[Claim]:
         """One reconciler at a time settles what there is much of: two would get into each other's way."""
         return self.pair.postgres.claim(f"drain:{self.pair.name}", timeout=self.pair.options.primary_deadline)
@@ -336,7 +356,7 @@ class Reconciler:
                 settled, elsewhere = await self._settle_portion(entity, portion, claim, control)
                 done.settled += len(settled)
                 done.elsewhere += len(elsewhere)
-                observe.SETTLED.labels(self.pair.name, entity.name).inc(len(settled))
+                self._count(entity.name, len(settled))
                 settled |= elsewhere
             except (errors.StoreUnavailable, Fenced):
                 left += [debt for each in portions for debt in each]

@@ -255,8 +255,8 @@ class Writer:
             ) from cause
         finally:
             name = chosen.value if chosen else "default"
-            observe.WRITES.labels(self.pair.name, entity.name, kind, name, outcome).inc()
-            observe.WRITE_SECONDS.labels(self.pair.name, kind).observe(time.perf_counter() - began)
+            observe.of(observe.WRITES, self.pair.name, entity.name, kind, name, outcome).inc()
+            observe.of(observe.WRITE_SECONDS, self.pair.name, kind).observe(time.perf_counter() - began)
 
     async def _admit(self) -> Control:
         board = self.pair.board

@@ -53,6 +53,8 @@ async def test_the_debts_of_an_outage_are_settled_together_and_a_refused_one_doe
     await w.users.delete(deleted)
     await w.users.update(renamed, {"username": "renamed since"})
     await w.users.insert({"username": "RENAMED"})
+    # Two hundred and thirty and the two that are new; the one renamed; one tombstone.
+    assert await w.m.reconciler.owed() == 234
     postgres_proxy.pass_through()
     apply, transactions = w.cf.postgres.apply, []
 
@@ -62,6 +64,7 @@ async def test_the_debts_of_an_outage_are_settled_together_and_a_refused_one_doe
 
     monkeypatch.setattr(w.cf.postgres, "apply", counted)
     await w.reconcile()
+    assert w.m.reconciler.settled == 233
     # Two hundred in two or, around the refused one, in halves; the rest one by one.
     assert len(transactions) < 100
     assert [owed.id for owed in await w.owed()] == [refused.id]
@@ -83,6 +86,7 @@ async def test_mongo_is_away_and_postgres_decides_and_the_outbox_is_delivered_by
     await w.users.update(kept, {"n": 2})
     await w.users.delete(gone)
     assert [rev for _, rev, _, _ in w.outbox()] == [2, 2, 1]
+    assert await w.m.reconciler.owed() == 3
     assert (await w.users.get(made.id)).source == "postgres"
     mongo_proxy.pass_through()
     await eventually(lambda: nothing_owed(w))

@@ -1,4 +1,4 @@
-"""Progress on a terminal's error output: a bar for each entity, one for all, one for what is made at the end."""
+"""Progress on a terminal's error output: a bar for each thing, one for all, one for what is made at the end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from rich.progress import (
 from rich.text import Text
 
 from crossfade.cli.context import problems
-from crossfade.entity import Entity
 
 
 class _Rate(ProgressColumn):
@@ -31,11 +30,11 @@ class _Rate(ProgressColumn):
 
 
 class Show:
-    """What is shown of one entity.
+    """What is shown of one thing, an entity most often.
 
     Args:
         progress: the bars.
-        name: the entity's.
+        name: what it is.
         total: records, about.
         on_change: called with how many records are done.
     """
@@ -59,7 +58,7 @@ class Show:
 
 
 @contextmanager
-def bars(as_json: bool, totals: Mapping[str, int] | None = None) -> Iterator[Callable[[Entity, int], Show]]:
+def bars(as_json: bool, totals: Mapping[str, int] | None = None) -> Iterator[Callable[[str, int], Show]]:
     """Bars while the block runs: how far, how fast, how long still, what was found.
 
     Args:
@@ -81,14 +80,14 @@ def bars(as_json: bool, totals: Mapping[str, int] | None = None) -> Iterator[Cal
         progress.add_task("all", total=sum(totals.values()), said="") if totals and len(totals) > 1 else None
     )
 
-    def bar(entity: Entity, total: int) -> Show:
+    def bar(name: str, total: int) -> Show:
         def changed(number: int) -> None:
-            done[entity.name] = number
+            done[name] = number
             if everything is not None:
                 whole = sum(done.values())
                 progress.update(everything, completed=whole, total=max(sum((totals or {}).values()), whole))
 
-        return Show(progress, entity.name, total, changed)
+        return Show(progress, name, total, changed)
 
     with progress:
         yield bar

@@ -277,7 +277,7 @@ class Job:
                         # A process takes seconds to begin; who names a number gets it.
                         asked = self.workers is not None or self.dask is not None
                         workers = crew.most if asked or total >= _WORTH_A_CREW else 1
-                        one = _One(entity, source, target, total, workers, bar(entity, total))
+                        one = _One(entity, source, target, total, workers, bar(entity.name, total))
                         reports.append(await self._one(one, crew, live, stop))
                     if stop.is_set():
                         break
@@ -397,7 +397,7 @@ async def _rehearse(
     with stopping() as stop, bars(as_json, totals) as bar:
         for entity in chosen:
             async with bulk_stores() as (source, target):
-                show = bar(entity, totals[entity.name])
+                show = bar(entity.name, totals[entity.name])
                 made = Rehearsal(
                     entity,
                     source,

@@ -91,7 +91,7 @@ def repair(
             with stopping() as stop, bars(as_json) as bar:
                 for one in chosen_entities(list(migration.entities.values()), entity):
                     async with bulk_stores() as (source, target):
-                        show = bar(one, 0)
+                        show = bar(one.name, 0)
                         made = Repair(
                             one, source, target, migration=migration.name, means=_ByProtocol(migration),
                             by=by or getpass.getuser(), apply=apply, drop_extra=extra == "delete",

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated
 
 import bson
 import typer
 from bson.json_util import CANONICAL_JSON_OPTIONS, dumps
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from crossfade.board import end
+from crossfade.cli.bars import Show, bars
 from crossfade.cli.context import AppOption, Exit, JsonOption, as_json_text, console, open_migration, run
+from crossfade.cli.crew import give_way
+from crossfade.reconcile import Reconciler
+
+#: Seconds.
+_SHOWN_EVERY = 0.2
 
 LimitOption = Annotated[int, typer.Option("--limit", min=1, help="At most this many.")]
 
@@ -32,23 +41,15 @@ def reconcile(
     """Settle every debt; parked ones are tried once more."""
 
     async def work() -> Exit:
+        give_way()
         async with open_migration(app, begin=False) as migration:
-            with Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                transient=True,
-                disable=as_json,
-            ) as progress:
-                task = progress.add_task("settling")
-                adopted = 0
-                if full:
-                    progress.update(task, description="looking for foreign writes")
-                    adopted = await migration.reconciler.full_sweep()
-                    progress.update(task, description="settling")
-                done = await migration.reconciler.reconcile()
-                if migration.control.dual:
-                    await migration.reconciler.link()
+            reconciler = migration.reconciler
+            adopted = await reconciler.full_sweep() if full else 0
+            with bars(as_json) as bar:
+                async with _shown(reconciler, bar("debts", await reconciler.owed())):
+                    done = await reconciler.reconcile()
+            if migration.control.dual:
+                await reconciler.link()
             if as_json:
                 print(as_json_text({
                     "settled": done.settled, "parked": done.parked, "open": done.open, "failed": done.failed,
@@ -64,6 +65,23 @@ def reconcile(
             return Exit.FOUND if done.parked or done.open else Exit.DONE
 
     run(work, as_json=as_json)
+
+
+@asynccontextmanager
+async def _shown(reconciler: Reconciler, show: Show) -> AsyncIterator[None]:
+    """Show how many debts are settled while the block runs."""
+
+    async def look() -> None:
+        while True:
+            show(reconciler.settled, "")
+            await asyncio.sleep(_SHOWN_EVERY)
+
+    looking = asyncio.create_task(look())
+    try:
+        yield
+    finally:
+        await end(looking)
+        show(reconciler.settled, "")
 
 
 def debts(app: AppOption = None, limit: LimitOption = 50, as_json: JsonOption = False) -> None:

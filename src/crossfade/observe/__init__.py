@@ -86,6 +86,12 @@ def configure_logging(level: str = "INFO", *, stream: TextIO | None = None, json
     _logger.cache_clear()
 
 
+@cache
+def of(metric: Any, *labels: str) -> Any:
+    """The series of a metric with these labels, looked up once: every read and every write counts."""
+    return metric.labels(*labels)
+
+
 def log() -> Any:
     """The logger; pass ``context="User Registration"`` for the name in front."""
     return _logger() if structlog.is_configured() else structlog.get_logger("crossfade")

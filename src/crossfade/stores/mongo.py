@@ -571,6 +571,15 @@ class MongoStore:
                 found.append(_owed(note))
         return found
 
+    async def count_debts(self, entities: Iterable[Entity], *, timeout: float) -> int:
+        """How many debts these entities have, those of tombstones among them."""
+        of, number = list(entities), 0
+        async with self._asking(timeout):
+            for entity in of:
+                number += await self._documents(entity).count_documents({f"{CF}.debt": {"$exists": True}})
+            buried = {"_id.entity": {"$in": [entity.name for entity in of]}, "debt": {"$exists": True}}
+            return number + await self.database[TOMBSTONES].count_documents(buried)
+
     async def _owing(
         self, entities: Sequence[Entity], *, limit: int, parked: bool
     ) -> AsyncIterator[dict[str, Any]]:

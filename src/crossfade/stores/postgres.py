@@ -788,7 +788,10 @@ class PostgresStore:
             crossfade.errors.Busy: one of the records, or a value, is an open write's.
         """
 
+        names_anew = True
+
         async def work() -> list[Change | None]:
+            nonlocal names_anew
             # Whatever is raised in here, the connection rolls back as it is given back.
             async with self._connection(timeout) as connection:
                 there = await self._lock(
@@ -829,6 +832,10 @@ class PostgresStore:
                             raise errors.Busy("a value of this record is another open write's")
                 if held_open:
                     await connection.execute(b"COMMIT")
+                names_anew = not all(
+                    self._names_the_same(entity, before, change)
+                    for (entity, _, _), (before, _), change in zip(writes, there, changes, strict=True)
+                )
                 return changes
 
         ends = time.monotonic() + timeout
@@ -839,7 +846,22 @@ class PostgresStore:
             raise
         finally:
             # After a refusal, too: what it had locked, others have left for it to link.
-            await self._link([(entity, id_) for entity, id_, _ in writes], ends)
+            linking = self._link([(entity, id_) for entity, id_, _ in writes], ends)
+            if names_anew:
+                await linking
+            else:
+                task = asyncio.create_task(linking)
+                self.behind.add(task)
+                task.add_done_callback(self._forget)
+
+    def _names_the_same(self, entity: Entity, before: Image | None, change: Change | None) -> bool:
+        """Whether a change leaves every reference of a record as it was: what it had locked is all there is to link."""
+        if change is None:
+            return True
+        if before is None or change.image is None:
+            return False
+        old, new = before.document, change.image.document
+        return all(old.get(name) == new.get(name) for name in self.statements(entity).references)
 
     async def _link(self, records: Iterable[tuple[Entity, Any]], ends: float) -> None:
         """Set the links of records that are committed, and those to them, until ``ends`` (`time.monotonic`).
@@ -1364,6 +1386,7 @@ class Ahead:
     ) -> None:
         self._store, self._image, self._task, self._timeout = store, image, task, timeout
         self._decided, self._committed = decided, committed
+        self._began = time.monotonic()
 
     def brings(self, image: Image) -> bool:
         """Whether what the primary decided is what was foreseen, and may still be committed."""
@@ -1384,7 +1407,10 @@ class Ahead:
             self._decided.set_result(False)
             return None
         self._decided.set_result(True)
-        await self._store._until(self._committed, task, self._timeout)
+        # Its time began when PostgreSQL was asked, not now: a caller waits for a server that stands still no longer
+        # because the primary has answered meanwhile. A commit gets its share in any case.
+        waited = time.monotonic() - self._began
+        await self._store._until(self._committed, task, max(self._timeout - waited, self._timeout / 2))
         if not self._committed.done():
             return None
         behind.append(task)

@@ -130,6 +130,11 @@ class RowStatements:
         )
         self._compose_many(values=self._arrays(table, self.columns), assigned=assigned)
         self._links = [rendered(query) for query in link_some(entity)]
+        #: The fields whose values links follow.
+        self.references = frozenset(
+            [column.field for column in entity.columns if column.to in followers(table)]
+            + [child.field for child in entity.children if followers(child.table)]
+        )
         self._around = [rendered(query) for query in lock_around(entity)]
         held = sql.SQL(
             "SELECT r.cf_rev, r.cf_op, r.cf_digest, r.cf_mapping, "
