@@ -235,9 +235,10 @@ class Reader:
                 # It may have answered as the primary that it was: others may be writing to the new one already. It was
                 # not yet if the record, which is changed in its store, is the one that is known; every read of a pause
                 # asks that, so no more is asked.
-                if board.control.phase.rules.primary != primary or not await board.is_unchanged():
+                if board.control.phase_epoch != control.phase_epoch or not await board.is_unchanged():
                     await board.refresh()
-                if board.control.phase.rules.primary == primary:
+                # Not its name: it may have become the primary again, and have been none when it answered.
+                if board.control.phase_epoch == control.phase_epoch:
                     return found
         except Unmappable as cause:
             raise errors.Quarantined(f"a document of {entity.name} cannot be read: {cause}") from cause

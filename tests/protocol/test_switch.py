@@ -567,6 +567,38 @@ async def test_a_step_heard_of_before_debts_are_looked_at_makes_no_row_readable(
     assert ("users", id_to_text(made.id)) in w.m.board.look.ids
 
 
+@pytest.mark.parametrize("phase", BOTH_WAYS)
+async def test_a_read_of_what_was_not_the_primary_is_asked_again_although_it_is_by_now(
+    open_world, mongo_proxy, postgres_proxy, monkeypatch, phase
+):
+    """Its worker has slept through a switch, and through the way back before it hears of either."""
+    first, proxy = ("mongo", mongo_proxy) if phase == "postgres_read" else ("postgres", postgres_proxy)
+    w, other = await open_world(phase, lease=0.2), await open_world(phase, **{first: proxy})
+    made = await other.users.insert({"username": "Bob", "n": 1})
+    await other.settle()
+    await go(other)
+    proxy.refuse()
+    await other.users.update(made.id, {"n": 2})
+    proxy.pass_through()
+    store, asked, released = getattr(w, first), asyncio.Event(), asyncio.Event()
+    read = store.read
+
+    async def read_and_sleep(*of: Any, **how: Any) -> Any:
+        answer = await read(*of, **how)
+        asked.set()
+        await released.wait()
+        return answer
+
+    monkeypatch.setattr(store, "read", read_and_sleep)
+    monkeypatch.setattr(w.m.reader, "_not_postgres", lambda *_: "the primary is asked")
+    reading = asyncio.create_task(w.users.get(made.id))
+    await asked.wait()
+    await other.reconcile()
+    await go(other)
+    released.set()
+    assert (await reading)["n"] == 2
+
+
 async def test_a_late_write_that_two_workers_find_is_no_conflict(open_world, monkeypatch):
     w, other = await open_world("postgres_read"), await open_world("postgres_read", enlisted=False)
     made = await w.users.insert({"username": "Bob", "n": 1})
