@@ -66,6 +66,21 @@ def test_a_job_pauses_goes_on_and_stops(stores, in_dual_write, begin):
     assert len(stores.ids()) == NUMBER
 
 
+def test_a_job_that_is_stopped_at_the_end_of_an_entity_is_not_done_with_the_others(
+    stores, in_dual_write, user
+):
+    stores.collection.insert_many([user(n) for n in range(20)])
+    # One chunk, and behind it a rest, in which the first entity is as good as complete.
+    command = in_dual_write("backfill", "--max-rate", "1", "--json", wait=False)
+    until(stores.ids)
+    in_dual_write("stop")
+    out, told = command.communicate(timeout=60)
+    assert command.returncode == 130, (out, told)
+    report = json.loads(out.splitlines()[-1])
+    assert report["state"] == "interrupted"
+    assert [one["state"] for one in report["entities"]] == ["complete"]
+
+
 def test_what_a_job_was_told_does_not_outlive_its_command(stores, in_dual_write, begin):
     command = begin("--batch-size", "5", "--max-rate", "20")
     in_dual_write("rate", "1")

@@ -171,7 +171,8 @@ def backfill(
         reports: Sequence[BackfillReport | RehearsalReport]
         if dry_run:
             _, entities = find_application(application)
-            reports = await _rehearse(chosen_entities(entities, entity), batch_size, as_json=as_json)
+            chosen = chosen_entities(entities, entity)
+            reports = await _rehearse(chosen, batch_size, as_json=as_json)
         else:
             async with open_migration(application, begin=False) as migration:
                 _assert_backfill_may_run(migration)
@@ -179,8 +180,9 @@ def backfill(
                     "backfill", migration, application, workers, dask_address, batch_size, restart, as_json,
                     keep_indexes, max_rate, max_latency, max_lag, max_debts,
                 )  # fmt: skip
-                reports = await job.run(chosen_entities(list(migration.entities.values()), entity))
-        return _conclude(reports, report, "backfill", as_json=as_json)
+                chosen = chosen_entities(list(migration.entities.values()), entity)
+                reports = await job.run(chosen)
+        return _conclude(reports, len(chosen), report, "backfill", as_json=as_json)
 
     run(work, as_json=as_json)
 
@@ -215,8 +217,9 @@ def verify(
                 kind, migration, application, workers, dask_address, None, restart, as_json,
                 max_rate=max_rate, max_latency=max_latency, max_lag=max_lag, max_debts=max_debts,
             )  # fmt: skip
-            reports = await job.run(chosen_entities(list(migration.entities.values()), entity))
-        return _conclude(reports, report, "verify", as_json=as_json)
+            chosen = chosen_entities(list(migration.entities.values()), entity)
+            reports = await job.run(chosen)
+        return _conclude(reports, len(chosen), report, "verify", as_json=as_json)
 
     run(work, as_json=as_json)
 
@@ -428,13 +431,14 @@ def chosen_entities(entities: Sequence[Entity], names: Sequence[str] | None) -> 
 
 def _conclude(
     reports: Sequence[BackfillReport | VerifyReport | RehearsalReport],
+    wanted: int,
     path: Path | None,
     command: str,
     *,
     as_json: bool,
 ) -> Exit:
-    """Show and store the reports; the exit status that they ask for."""
-    interrupted = any(report.state != "complete" for report in reports)
+    """Show and store the reports, of as many entities as were ``wanted``; the exit status that they ask for."""
+    interrupted = len(reports) < wanted or any(report.state != "complete" for report in reports)
     found = any(report.found for report in reports)
     whole = {
         "command": command,

@@ -88,8 +88,9 @@ def repair(
                     "to go to both stores. Run `crossfade status` for the way there"
                 )
             reports = []
+            chosen = chosen_entities(list(migration.entities.values()), entity)
             with stopping() as stop, bars(as_json) as bar:
-                for one in chosen_entities(list(migration.entities.values()), entity):
+                for one in chosen:
                     async with bulk_stores() as (source, target):
                         show = bar(one.name, 0)
                         made = Repair(
@@ -101,13 +102,13 @@ def repair(
                         reports.append(await made.run(stop=stop))
                     if stop.is_set():
                         break
-        return _conclude(reports, report, as_json=as_json)
+        return _conclude(reports, len(chosen), report, as_json=as_json)
 
     run(work, as_json=as_json)
 
 
-def _conclude(reports: list[Report], path: Path | None, *, as_json: bool) -> Exit:
-    interrupted = any(one.state == "interrupted" for one in reports)
+def _conclude(reports: list[Report], wanted: int, path: Path | None, *, as_json: bool) -> Exit:
+    interrupted = len(reports) < wanted or any(one.state == "interrupted" for one in reports)
     found = any(one.found for one in reports)
     whole = {"command": "repair", "found": found, "entities": [one.to_json() for one in reports]}
     if path is not None:
