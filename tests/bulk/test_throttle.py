@@ -8,8 +8,14 @@ from hypothesis import strategies as st
 
 from crossfade.bulk.pace import FEWEST, MOST, Pace
 from crossfade.bulk.throttle import LEAST, SMALL_CHUNK, Throttle
+from crossfade.cli import jobs
+from crossfade.cli.jobs import Live
+from crossfade.stores.bulk_mongo import BulkMongo
+from crossfade.stores.bulk_postgres import BulkPostgres
 from crossfade.stores.postgres import PostgresStore
 from crossfade.stores.runs import Steering
+from scorekeeper.identities.entity import identities
+from scorekeeper.users.entity import users
 
 seconds = st.floats(0, 10)
 
@@ -82,6 +88,33 @@ def test_a_pool_that_makes_others_wait_counts_too():
     throttle.heard({}, pool_wait=0.2)
     assert throttle.duty < 1
     assert "a connection is there in 200 ms" in throttle.reason
+
+
+async def test_the_next_entity_is_slowed_down_too_while_the_stores_answer_late_all_the_time(
+    stores, monkeypatch
+):
+    monkeypatch.setattr(jobs, "_PROBE", 0.01)
+    source = BulkMongo(stores.mongo_uri)
+    target, own = [await BulkPostgres.connect(stores.database_url) for _ in range(2)]
+    live = Live("backfill", "accounts", own, asyncio.Event())
+    # No answer is in time.
+    throttle = Throttle(1e-9, 0, 0)
+    throttling = asyncio.create_task(live.throttle(throttle, source, [], lambda: 0.0))
+    try:
+        for entity in (users, identities):
+            run = await target.runs.begin(
+                "accounts", entity, "backfill", epoch=1, settings={}, pieces=[(None, None)]
+            )
+            await live.follow(entity.name, run, 0, 0)
+            async with asyncio.timeout(10):
+                while throttle.duty > LEAST or (await target.runs.steering(run)).duty > 0.1:  # noqa: ASYNC110 - it is told by the database
+                    await asyncio.sleep(0.01)
+    finally:
+        throttling.cancel()
+        await asyncio.wait([throttling])
+        for each in (target, own):
+            await each.close()
+        source.close()
 
 
 async def test_how_long_a_connection_is_waited_for_is_known_once(database_url):
