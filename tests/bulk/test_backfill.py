@@ -14,10 +14,14 @@ from bson import Binary, Decimal128, Int64, ObjectId, Timestamp
 
 from crossfade import errors
 from crossfade.bulk import pieces
+from crossfade.bulk.backfill import Backfill
 from crossfade.stores import bulk_postgres
+from crossfade.stores.bulk_mongo import BulkMongo
+from crossfade.stores.bulk_postgres import BulkPostgres
 from crossfade.stores.errors import Fenced
 from crossfade.values import id_to_text
 from scorekeeper.legacy import generate
+from scorekeeper.users.entity import users
 
 SCRIPT = Path(__file__).with_name("run_backfill.py")
 
@@ -275,6 +279,22 @@ async def test_another_epoch_ends_the_run_and_writes_nothing(stores, user):
     # What an older epoch has done is not relied upon.
     report = await stores.backfill(epoch=2)
     assert (report.resumed, report.counts.inserted) == (0, 5)
+
+
+async def test_a_worker_that_comes_after_another_epoch_began_writes_nothing_for_the_old_run(stores, user):
+    stores.collection.insert_many([user(n) for n in range(5)])
+    source, target = BulkMongo(stores.mongo_uri), await BulkPostgres.connect(stores.database_url)
+    leader, worker = (Backfill(users, source, target, migration="accounts", epoch=epoch) for epoch in (1, 2))
+    try:
+        begun = await leader.begin()
+        # Nobody has asked whether this one wants a backfill.
+        stores.sql.execute("UPDATE crossfade.control SET epoch = 2")
+        with pytest.raises(Fenced, match="from epoch 1 to 2"):
+            await worker.run(begun, alone=False)
+    finally:
+        await target.close()
+        source.close()
+    assert stores.ids() == []
 
 
 async def test_who_begins_anew_while_another_works_is_refused(stores, user):

@@ -228,6 +228,8 @@ class Backfill:
         loop = asyncio.get_running_loop()
         began = loop.time()
         run = begun or await self.begin(restart=restart)
+        # A worker that was told of the run may have come when another phase had begun already.
+        self._epoch = run.epoch
         tables = await self._target.tables_of(self.entity, loading=bool(run.settings.get("loading")))
         _set(self._total, await self._target.runs.totals(run))
         self._report.resumed = self._total.read
