@@ -65,6 +65,26 @@ async def test_a_load_that_was_interrupted_goes_on_and_restores(stores, users_wi
     assert not (await stores.verify()).found
 
 
+async def test_a_load_that_dies_while_it_restores_is_not_complete_and_the_next_one_restores(
+    stores, users_with_friends
+):
+    before = schema(stores)
+
+    def die(number, _of, _what):
+        if number == 1:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        await stores.backfill(loading=True, batch_size=20, on_step=die)
+    assert schema(stores) != before
+    # No guard may pass over what is not there again.
+    assert stores.rows("SELECT state FROM crossfade.runs") == [("running",)]
+    report = await stores.backfill(batch_size=20)
+    assert (report.state, report.counts.read, report.counts.inserted) == ("complete", 60, 60)
+    assert stores.rows("SELECT state FROM crossfade.runs") == [("complete",)]
+    assert schema(stores) == before
+
+
 async def test_of_two_that_end_a_load_at_once_one_makes_everything(stores, users_with_friends):
     before, stop = schema(stores), asyncio.Event()
     await stores.backfill(loading=True, batch_size=20, stop=stop, on_progress=lambda _: stop.set())

@@ -192,7 +192,7 @@ class Backfill:
             settings={"mapping": self.entity.mapping_version}, more={"loading": loads},
             pieces=await plan(self._source, self.entity, workers), restart=restart,
         )  # fmt: skip
-        if run.settings.get("loading"):
+        if run.settings.get("loading") and await self._target.runs.open_pieces(run):
             await self._target.loading.put_aside(self.entity)
         return run
 
@@ -216,8 +216,8 @@ class Backfill:
             begun: the run to work on; None: as of `begin`.
             restart: begin at the beginning, whatever an earlier run has done.
             stop: once set, the chunk under way is finished and the run ends as "interrupted".
-            alone: also what others are at: wait until they are done, or gone. Else the report may say
-                "interrupted" because of what they have left.
+            alone: also what others are at: wait until they are done, or gone; and then the end of the run. Else the
+                report says "interrupted": whoever leads the run ends it.
 
         Raises:
             crossfade.errors.Busy: ``restart``, and another process is at work.
@@ -239,12 +239,13 @@ class Backfill:
                 async with pieces.hold(piece):
                     _set(self._counts, piece.counts)
                     await self._move(tables, piece, pieces, thread)
-        if not await self._target.runs.open_pieces(run):
+        if alone and not await self._target.runs.open_pieces(run):
             await self._target.drop_covered(tables)
-        if await self._target.runs.finish(run):
-            if alone:
-                self._report.restored = await self._target.loading.restore(self.entity, self._on_step)
-            self._report.state = "complete"
+            # While the run is not complete: what a kill leaves undone here, the next command finds, and no guard
+            # passes over.
+            self._report.restored = await self._target.loading.restore(self.entity, self._on_step)
+            if await self._target.runs.finish(run):
+                self._report.state = "complete"
         _set(self._total, await self._target.runs.totals(run))
         self._report.seconds = loop.time() - began
         return self._report
