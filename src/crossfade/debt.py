@@ -34,6 +34,7 @@ from crossfade.values import (
     Unmappable,
     decode_document,
     digest_of_bytes,
+    digest_of_stored,
     encode_document,
     id_to_text,
     text_to_id,
@@ -1165,7 +1166,7 @@ class Settler:
         return await self._park(entity, image, f"quarantined: {reason}")
 
     async def _quarantine_bytes(self, entity: Entity, id_: Any, raw: bytes, cause: Unmappable) -> None:
-        image = Image(id_, {"_id": id_}, 0, None, {}, digest_of_bytes(raw))
+        image = Image(id_, {"_id": id_}, 0, None, {}, digest_of_stored(raw))
         await self.pair.postgres.quarantine(
             entity, image, reason=cause.reason, field=cause.field,
             timeout=self.pair.options.primary_deadline, document=raw,

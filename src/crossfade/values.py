@@ -244,6 +244,19 @@ def _decode_by_walking(raw: bytes) -> Document:
     return document
 
 
+def digest_of_stored(raw: bytes, *, id_alone: bool = False) -> bytes:
+    """Digest of a stored document that may not decode: of what it holds but `_cf`, or of its `_id` alone.
+
+    Of all its bytes where one element cannot be told from the next.
+    """
+    try:
+        elements = [(name, raw[start:end]) for _, name, start, _, end in _elements(raw, 0, len(raw), "")]
+    except (_Malformed, Unmappable, struct.error, IndexError):
+        return digest_of_bytes(raw)
+    kept = [one for name, one in elements if (name == "_id" if id_alone else name != BOOKKEEPING)]
+    return digest_of_bytes(b"".join(kept))
+
+
 def _elements(raw: bytes, start: int, end: int, path: str) -> Iterator[tuple[int, str, int, int, int]]:
     """Elements of the document in raw[start:end]: (type, name, element start, value start, element end)."""
     if end - start < 5 or _int32(raw, start)[0] != end - start or raw[end - 1] != 0:

@@ -138,6 +138,24 @@ async def test_quarantined_documents_are_no_mismatch_unless_they_changed(stores,
     assert findings(await stores.verify()) == [(key(bad), "missing", [])]
 
 
+@pytest.mark.parametrize("fast", [False, True])
+async def test_a_document_whose_id_has_no_text_is_missing_until_it_is_in_quarantine(
+    stores, moved, user, fast
+):
+    stores.collection.insert_one(user(30, _id="too long for an index " * 100))
+    report = await stores.verify(fast=fast)
+    [(text, finding, _)] = findings(report)
+    assert (finding, report.found) == ("missing", True)
+    await stores.backfill()
+    report = await stores.verify(fast=fast)
+    assert findings(report) == [(text, "quarantined", [])]
+    assert not report.found
+    # Changed, it is still one document in quarantine.
+    stores.collection.update_one({"username": "Name30"}, {"$set": {"role": "admin"}})
+    await stores.backfill(restart=True)
+    assert stores.rows("SELECT id FROM crossfade.quarantine") == [(text,)]
+
+
 async def test_a_document_put_back_under_a_tombstone_is_found(stores, moved):
     stores.sql.execute(
         "INSERT INTO crossfade.tombstones (entity, id, rev) VALUES ('users', %s, 3)", [key(moved[2])]

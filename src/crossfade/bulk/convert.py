@@ -23,9 +23,13 @@ from crossfade.values import (
     Unmappable,
     decode_document,
     digest_of_bytes,
+    digest_of_stored,
     encode_document,
     id_to_text,
 )
+
+#: What the key of an entry in quarantine begins with, for a document whose id has no text.
+NO_TEXT = "x:"
 
 _int32 = struct.Struct("<i").pack
 _WITHOUT_NOTES = Image(None, {}, 0, None, {}, b"")
@@ -89,9 +93,9 @@ def bad_document(raw: bytes, problem: Unmappable, image: Image | None) -> BadDoc
         id_ = id_of(raw) if image is None else image.id
         text = id_to_text(id_)
     except (Unmappable, ValueError):
-        # The entry needs a key of its own; the true id is in the bytes.
-        text = "x:" + digest_of_bytes(raw).hex()
-    digest = digest_of_bytes(raw) if image is None else image.digest
+        # The entry needs a key of its own, whatever else the document holds; the true id is in the bytes.
+        text = NO_TEXT + digest_of_stored(raw, id_alone=True).hex()
+    digest = digest_of_stored(raw) if image is None else image.digest
     clean = (
         problem.field.replace("\0", "\u2400").encode(errors="backslashreplace").decode()
         if problem.field

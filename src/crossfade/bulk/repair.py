@@ -189,6 +189,10 @@ class Repair:
 
     async def _one(self, run: Run, tables: EntityTables, text: str, finding: Finding) -> None:
         action = self._action(finding)
+        try:
+            id_ = text_to_id(text)
+        except ValueError:
+            action = None  # no write can name it
         if action is None:
             return self._note("kept", text, finding)
         if not self._apply:
@@ -197,7 +201,6 @@ class Repair:
         number = await self._target.begin_repair(
             run, self.entity, text, finding, action, self._by, row, self._content(row)
         )
-        id_ = text_to_id(text)
         if action == "from primary":
             await self._means.from_primary(self.entity, id_)
         elif row is not None:

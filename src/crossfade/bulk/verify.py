@@ -34,7 +34,7 @@ from typing import Any
 import bson
 from bson import ObjectId
 
-from crossfade.bulk.convert import quiet_interpreter
+from crossfade.bulk.convert import NO_TEXT, quiet_interpreter
 from crossfade.bulk.findings import Finding, Notes, Source, judge, text_of
 from crossfade.bulk.looks import Look, Revisions, Whole
 from crossfade.bulk.pace import Pace
@@ -487,6 +487,9 @@ async def look_at(
         )
         one = sources.get(text)
         looked[text] = (judge(entity, one, rows.get(text), notes), one is not None and not one.is_gone)
+        if text.startswith(NO_TEXT):
+            # It cannot be asked for, and no row can stand for it: it was there, and is to be in quarantine.
+            looked[text] = ((Finding.QUARANTINED if text in quarantined else Finding.MISSING, []), True)
     differing = [
         text for text, (found, _) in looked.items() if found is not None and not found[0].is_explained
     ]
@@ -517,7 +520,7 @@ async def _fetch(entity: Entity, source: BulkMongo, texts: Sequence[str]) -> lis
         try:
             ids.append(text_to_id(text))
         except ValueError:
-            continue  # the document's id has no text; its entry in quarantine goes by its digest
+            continue  # the document's id has no text; its entry in quarantine goes by the digest of it
     # A thread of its own: the first one is busy with the next chunk.
     found = await asyncio.to_thread(source.fetch, entity, ids)
     return [Source.of(raw, entity.parts) for raw in found]
