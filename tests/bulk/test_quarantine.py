@@ -9,6 +9,8 @@ from bson.raw_bson import RawBSONDocument
 
 from crossfade.values import id_to_text
 
+from .conftest import of_users
+
 pytestmark = pytest.mark.long
 
 
@@ -55,6 +57,26 @@ def test_what_can_be_carried_by_now_leaves_and_what_is_gone_too(
     assert (tried["carried"], tried["gone"], tried["stay"]) == (1, 1, [])
     assert key(nameless) in stores.ids()
     assert in_dual_write("quarantine", "list", "--json")["quarantine"] == []
+
+
+def test_what_is_noted_of_a_debt_makes_no_other_document_of_one_that_cannot_be_read(
+    stores, in_dual_write, quarantined, user
+):
+    in_dual_write("quarantine", "waive", "users", key(user(2)), "--reason", "nobody knows who it is")
+    # Tried again, it is in debt from now on.
+    in_dual_write("quarantine", "retry", "--json", status=1)
+    assert stores.collection.count_documents({"_id": user(2)["_id"], "_cf.debt": {"$exists": True}}) == 1
+    verified = of_users(in_dual_write("verify", "--entity", "users", "--json"))
+    assert (verified["counts"]["quarantined"], verified["counts"]["mismatches"]) == (2, 0)
+    listed = in_dual_write("quarantine", "list", "--json", status=1)["quarantine"]
+    assert [one["id"] for one in listed if one["waived_by"]] == [key(user(2))]
+
+
+def test_a_document_whose_id_has_no_text_does_not_end_a_sweep(stores, in_dual_write, user):
+    stores.collection.insert_many([user(0), user(1, _id="too long for an index " * 100), user(2)])
+    swept = in_dual_write("reconcile", "--full", "--json")
+    assert swept["adopted"] == 2
+    assert len(stores.ids()) == 2
 
 
 def test_a_waiver_holds_for_the_content_that_was_waived_only(stores, in_dual_write, quarantined, nameless):

@@ -729,12 +729,24 @@ class MongoStore:
                     raw = await cursor.next()
                 except StopAsyncIteration:
                     return
+            found: Image | tuple[Any, bytes]
             try:
-                yield Image.from_raw(bytes(raw.raw), entity.parts, without)
+                found = Image.from_raw(bytes(raw.raw), entity.parts, without)
+                id_ = found.id
             except Unmappable:
-                # Not raw["_id"], which decodes the whole; without an id that can be told there is nothing to adopt.
-                with contextlib.suppress(ValueError):
-                    yield id_of(bytes(raw.raw)), bytes(raw.raw)
+                try:
+                    # Not raw["_id"], which decodes the whole.
+                    id_ = id_of(bytes(raw.raw))
+                except ValueError:
+                    continue
+                found = id_, bytes(raw.raw)
+            try:
+                id_to_text(id_)
+            except Unmappable:
+                # As where no id can be told: no row could stand for it, so there is nothing to adopt. A verify finds
+                # it missing, and a backfill puts it into quarantine.
+                continue
+            yield found
 
     async def present(self, entity: Entity, ids: Sequence[Any], *, timeout: float) -> set[str]:
         """Id texts of those of ``ids`` that have a document."""
