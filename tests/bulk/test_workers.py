@@ -5,11 +5,13 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 
 import psutil
 import pytest
 
+from . import conftest
 from .conftest import of_users
 
 pytestmark = pytest.mark.long
@@ -67,6 +69,28 @@ def test_a_worker_that_is_killed_leaves_its_piece_to_the_others(stores, in_dual_
     moved = of_users(json.loads(out))
     assert (moved["state"], moved["counts"]["read"], moved["counts"]["inserted"]) == ("complete", 6000, 6000)
     assert "a worker died" in told
+
+
+def test_who_presses_control_c_twice_waits_for_no_worker(stores, in_dual_write, user, monkeypatch):
+    # So that the second one comes before the workers are told of the first.
+    program = "from crossfade.cli import crew; crew._LOOK = 60; from crossfade.cli.main import main; main()"
+    monkeypatch.setattr(conftest, "MAIN", [sys.executable, "-c", program])
+    stores.collection.insert_many([user(n) for n in range(6000)])
+    command = in_dual_write(
+        "backfill", "--entity", "users", "--workers", "2", "--batch-size", "5", "--max-rate", "50", wait=False
+    )
+    while not stores.ids():
+        time.sleep(0.01)
+    workers = psutil.Process(command.pid).children(recursive=True)
+    command.send_signal(signal.SIGINT)
+    assert "once more to stop at once" in command.stderr.readline()
+    time.sleep(0.2)
+    command.send_signal(signal.SIGINT)
+    _, told = command.communicate(timeout=30)
+    assert command.returncode == 130, told
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert alive == []
+    assert len(stores.ids()) < 6000
 
 
 def test_workers_end_with_the_command_that_was_killed(stores, in_dual_write, user):

@@ -193,6 +193,11 @@ def pool(workers: int) -> Iterator[Executor]:
     made = ProcessPoolExecutor(workers, mp_context=spawning, initializer=_as_worker, initargs=(os.getpid(),))
     try:
         yield made
+    except BaseException:
+        # Whoever leads them is gone, and they would work on to the end. As above: any instant is as good as another.
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
     finally:
         made.shutdown(wait=True, cancel_futures=True)
 
