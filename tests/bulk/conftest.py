@@ -94,11 +94,12 @@ class Bench:
             await target.close()
             await asyncio.to_thread(source.close)
 
-    async def verify(self, *, epoch=1, **arguments):
+    async def verify(self, *, epoch=1, stop=None, **arguments):
         source, target = BulkMongo(self.mongo_uri), await BulkPostgres.connect(self.database_url)
         try:
             arguments = {"wait": 0.01, "looks": 2, **arguments}
-            return await Verify(users, source, target, migration=MIGRATION, epoch=epoch, **arguments).run()
+            made = Verify(users, source, target, migration=MIGRATION, epoch=epoch, **arguments)
+            return await made.run(stop=stop)
         finally:
             await target.close()
             await asyncio.to_thread(source.close)

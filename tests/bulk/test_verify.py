@@ -1,9 +1,12 @@
+import asyncio
 import threading
 import time
 
 import pytest
 from bson.int64 import Int64
 
+from crossfade.bulk import verify
+from crossfade.stores import runs
 from crossfade.values import id_to_text
 
 
@@ -54,6 +57,29 @@ async def test_rows_of_an_empty_collection_are_all_extra(stores, moved):
     stores.collection.delete_many({})
     report = await stores.verify(chunk=3)
     assert report.counts.findings["tombstone_missing"] == 20
+
+
+async def test_among_rows_without_documents_it_stops_and_goes_on_too(stores, moved):
+    stores.collection.delete_many({})
+    states, stop = [], asyncio.Event()
+    for _ in range(20):
+        stop.clear()
+        report = await stores.verify(chunk=3, stop=stop, on_progress=lambda _: stop.set())
+        states.append(report.state)
+        if report.state == "complete":
+            break
+    assert len(states) > 3
+    assert (report.counts.rows, report.counts.findings["tombstone_missing"]) == (20, 20)
+
+
+async def test_many_differences_take_no_longer_than_a_lease(stores, moved, monkeypatch):
+    monkeypatch.setattr(runs, "LEASE", 1.0)
+    monkeypatch.setattr(verify, "SUSPECTS", 1)
+    stores.collection.update_many({}, {"$set": {"role": "admin"}})
+    # A second one takes the only piece from the first one as soon as it may, and the first one from that.
+    async with asyncio.timeout(30):
+        reports = await asyncio.gather(*(stores.verify(wait=0.2) for _ in range(2)))
+    assert [(r.state, r.counts.findings["foreign_write"]) for r in reports] == [("complete", 20)] * 2
 
 
 async def test_a_row_with_an_odd_id_too_many_is_found(stores, moved, user):

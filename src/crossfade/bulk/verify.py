@@ -322,11 +322,11 @@ class Verify:
         finally:
             await asyncio.wait([upcoming])
             upcoming.exception()  # seen here, where another error is on its way already
-        for first, last in self._seen.at.values():
-            await self._compare_range(tables, first, last, {})
+        if not await self._compare_rest(tables, piece, pieces):
+            return
         if within.last is None:
-            await self._find_extra_others(tables)
-        await self._look_again(tables)
+            await self._find_extra_others(tables, piece)
+        await self._look_again(tables, piece)
         await self._target.note(piece, self._noted(), self._checksums, lambda: self._complete(pieces, piece))
         self._report_progress()
 
@@ -335,7 +335,7 @@ class Verify:
 
     async def _checkpoint(self, tables: EntityTables, piece: Piece, chunk: dict[str, bytes]) -> Steering:
         if len(self._seen.suspects) >= SUSPECTS:
-            await self._look_again(tables)
+            await self._look_again(tables, piece)
         position = piece.position
         for raw in reversed(chunk.values()):
             with suppress(ValueError):
@@ -372,11 +372,30 @@ class Verify:
                 first, end = self._seen.at[bracket.name]
                 reached = max(ours)
                 await self._compare_range(tables, first, reached, ours)
-                self._seen.at[bracket.name] = [reached, end]
+                # Behind rows that were compared before an interruption, a document may have come since.
+                self._seen.at[bracket.name] = [max(first, reached), end]
         if left:
             rows = await self._look.rows_with(self._target, tables, list(left))
             self._add(rows=len(rows))
             self._compare((text, raw, rows.get(text)) for text, raw in left.items())
+
+    async def _compare_rest(self, tables: EntityTables, piece: Piece, pieces: Pieces) -> bool:
+        """Rows of a piece behind its last document, in chunks as well; False: it is to stop."""
+        loop = asyncio.get_running_loop()
+        for name in self._seen.at:
+            while rows := await self._look.rows(
+                self._target, tables, *self._seen.at[name], limit=self._chunk
+            ):
+                if pieces.is_to_stop:
+                    return False
+                began = loop.time()
+                self._compare((text, None, row) for text, row in rows)
+                self._add(rows=len(rows))
+                self._seen.at[name][0] = rows[-1][0]
+                steering = await self._checkpoint(tables, piece, {})
+                self._pace.took(len(rows), loop.time() - began, steering)
+                await pieces.rest(piece)
+        return True
 
     async def _compare_range(
         self, tables: EntityTables, after: str, last: str, documents: dict[str, bytes]
@@ -400,11 +419,12 @@ class Verify:
             checksum = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
             self._checksums.append((first, last, len(lines), checksum))
 
-    async def _find_extra_others(self, tables: EntityTables) -> None:
+    async def _find_extra_others(self, tables: EntityTables, piece: Piece) -> None:
         """Rows whose ids are neither ObjectIds nor strings: does each have its document?"""
         after, last = _OTHERS
         while rows := await self._target.read_range(tables, after, last, limit=SUSPECTS):
             after = rows[-1].text
+            await self._target.runs.keep(piece)
             found = {source.text for source in await self._fetch([row.text for row in rows])}
             for row in rows:
                 if row.text not in found:
@@ -435,29 +455,35 @@ class Verify:
 
     # --- the second look: suspects, by id ------------------------------------------------------------------
 
-    async def _look_again(self, tables: EntityTables) -> None:
-        """Look at the suspects again, after a wait; count those that still differ."""
+    async def _look_again(self, tables: EntityTables, piece: Piece) -> None:
+        """Look at the suspects again, after a wait for all of them; count those that still differ."""
         texts = list(self._seen.suspects)
         self._seen.suspects.clear()
-        for start in range(0, len(texts), SUSPECTS):
-            await self._look_again_at(tables, texts[start : start + SUSPECTS])
-
-    async def _look_again_at(self, tables: EntityTables, texts: list[str]) -> None:
         findings: dict[str, tuple[Finding, list[str]]] = {}
         for _ in range(self._looks):
-            await asyncio.sleep(self._wait)
-            looked = await look_at(self.entity, self._source, self._target, tables, texts)
-            equal = sum(found is None and is_there for found, is_there in looked.values())
-            self._add(equal=equal)
-            findings = {text: found for text, (found, _) in looked.items() if found is not None}
-            # What is explained stays explained; only the rest may be on its way.
-            for text in [text for text, (finding, _) in findings.items() if finding.is_explained]:
-                self._count(text, *findings.pop(text))
-            texts = list(findings)
             if not texts:
                 return
+            await asyncio.sleep(self._wait)
+            findings.clear()
+            for start in range(0, len(texts), SUSPECTS):
+                # Where nearly everything differs, this takes longer than a lease.
+                await self._target.runs.keep(piece)
+                findings |= await self._still_differing(tables, texts[start : start + SUSPECTS])
+            texts = list(findings)
         for text, (finding, fields) in findings.items():
             self._count(text, finding, fields)
+
+    async def _still_differing(
+        self, tables: EntityTables, texts: list[str]
+    ) -> dict[str, tuple[Finding, list[str]]]:
+        looked = await look_at(self.entity, self._source, self._target, tables, texts)
+        equal = sum(found is None and is_there for found, is_there in looked.values())
+        self._add(equal=equal)
+        findings = {text: found for text, (found, _) in looked.items() if found is not None}
+        # What is explained stays explained; only the rest may be on its way.
+        for text in [text for text, (finding, _) in findings.items() if finding.is_explained]:
+            self._count(text, *findings.pop(text))
+        return findings
 
     def _count(self, text: str, finding: Finding, fields: list[str]) -> None:
         self._counts.findings[finding] += 1
