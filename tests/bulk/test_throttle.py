@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crossfade.bulk.pace import FEWEST, MOST, Pace
-from crossfade.bulk.throttle import LEAST, SMALL_CHUNK, Throttle
+from crossfade.bulk.pace import FEWEST, MOST, SMALL, Pace
+from crossfade.bulk.throttle import LEAST, Throttle
 from crossfade.cli import jobs
 from crossfade.cli.jobs import Live
 from crossfade.stores.bulk_mongo import BulkMongo
@@ -27,7 +27,6 @@ def test_the_workers_always_work_a_part_of_their_time(looks, latency, lag):
         throttle.heard({"MongoDB": mongo, "PostgreSQL": postgres}, behind)
         assert LEAST <= throttle.duty <= 1
         assert bool(throttle.reason) == (throttle.duty < 1)
-        assert throttle.chunk_size == (SMALL_CHUNK if throttle.duty < 1 else None)
 
 
 def test_a_store_that_answers_late_slows_them_down_and_they_come_back_when_it_does_not():
@@ -81,6 +80,15 @@ def test_chunks_are_as_large_as_are_written_in_a_second_within_bounds():
         assert pace.count == pytest.approx(settled, abs=1)
     pace.took(1000, 1.0, Steering(chunk_size=7))
     assert pace.count == 7
+
+
+def test_whoever_rests_makes_chunks_smaller_and_never_larger_but_as_a_person_asks():
+    small, large = Pace(50), Pace(20_000)
+    for pace in (small, large):
+        pace.took(1000, 1.0, Steering(duty=0.5))
+    assert (small.count, large.count) == (50, SMALL)
+    large.took(1000, 1.0, Steering(duty=0.5, chunk_size=2000))
+    assert large.count == 2000
 
 
 def test_a_pool_that_makes_others_wait_counts_too():

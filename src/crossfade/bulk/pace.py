@@ -8,6 +8,8 @@ from crossfade.stores.runs import Steering
 CHUNK_SECONDS = 1.0
 #: Documents in a chunk: to begin with, at least, and at most (larger ones were not faster, smaller ones were).
 FIRST, FEWEST, MOST = 2_000, 100, 5_000
+#: At most while workers are to rest: what holds locks is to be short, too.
+SMALL = 500
 #: Seconds of one rest, at most: then it is asked again what is wanted.
 LONGEST_REST = 2.0
 
@@ -28,7 +30,8 @@ class Pace:
     @property
     def count(self) -> int:
         """Documents in the next chunk."""
-        return self._steering.chunk_size or self._fixed or int(self._by_time)
+        own = self._fixed or int(self._by_time)
+        return self._steering.chunk_size or (own if self._steering.duty == 1.0 else min(own, SMALL))
 
     def took(self, documents: int, seconds: float, steering: Steering) -> None:
         """Learn from a chunk: how long it took, and what is asked of its worker since."""

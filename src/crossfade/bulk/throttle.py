@@ -14,8 +14,6 @@ LEAST = 0.05
 _DOWN, _UP = 0.7, 0.05
 #: Weight of the latest answer: one slow answer is no trouble yet.
 _LATEST = 0.4
-#: Records in a chunk while workers rest: what holds locks is to be short, too.
-SMALL_CHUNK = 500
 
 
 class Throttle:
@@ -76,8 +74,3 @@ class Throttle:
     def enough_debts(self) -> int:
         """How far debts need to be counted."""
         return self._debts + 1 if self._debts else 0
-
-    @property
-    def chunk_size(self) -> int | None:
-        """Records in a chunk while it slows the workers down; None: as they like."""
-        return SMALL_CHUNK if self.duty < 1.0 else None

@@ -36,8 +36,6 @@ _LONGEST = 107
 _PROBE = 0.5
 #: Seconds that a command waits for a job's answer.
 _PATIENCE = 10.0
-#: What a run is asked for as long as the stores answer in time.
-_UNTHROTTLED = (1.0, None)
 
 PidOption = Annotated[int | None, typer.Option("--pid", help="Which job, where several run.")]
 
@@ -68,8 +66,8 @@ class Live:
         self._run: Run | None = None
         self._entity, self._total, self._done, self._began = "", 0, 0, time.monotonic()
         self._throttled = ""
-        #: What the throttle has asked of the run: part of the time, and size of chunks.
-        self._asked: tuple[float, int | None] = _UNTHROTTLED
+        #: The part of the time that the throttle lets the run work.
+        self._duty = 1.0
         #: What a person has asked for; it holds for the entities that follow, too.
         self._wanted: dict[str, Any] = {} if max_rate is None else {"rate": max_rate}
 
@@ -78,7 +76,7 @@ class Live:
         async with self._asking:
             self._run, self._entity, self._total = run, entity, total
             self._done, self._began = done, time.monotonic()
-            self._asked = _UNTHROTTLED
+            self._duty = 1.0
             if self._wanted:
                 await self._target.runs.steer(run, self._wanted)
 
@@ -138,13 +136,11 @@ class Live:
                         {"MongoDB": mongo, "PostgreSQL": postgres}, lag, owed + deliveries, pool_wait()
                     )
                     self._throttled = throttle.reason
-                    wanted = (max(round(throttle.duty, 1), LEAST), throttle.chunk_size)
-                    if wanted == self._asked or self._run is None:
+                    duty = max(round(throttle.duty, 1), LEAST)
+                    if duty == self._duty or self._run is None:
                         continue
-                    # What a person has asked for wins.
-                    chunk = {} if "chunk_size" in self._wanted else {"chunk_size": wanted[1]}
-                    await self._target.runs.steer(self._run, {"duty": wanted[0], **chunk})
-                    self._asked = wanted
+                    await self._target.runs.steer(self._run, {"duty": duty})
+                    self._duty = duty
             except errors.StoreUnavailable:
                 continue  # the workers meet it themselves, and say so
 
