@@ -170,8 +170,14 @@ async def _verified(evidence: Evidence) -> Statement:
             return Statement(
                 "verify", False, f"{name} was not verified since dual writing began", "crossfade verify"
             )
-        if datetime.now(UTC) - run["finished_at"] > FRESH:
-            return Statement("verify", False, f"the verify of {name} is older than a day", "crossfade verify")
+        # From its begin: one that was interrupted has compared the first records then.
+        if datetime.now(UTC) - run["started_at"] > FRESH:
+            return Statement(
+                "verify",
+                False,
+                f"the verify of {name} began more than a day ago",
+                "crossfade verify --restart",
+            )
         differences = int(run["counts"].get("mismatches", 0))
         if differences:
             return Statement(

@@ -6,6 +6,7 @@ import json
 from importlib.metadata import version
 from typing import Any
 
+import psycopg
 import pytest
 from bson import ObjectId
 
@@ -59,6 +60,24 @@ def test_the_guard_names_what_is_missing_and_the_command_that_mends_it(
     assert done.returncode == 1
     assert "[backfill]" in said(done)
     assert "mend: crossfade backfill" in said(done)
+
+
+def test_a_verify_is_as_old_as_what_it_compared_first(
+    crossfade: Command, notes: Any, database_url: str
+) -> None:
+    for step in (("init",), ("phase", "set", "dual_write"), ("backfill",), ("verify",)):
+        assert crossfade(*step).returncode == 0
+    # Interrupted, it went on two days later.
+    with psycopg.connect(database_url) as sql:
+        sql.execute(
+            "UPDATE crossfade.runs SET started_at = started_at - interval '2 days' WHERE kind = 'verify'"
+        )
+    done = crossfade("phase", "set", "shadow_read")
+    assert done.returncode == 1
+    assert "[verify]" in said(done)
+    assert "mend: crossfade verify --restart" in said(done)
+    assert crossfade("verify", "--restart").returncode == 0
+    assert crossfade("phase", "set", "shadow_read").returncode == 0
 
 
 def test_a_guard_is_forced_only_by_name_and_the_history_says_so(crossfade: Command, notes: Any) -> None:
