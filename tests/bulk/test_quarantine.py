@@ -4,7 +4,7 @@ import json
 
 import bson
 import pytest
-from bson import Int64
+from bson import DatetimeMS, Int64
 from bson.raw_bson import RawBSONDocument
 
 from crossfade.values import id_to_text
@@ -153,6 +153,31 @@ def test_what_a_person_mends_in_a_file_is_carried(
     in_dual_write("verify", "--entity", "users")
     # The same file once more: MongoDB holds other documents than the ones that were exported.
     assert "since its export" in taken(status=1)["refused"][0]
+
+
+def test_what_a_file_cannot_give_back_as_it_is_stays_out_of_a_persons_hands(
+    stores, in_dual_write, user, tmp_path
+):
+    """A date that Python does not have, and a field that Extended JSON would take for a number."""
+    late, odd, strange = ({**user(n), **of} for n, of in enumerate(
+        ({"lastLogin": DatetimeMS(10**15)}, {"more": {"$numberInt": "5"}}, {"_cf": "nothing of ours"})
+    ))  # fmt: skip
+    for document in (late, odd, strange):
+        del document["username"]
+    stores.collection.insert_many([late, odd, strange])
+    in_dual_write("backfill", "--entity", "users", status=1)
+    file = tmp_path / "mend.jsonl"
+    in_dual_write("quarantine", "export", str(file), "--json")
+    lines = {line["id"]: line for line in map(json.loads, file.read_text().splitlines())}
+    assert "document" not in lines[key(odd)]
+    assert bson.decode(bytes.fromhex(lines[key(odd)]["hex"]))["more"] == {"$numberInt": "5"}
+    for number, document in enumerate((late, strange)):
+        lines[key(document)]["document"]["username"] = f"mended {number}"
+    file.write_text("\n".join(map(json.dumps, lines.values())))
+    taken = in_dual_write("quarantine", "import", str(file), "--json")
+    assert (taken["taken"], taken["refused"]) == (2, [])
+    assert stores.ids() == sorted([key(late), key(strange)])
+    assert stores.collection.find_one({"_id": late["_id"]})["lastLogin"] == DatetimeMS(10**15)
 
 
 def test_a_document_that_was_changed_since_its_export_is_left_alone(

@@ -35,7 +35,12 @@ from crossfade.values import (
 PORTION = 200
 _LOOSE = CODEC_OPTIONS.with_options(unicode_decode_error_handler="backslashreplace")
 #: As documents are decoded everywhere else: dates with their zone, binaries with their subtype.
-_JSON = JSONOptions(json_mode=JSONMode.CANONICAL, tz_aware=True, document_class=dict)
+_JSON = JSONOptions(
+    json_mode=JSONMode.CANONICAL,
+    tz_aware=True,
+    document_class=dict,
+    datetime_conversion=CODEC_OPTIONS.datetime_conversion,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +88,7 @@ async def show_quarantined(target: BulkPostgres, entity: str, text: str) -> dict
     reason, raw = found
     document: str | None
     try:
-        loose = CODEC_OPTIONS.with_options(unicode_decode_error_handler="backslashreplace")
-        document = dumps(bson.decode(raw, loose), json_options=CANONICAL_JSON_OPTIONS)
+        document = dumps(bson.decode(raw, _LOOSE), json_options=CANONICAL_JSON_OPTIONS)
     except (BSONError, ValueError, TypeError, OverflowError):
         document = None
     return {"entity": entity, "id": text, "reason": reason, "document": document, "hex": raw.hex()}
@@ -96,7 +100,8 @@ async def export_quarantine(
     """Entries of an entity as lines of canonical Extended JSON (v2); ``waived``: those too that somebody has waived.
 
     The document is the one in MongoDB now, without Crossfade's notes, ``seen`` the digest of its bytes. One that does
-    not decode at all, or is there no more, has ``hex`` instead, the bytes that went into quarantine.
+    not decode at all, or is there no more, has ``hex`` instead, the bytes that went into quarantine; so
+    has one that a file would not give back: Extended JSON takes some documents for values (``{"$numberInt": "5"}``).
     """
     after = ""
     while found := await target.quarantine_after(entity.name, after, limit=PORTION):
@@ -114,11 +119,18 @@ async def export_quarantine(
                     raise ValueError
                 document = bson.decode(raw, _LOOSE)
                 document.pop(CF, None)
-                shown = json.loads(dumps(document, json_options=CANONICAL_JSON_OPTIONS))
+                told = dumps(document, json_options=CANONICAL_JSON_OPTIONS)
+                if _encoded(loads(told, json_options=_JSON)) != _encoded(document):
+                    raise ValueError
+                shown = json.loads(told)
                 line |= {"seen": digest_of_bytes(raw).hex(), "document": shown}
             except (BSONError, ValueError, TypeError, OverflowError):
                 line["hex"] = kept.hex()
             yield json.dumps(line, ensure_ascii=False)
+
+
+def _encoded(document: dict[str, Any]) -> bytes:
+    return bson.encode(document, codec_options=CODEC_OPTIONS)
 
 
 def _ids(texts: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -179,7 +191,7 @@ def with_notes(raw: bytes, document: dict[str, Any]) -> dict[str, Any] | None:
     # As exported, also where that is legible only because what was not valid was replaced: a person has to say so.
     if encode_document(stored) == encode_document(document):
         return None
-    if notes is None:
+    if not isinstance(notes, dict):
         return document
     # A part may be what was mended: its note does not hold any more.
     return {**document, CF: {name: note for name, note in notes.items() if name != "parts"}}
