@@ -1156,11 +1156,6 @@ class PostgresStore:
             "quarantine_drop", timeout, entity=entity.name, ids=[id_to_text(i) for i in ids]
         )
 
-    async def quarantined(self, entities: Iterable[str], *, timeout: float) -> set[tuple[str, Any]]:
-        """(entity, id) of every record in quarantine."""
-        rows = await self._ask("quarantined_ids", timeout, entities=list(entities))
-        return {(entity, text_to_id(id_)) for entity, id_ in rows}
-
     async def quarantined_among(
         self, entity: Entity, ids: Sequence[Any], *, timeout: float
     ) -> dict[str, bytes]:

@@ -159,9 +159,6 @@ SET reason = EXCLUDED.reason, field = EXCLUDED.field, rev = EXCLUDED.rev, digest
 -- name: quarantine_drop
 DELETE FROM crossfade.quarantine WHERE entity = %(entity)s AND id = ANY(%(ids)s)
 
--- name: quarantined_ids
-SELECT entity, id FROM crossfade.quarantine WHERE entity = ANY(%(entities)s)
-
 -- name: quarantined_among
 SELECT id, digest FROM crossfade.quarantine WHERE entity = %(entity)s AND id = ANY(%(ids)s)
 
