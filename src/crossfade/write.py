@@ -85,6 +85,25 @@ class Request:
     steps: tuple[Step, ...] = ()
 
 
+@dataclass(slots=True)
+class _Fate:
+    """What is known of a write.
+
+    Attributes:
+        unanswered: it was sent, and the primary has not answered: it may have been made.
+        made: it is in the primary.
+    """
+
+    unanswered: bool = False
+    made: bool = False
+
+    def leaves_open(self, cause: errors.CrossfadeError) -> bool:
+        """Whether this error says less than there is to say: no write that may stand is told as one that failed."""
+        if self.made:
+            return not isinstance(cause, (errors.OutcomeUnknown, errors.Undone, errors.UndoPending))
+        return self.unanswered and isinstance(cause, (errors.StoreUnavailable, Fenced, RuleBroken))
+
+
 @dataclass(frozen=True, slots=True)
 class _Operation:
     """One write on its way.
@@ -94,6 +113,7 @@ class _Operation:
         control: the control record it was admitted under.
         ends: when the primary must have answered, by `boot_clock`.
         decider: (entity, id text) of the record.
+        fate: what is known of it, in whatever attempt.
     """
 
     kind: str
@@ -105,6 +125,7 @@ class _Operation:
     ends: float
     request: Request
     decider: tuple[str, str]
+    fate: _Fate
 
     @property
     def rollback(self) -> bool:
@@ -220,7 +241,7 @@ class Writer:
         self.pair.asked = boot_clock()
         options = self.pair.options
         context, strategy, asynchronous = request.context, request.strategy, request.asynchronous
-        chosen = strategy
+        chosen, fate = strategy, _Fate()
         outcome = "failed"
         try:
             for _ in range(ATTEMPTS):
@@ -229,7 +250,7 @@ class Writer:
                 check_strategy(chosen, control.phase, asynchronous=asynchronous)
                 o = _Operation(
                     kind, context, chosen, asynchronous, control, new_operation(),
-                    boot_clock() + options.primary_deadline, request, (entity.name, id_to_text(id_)),
+                    boot_clock() + options.primary_deadline, request, (entity.name, id_to_text(id_)), fate,
                 )  # fmt: skip
                 with self.pair.board.gate.entered(control.epoch, o.everybody):
                     try:
@@ -245,7 +266,11 @@ class Writer:
                 return record
             raise errors.Busy(f"[{context}] the phase kept changing while the write was on its way")
         except errors.CrossfadeError as cause:
-            outcome = type(cause).__name__
+            outcome = (errors.OutcomeUnknown if fate.leaves_open(cause) else type(cause)).__name__
+            if fate.leaves_open(cause):
+                raise errors.OutcomeUnknown(
+                    f"[{context}] the write may have been made, and what became of it cannot be told: {cause}"
+                ) from cause
             raise
         except Unmappable as cause:
             outcome = errors.OutcomeUnknown.__name__
@@ -370,7 +395,7 @@ class Writer:
             try:
                 await self.pair.mongo.insert(entity, stored, timeout=o.left())
             except Unanswered as cause:
-                unknown = True
+                unknown = o.fate.unanswered = True
                 await self._again(o, cause)
                 continue
             except errors.StoreUnavailable as cause:
@@ -675,7 +700,7 @@ class Writer:
                     timeout=o.left(),
                 )  # fmt: skip
             except Unanswered as cause:
-                unknown = True
+                unknown = o.fate.unanswered = True
                 await self._again(o, cause)
                 continue
             except errors.StoreUnavailable as cause:
@@ -703,6 +728,7 @@ class Writer:
             if now is None or now.rev > rev + 1:
                 # Somebody has written upon revision n+1, and nothing says any more whose that was.
                 raise _written_since(entity, o)
+            o.fate.unanswered = False  # revision n+1 is somebody else's
             return None
 
     async def _mongo_delete(self, entity: Entity, id_: Any, o: _Operation) -> Record:
@@ -726,6 +752,7 @@ class Writer:
     async def _then_postgres(
         self, entity: Entity, image: Image, o: _Operation, ahead: Ahead | None = None
     ) -> Record:
+        o.fate.made = True
         record = self.pair.seen.record(entity, image, "mongo")
         together: list[Placed] = []
         if o.request.steps and not o.rollback:
@@ -1063,6 +1090,7 @@ class Writer:
             entity, writes, mine, o, keep_in_outbox=o.control.dual
         )
         assert change is not None
+        o.fate.made = True
         self._say(o, "PostgreSQL write successful")
         record = (
             self.pair.seen.record(entity, change.image, "postgres")
@@ -1191,6 +1219,7 @@ class Writer:
                 raise errors.DuplicateKey(entity.name, found or cause.constraint) from cause
             except Unanswered as cause:
                 unknown, unanswered = True, len(mine)
+                o.fate.unanswered = True
                 if boot_clock() >= o.ends:
                     self._say(o, f"PostgreSQL write not answered: {cause}", warn=True)
                     raise errors.OutcomeUnknown(

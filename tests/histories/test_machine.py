@@ -25,8 +25,9 @@ from crossfade.record import CF
 
 from ..protocol.conftest import FAST, PATIENCE, World, create_tables, users_entity
 
+SOAK = int(os.environ.get("SOAK", "0"))
 #: Sequences that are played; of at most so many steps.
-SEQUENCES = max(12, int(os.environ.get("SOAK", "0")) // 20)
+SEQUENCES = max(12, SOAK // 20)
 STEPS = 25
 NAMES = ["ann", "Ann", "bob", "cat"]
 _numbers = itertools.count()
@@ -260,6 +261,7 @@ class Machine(RuleBasedStateMachine):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(180 + SOAK)
 @pytest.mark.parametrize("phase", ["dual_write", "postgres_read", "postgres_primary"])
 def test_any_sequence_of_steps_leaves_what_was_told(
     phase, mongo_uri, database_url, mongo_proxy, postgres_proxy

@@ -154,6 +154,52 @@ async def test_a_primary_that_is_down_changes_nothing_and_says_so(open_world, mo
     await w.assert_equal()
 
 
+async def test_a_delete_that_was_made_is_not_told_as_failed_because_postgres_goes_away_before_it_can_say_so(
+    open_world, postgres_proxy, monkeypatch
+):
+    w = await open_world("postgres_primary", postgres=postgres_proxy, primary_deadline=2.0)
+    id_ = await prepared(w, delete)
+    tombstone = w.postgres.tombstone
+
+    async def tombstone_out_of_reach(*of, **how):
+        postgres_proxy.refuse()
+        return await tombstone(*of, **how)
+
+    monkeypatch.setattr(w.postgres, "tombstone", tombstone_out_of_reach)
+    postgres_proxy.cut_after_request(when=lambda request: b"COMMIT" in request)
+    with pytest.raises(OutcomeUnknown):
+        await delete(w, id_)
+    postgres_proxy.pass_through()
+    monkeypatch.undo()
+    await check(w, id_, delete)
+
+
+async def test_a_delete_that_was_made_is_not_told_as_failed_because_mongo_goes_away_before_it_can_say_so(
+    open_world, mongo_proxy, monkeypatch
+):
+    w, other = await open_world("dual_write", mongo=mongo_proxy, primary_deadline=2.0), await open_world()
+    id_ = await prepared(w, delete)
+    compare_and_set, tombstone = w.mongo.compare_and_set, w.mongo.tombstone
+
+    async def carried_out_by_another(*of, **how):
+        if mongo_proxy.counts.faults:
+            await other.reconcile()
+        return await compare_and_set(*of, **how)
+
+    async def tombstone_out_of_reach(*of, **how):
+        mongo_proxy.refuse()
+        return await tombstone(*of, **how)
+
+    monkeypatch.setattr(w.mongo, "compare_and_set", carried_out_by_another)
+    monkeypatch.setattr(w.mongo, "tombstone", tombstone_out_of_reach)
+    mongo_proxy.cut_after_request(when=command("findAndModify"))
+    with pytest.raises(OutcomeUnknown):
+        await delete(w, id_)
+    mongo_proxy.pass_through()
+    monkeypatch.undo()
+    await check(w, id_, delete)
+
+
 async def test_a_repeated_write_never_lands_on_a_rivals(open_world, postgres_proxy):
     """Its commit is lost, a rival writes upon it, and then it is repeated: the rival's write must stand."""
     w = await open_world("postgres_primary", postgres=postgres_proxy)
