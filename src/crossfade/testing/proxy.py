@@ -249,6 +249,12 @@ class FaultProxy:
             # The server itself is down: the client sees a reset, as from a host without a listener behind.
             _abort(writer)
             return
+        if self._mode is Mode.REFUSE:
+            # It has begun to refuse meanwhile: what it resets then did not know of this one yet.
+            self._counts.refused += 1
+            _abort(upstream[1])
+            _abort(writer)
+            return
         pair = _Pair(self, (reader, writer), upstream)
         self._pairs.add(pair)
         try:
