@@ -1420,8 +1420,10 @@ def _still(entity: Entity, seen: Image) -> dict[str, Any]:
     """What a filter asks for beside the revision, so that an update may be made upon what was seen of a record."""
     # The same revision of the same record, not of one that was made anew after a delete.
     also: dict[str, Any] = {f"{CF}.op": {"$eq": seen.op}}
-    # A newborn in debt may be such a one, an insert that came twice: whoever asks for it looks for a tombstone.
-    also[f"{CF}.debt" if seen.op == seen.born else f"{CF}.debt.group"] = {"$exists": False}
+    # A newborn in debt may be such a one, an insert that came twice: whoever asks for it looks for a tombstone. What made
+    # a record a row does not say.
+    may_be_newborn = seen.born in (None, seen.op)
+    also[f"{CF}.debt" if may_be_newborn else f"{CF}.debt.group"] = {"$exists": False}
     for rule in entity.unique:
         # What another writer may change without a new revision, and keys hang on.
         there = rule.field in seen.document

@@ -329,6 +329,25 @@ async def test_an_insert_that_arrives_again_does_not_bring_a_deleted_record_back
     await w.assert_equal()
 
 
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_read"])
+async def test_an_insert_that_arrives_again_is_not_written_upon_by_who_has_read_the_record_before(open_world, phase):
+    w = await open_world(phase, board_age=PATIENCE)
+    made = await w.users.insert({"username": "Bob"})
+    id_, late = made.id, w.document(made.id)
+    await w.owed()
+    del made
+    held = await w.users.get(id_)
+    assert held.source == "postgres"
+    await w.users.delete(id_)
+    late["_cf"]["debt"] = {"epoch": w.control.epoch}
+    w.documents.insert_one(late)
+    with pytest.raises(NotFound):
+        await w.users.update(id_, {"n": 2})
+    await w.reconcile()
+    await w.assert_equal()
+    assert w.document(id_) is None
+
+
 @pytest.mark.parametrize("phase", ["mongo_only", "dual_write"])
 async def test_a_repeated_insert_does_not_bring_back_what_was_deleted_before_the_repetition(
     open_world, phase
