@@ -902,16 +902,19 @@ class Writer:
     async def _acknowledge_with_debt(self, o: _Operation, failure: errors.CrossfadeError) -> None:
         """Before success is told: make sure that no worker goes on serving the older row."""
         board = self.pair.board
-        if board.control.postgres_first and isinstance(failure, errors.Quarantined):
-            # PostgreSQL answers, and refuses this record alone: it is on every board that is young enough.
-            await asyncio.sleep(board.options.board_age)
-        elif board.control.postgres_first:
-            try:
+        try:
+            if not (board.control.postgres_first or await board.is_unchanged()):
+                # Others may have heard already that PostgreSQL is read by now, from before this debt.
+                await board.refresh()
+            if board.control.postgres_first and isinstance(failure, errors.Quarantined):
+                # PostgreSQL answers, and refuses this record alone: it is on every board that is young enough.
+                await asyncio.sleep(board.options.board_age)
+            elif board.control.postgres_first:
                 await board.mark_unreadable(o.op)
-            except errors.CrossfadeError as cause:
-                raise errors.OutcomeUnknown(
-                    f"[{o.context}] MongoDB holds the write, but readers of PostgreSQL could not be warned"
-                ) from cause
+        except errors.CrossfadeError as cause:
+            raise errors.OutcomeUnknown(
+                f"[{o.context}] MongoDB holds the write, but readers of PostgreSQL could not be warned"
+            ) from cause
         self._say(o, f"MongoDB keeps the write; PostgreSQL is owed it: {failure}", warn=True)
 
     async def _close_tentative(
@@ -1420,8 +1423,8 @@ def _still(entity: Entity, seen: Image) -> dict[str, Any]:
     """What a filter asks for beside the revision, so that an update may be made upon what was seen of a record."""
     # The same revision of the same record, not of one that was made anew after a delete.
     also: dict[str, Any] = {f"{CF}.op": {"$eq": seen.op}}
-    # A newborn in debt may be such a one, an insert that came twice: whoever asks for it looks for a tombstone. What made
-    # a record a row does not say.
+    # A newborn in debt may be such a one, an insert that came twice: whoever asks for it looks for a tombstone. A row
+    # does not say what made its record.
     may_be_newborn = seen.born in (None, seen.op)
     also[f"{CF}.debt" if may_be_newborn else f"{CF}.debt.group"] = {"$exists": False}
     for rule in entity.unique:

@@ -317,3 +317,18 @@ async def test_debts_are_found_by_a_server_that_cannot_put_collections_together(
     monkeypatch.setattr(mongo, "_UNION", "$noSuchStage")
     assert await w.mongo.debts(w.m.entities.values(), **asked) == united
     assert not w.mongo._unites
+
+
+@pytest.mark.parametrize("fails", ["fenced", "down"])
+async def test_a_write_by_who_has_not_heard_that_postgres_is_read_by_now_is_seen_by_those_who_have(
+    open_world, postgres_proxy, fails
+):
+    w, reader = await open_world("shadow_read", postgres=postgres_proxy), await open_world("shadow_read")
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.owed()
+    await reader.set_phase("postgres_read")
+    if fails == "down":
+        postgres_proxy.refuse()
+    await w.users.update(made.id, {"n": 2})
+    assert w.debt(made.id) is not None
+    assert (await reader.users.get(made.id))["n"] == 2

@@ -330,7 +330,9 @@ async def test_an_insert_that_arrives_again_does_not_bring_a_deleted_record_back
 
 
 @pytest.mark.parametrize("phase", ["dual_write", "postgres_read"])
-async def test_an_insert_that_arrives_again_is_not_written_upon_by_who_has_read_the_record_before(open_world, phase):
+async def test_an_insert_that_arrives_again_is_not_written_upon_by_who_has_read_the_record_before(
+    open_world, phase
+):
     w = await open_world(phase, board_age=PATIENCE)
     made = await w.users.insert({"username": "Bob"})
     id_, late = made.id, w.document(made.id)
