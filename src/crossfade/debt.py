@@ -48,6 +48,8 @@ ATTEMPTS = 8
 LONGEST_CHAIN = 16
 #: Bytes of BSON that are settled in one transaction.
 MOST_TOGETHER = 8 * 2**20
+#: Bytes of a value that is brought to MongoDB ahead of the large ones of its record.
+SMALL = 4096
 
 
 class Settled(StrEnum):
@@ -552,7 +554,10 @@ class Settler:
         if image.debt is None:
             if image.left_out:
                 return Settled.CONFIRMED  # by somebody else, in the meantime
-            adopted = await self._adopt(entity, image, control)
+            try:
+                adopted = await self._adopt(entity, image, control)
+            except errors.Quarantined as cause:
+                return await self._quarantine(entity, image, cause, timeout=timeout)  # no room for a revision
             if adopted is None:
                 return Settled.CONFIRMED
             image = adopted
@@ -890,10 +895,12 @@ class Settler:
             return None
         else:
             try:
-                if not await self._put(entity, raw, row, control, timeout=timeout):
+                if not await self._put(entity, raw, there, row, control, timeout=timeout):
                     return None
             except RuleBroken as cause:
                 return await self._refused(entity, row, now, cause, last=last, timeout=timeout)
+            except errors.Quarantined as cause:
+                return await self._park_delivery(entity, row, now, cause)
         return await self._delivered(entity, now)
 
     async def _delivered(self, entity: Entity, now: Delivery) -> Settled | None:
@@ -909,6 +916,11 @@ class Settler:
     ) -> Settled | None:
         if await self._make_way(entity, row, timeout=timeout) and not last:
             return None
+        return await self._park_delivery(entity, row, now, cause)
+
+    async def _park_delivery(
+        self, entity: Entity, row: Image, now: Delivery, cause: errors.CrossfadeError
+    ) -> Settled:
         await self.pair.postgres.park(
             entity, row.id, now.rev, now.op, str(cause), timeout=self.pair.options.primary_deadline
         )
@@ -934,7 +946,14 @@ class Settler:
         )
 
     async def _put(
-        self, entity: Entity, raw: bytes | None, row: Image, control: Control, *, timeout: float
+        self,
+        entity: Entity,
+        raw: bytes | None,
+        there: Image | None,
+        row: Image,
+        control: Control,
+        *,
+        timeout: float,
     ) -> bool:
         notes = _delivered_notes(row)
         # It may arrive when whoever sent it is gone, and the record too: then `end_deliveries` finds it by this.
@@ -942,7 +961,16 @@ class Settler:
         if raw is None:
             notes["debt"] = mark.to_document()
         mongo = self.pair.mongo
-        if not await mongo.deliver(entity, raw, {**row.document, CF: notes}, timeout=timeout):
+        try:
+            if not await mongo.deliver(entity, raw, {**row.document, CF: notes}, timeout=timeout):
+                return False
+        except errors.Quarantined:
+            if (
+                raw is None
+                or there is None
+                or not await self._make_room(entity, raw, there, row, timeout=timeout)
+            ):
+                raise
             return False
         if raw is not None:
             return True
@@ -955,6 +983,25 @@ class Settler:
         if mine is not None and Image.from_raw(mine, entity.parts).op == row.op:
             await mongo.deliver_removal(entity, mine, timeout=timeout)
         return False
+
+    async def _make_room(
+        self, entity: Entity, raw: bytes, there: Image, row: Image, *, timeout: float
+    ) -> bool:
+        """Bring what is small of a row first; False: that is what stands there already.
+
+        A document that is replaced and the one that replaces it go in one command, which holds 16 MiB.
+        """
+        small = {
+            name: value for name, value in row.document.items() if len(encode_document({"v": value})) < SMALL
+        }
+        notes = _delivered_notes(row)
+        notes.pop("parts", None)
+        # The digest tells what we leave there from what a foreign writer makes of it.
+        notes["digest"] = Image.from_document({**small, CF: dict(notes)}, entity.parts).digest
+        if notes["digest"] == there.digest:
+            return False
+        await self.pair.mongo.deliver(entity, raw, {**small, CF: notes}, timeout=timeout)
+        return True
 
     async def end_deliveries(self) -> int:
         """See to inserts that were delivered and that nobody has confirmed; how many there were.

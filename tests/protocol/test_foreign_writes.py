@@ -4,6 +4,7 @@ import contextlib
 import itertools
 from datetime import UTC, datetime, timedelta
 
+import bson
 import pytest
 from bson import ObjectId
 
@@ -207,6 +208,17 @@ async def test_what_a_column_cannot_hold_is_carried_unchanged_all_the_same(w, od
     made = await inserted(w, {"username": "Bob", **odd})
     await w.assert_equal()
     assert w.debt(made.id) is None
+
+
+async def test_a_document_that_has_no_room_for_a_note_holds_up_nobody(w):
+    full, other = ObjectId(), ObjectId()
+    document = {"_id": full, "username": "Bob", "x": b""}
+    document["x"] = b"x" * (16 * 2**20 - len(bson.encode(document)))
+    w.documents.insert_one(document)
+    w.documents.insert_one({"_id": other, "username": "Ann"})
+    await w.m.reconciler.full_sweep()
+    assert await w.row(other) is not None
+    assert [key for key, _ in w.quarantined()] == [str(full)]
 
 
 async def test_a_document_restored_from_a_backup_goes_above_all_that_postgres_has_seen(w):

@@ -17,7 +17,7 @@ from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.bulk_postgres import BulkPostgres
 from crossfade.values import id_to_text
 
-from .conftest import BOTH_PRIMARIES, MONGO_PHASES, users_entity
+from .conftest import BOTH_PRIMARIES, MONGO_PHASES, PATIENCE, users_entity
 
 OLD, NEW, FOREIGN = (letter * 200_000 for letter in (b"o", b"n", b"f"))
 #: What a small write and its debt move in all, in bytes: far less than a picture.
@@ -240,6 +240,30 @@ async def test_the_outbox_names_the_picture_until_mongo_has_it(open_pictured, mo
     await w.assert_equal()
     assert w.document(made.id)["picture"] == NEW
     assert part_of_document(w, made.id) == 2
+
+
+@both_directions
+async def test_a_picture_as_large_as_they_come_is_changed(open_pictured, phase):
+    w = await open_pictured(phase, primary_deadline=PATIENCE, secondary_deadline=PATIENCE)
+    made = await w.users.insert({"username": "Bob", "picture": b"o" * 10 * 2**20})
+    await w.reconcile()
+    new = b"n" * 10 * 2**20
+    await w.users.update(made.id, {"picture": new})
+    await w.reconcile()
+    await w.assert_equal()
+    assert w.document(made.id)["picture"] == new
+
+
+async def test_a_record_that_is_too_large_for_mongo_is_parked_with_the_cause(open_world):
+    w = await open_world("postgres_primary", primary_deadline=PATIENCE, secondary_deadline=PATIENCE)
+    made = await w.users.insert({"username": "Bob"})
+    await w.users.update(made.id, {"x": b"x" * (16 * 2**20 - 60)})
+    [(_, rev, _, parked)] = w.outbox()
+    assert (rev, parked.startswith("MongoDB cannot hold this document")) == (2, True)
+    await w.users.update(made.id, {"x": b"x"})
+    await w.reconcile()
+    await w.assert_equal()
+    assert w.document(made.id)["x"] == b"x"
 
 
 @both_directions

@@ -82,6 +82,8 @@ _AUTHENTICATION = (13, 18)
 # DocumentDB reports a broken unique rule inside find_one_and_update and upserts as code 1 with PostgreSQL's
 # text, where MongoDB has code 11000.
 _VIOLATION = re.compile(r"(unique|exclusion) constraint|duplicate key", re.IGNORECASE)
+# A document of more than 16 MiB, sent or made by an update: MongoDB's words, and DocumentDB's, whose codes differ.
+_TOO_LARGE = re.compile(r"larger than (\d|MaxDocumentSize)|object to insert too large|BSONObj size: ")
 _INDEX_NAME = re.compile(r"index:\s+(\S+)|Index '([^']+)'")
 
 
@@ -219,6 +221,8 @@ class MongoStore:
                 raise errors.StoreUnavailable(
                     STORE, self._unreachable("it refuses the user or password in MONGO_URI")
                 ) from cause
+            if _TOO_LARGE.search(str(cause)):
+                raise errors.Quarantined(f"MongoDB cannot hold this document: {cause}") from cause
             # Compatible services report their engine's failure as an ordinary command error.
             raise Unanswered(STORE, self._unreachable(f"error {cause.code}")) from cause
         except (AutoReconnect, InvalidOperation) as cause:
