@@ -776,7 +776,8 @@ class Settler:
                 for rule, key in plain.items():
                     kept = note["keys"].get(rule)
                     marks[f"{CF}.keys.{rule}"] = kept if acceptable_key(kept, key, image.id) else key
-                unset += [f"{CF}.keys.{rule}" for rule in image.keys if rule not in plain]
+                held = {**image.keys, **note["keys"]}
+                unset += [f"{CF}.keys.{rule}" for rule in held if rule not in plain]
             carried = carried_by(entity.parts, image.noted, wrote=set_back, removed=taken_away)
             owed = tuple(dict.fromkeys((*image.debt.parts, *carried.owed)))
             marks |= set_back | {f"{CF}.debt": Debt(control.epoch, parts=owed).to_document()}

@@ -113,10 +113,13 @@ class DebtKey(NamedTuple):
 def stamped_keys(notes: Mapping[str, Any]) -> dict[str, str]:
     """The normalised keys by rule in ``_cf``.
 
-    An open ``ROLLBACK_BOTH`` write holds two, the new one first: the old one must not be taken before its outcome.
+    An open ``ROLLBACK_BOTH`` write holds two, the new one first: the old one must not be taken before its outcome. One
+    that leaves the record without a name holds the old one alone.
     """
-    found = dict(notes.get("keys") or {})
-    return {rule: key[0] if isinstance(key, list) else key for rule, key in found.items()}
+    found = {
+        rule: key if isinstance(key, list) else [key, key] for rule, key in (notes.get("keys") or {}).items()
+    }
+    return {rule: keys[0] for rule, keys in found.items() if len(keys) > 1}
 
 
 @dataclass(frozen=True, slots=True)

@@ -531,6 +531,7 @@ class Writer:
                 future.pop(name, None)
             plain = entity.keys(future)
             keys = {r: k for r, k in plain.items() if not acceptable_key(stamped.get(r), k, id_)}
+            nameless = [rule for rule in stamped if rule not in plain]
             tentative = None
             also: dict[str, Any] = {name: {"$eq": value} for name, value in where.items()}
             if seen is not None:
@@ -552,10 +553,11 @@ class Writer:
                     f"{CF}.keys.{rule}": [key, stamped[rule]] if o.rollback and rule in stamped else key
                     for rule, key in keys.items()
                 },
+                **{f"{CF}.keys.{rule}": [stamped[rule]] for rule in nameless if o.rollback},
             }
             gone = [
                 *removed,
-                *(f"{CF}.keys.{rule}" for rule in stamped if rule not in plain),
+                *(f"{CF}.keys.{rule}" for rule in nameless if not o.rollback),
                 *(f"{CF}.parts.{name}" for name in carried.erased),
             ]
             foreseen = None if seen is None else _foreseen(entity, seen, wrote, removed, carried, o)
@@ -992,6 +994,9 @@ class Writer:
             crossfade.errors.OutcomeUnknown: it was confirmed or undone, and written again since.
         """
         unknown = False
+        assert image.debt is not None
+        assert image.debt.tentative is not None
+        held = image.debt.tentative.get("keys", {})
         while True:
             try:
                 done = await self.pair.mongo.compare_and_set(
@@ -1006,7 +1011,10 @@ class Writer:
                             else {}
                         ),
                     },
-                    unset=[f"{CF}.debt.tentative"],
+                    unset=[
+                        f"{CF}.debt.tentative",
+                        *(f"{CF}.keys.{rule}" for rule in held if rule not in image.keys),
+                    ],
                     also={f"{CF}.op": o.op, f"{CF}.debt.tentative": {"$exists": True}},
                     left_out=dict.fromkeys(entity.parts), timeout=o.left(),
                 )  # fmt: skip

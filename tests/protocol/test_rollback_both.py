@@ -6,6 +6,7 @@ import pytest
 from bson import Int64, ObjectId
 
 from crossfade import Busy, DuplicateKey, FailureStrategy, Undone, UndoPending
+from crossfade.debt import Settled
 from crossfade.record import CF, new_operation
 
 from .conftest import PATIENCE, World
@@ -266,6 +267,36 @@ async def test_a_name_that_an_open_write_gave_up_is_not_taken_before_its_outcome
     assert w.notes(id_)["keys"] == {"username": "robert"}
     await other.users.insert({"username": "bob"})
     await other.settle()
+    await w.assert_equal()
+
+
+@pytest.mark.parametrize("outcome", ["undone", "confirmed"])
+async def test_a_name_that_an_open_write_took_away_is_not_taken_before_its_outcome(open_world, outcome):
+    w = await open_world("dual_write", tentative=30.0)
+    id_ = await prepared(w, "update")
+    found = asyncio.Event()
+
+    async def hold(*args, **how):
+        found.set()
+        await asyncio.sleep(1.0)
+        return Settled.CONFIRMED if outcome == "confirmed" else Settled.PARKED
+
+    w.settler.bring, asked = hold, w.settler.bring
+    removing = asyncio.create_task(w.users.update(id_, unset=["username"], strategy=ROLLBACK))
+    await found.wait()
+    other = await open_world("dual_write")
+    with pytest.raises(DuplicateKey):
+        await other.users.insert({"username": "bob"})
+    w.settler.bring = asked
+    if outcome == "confirmed":
+        await removing
+        assert "username" not in w.notes(id_).get("keys", {})
+        await other.users.insert({"username": "bob"})
+        return
+    with pytest.raises(Undone):
+        await removing
+    assert w.notes(id_)["keys"] == {"username": "bob"}
+    await w.reconcile()
     await w.assert_equal()
 
 
