@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from crossfade import errors
 from crossfade.clock import boot_clock
@@ -20,10 +21,13 @@ from crossfade.migration import Migration
 from crossfade.phase import Phase, check_transition
 from crossfade.strategy import FailureStrategy, check_strategy
 from crossfade.switch import PAUSE_LIMIT, Changed, OnStep, switch
+from crossfade.values import Unmappable
 from crossfade.workers import SKEW, Registry
 
 #: Seconds between two looks whether every worker has read it.
 _POLL = 0.05
+#: Rows that are asked for at once.
+_ROWS = 1_000
 #: How often keys are stamped before they are found missing: an old application that goes on writing never waits.
 _STAMPINGS = 10
 
@@ -90,12 +94,13 @@ async def change_phase(
             migration, target, by=by, reason=reason, forced=force, limit=limit, on_step=on_step
         )
     fields: dict[str, object] = {"phase": target}
+    began_empty = False
     if target is Phase.POSTGRES_ONLY:
         until = datetime.now(UTC) + timedelta(seconds=migration.pair.options.feed)
         fields |= {"feeding": True, "feed_until": until.isoformat(timespec="seconds")}
     if target is Phase.DUAL_WRITE and before.phase is Phase.MONGO_ONLY:
-        fields["dual_epoch"] = before.epoch + 1
-        fields["began_empty"] = await migration.pair.postgres.is_empty(
+        fields |= {"dual_epoch": before.epoch + 1, "began_empty": False}
+        began_empty = await migration.pair.postgres.is_empty(
             migration.entities.values(), timeout=migration.pair.options.primary_deadline
         )
     began = boot_clock()
@@ -109,8 +114,38 @@ async def change_phase(
         back = str(cause)
         await _change(migration, after, lambda now: now.changed(by=by, reason=back, phase=before.phase))
         raise
+    if began_empty:
+        on_step("comparing the first rows")
+        after = await _began_empty(migration, after)
     await migration.board.refresh()
     return Changed(before, after, forced, silent=silent)
+
+
+async def _began_empty(migration: Migration, control: Control) -> Control:
+    """Let PostgreSQL be read, which was empty before every worker wrote to both stores.
+
+    Until then those that had not read so wrote to MongoDB alone: upon what others had brought to PostgreSQL, too. If
+    that cannot be compared now, MongoDB is read until phase `postgres_read`.
+    """
+    pair, timeout = migration.pair, migration.pair.options.bulk_deadline
+    try:
+        await migration.board.refresh()
+        for entity in migration.entities.values():
+            ids: list[Any] = []
+            after = ""
+            while rows := await pair.postgres.ids_after(entity, after, limit=_ROWS, timeout=timeout):
+                after = rows[-1][0]
+                ids += [id_ for _, id_, _ in rows]
+            for at in range(0, len(ids), _ROWS):
+                for _, id_ in await migration.reconciler.unlike([(entity, i) for i in ids[at : at + _ROWS]]):
+                    await migration.settler.settle_one(entity, id_, control)
+        return await _change(
+            migration,
+            control,
+            lambda now: now.changed(by=now.changed_by, reason=now.reason, began_empty=True),
+        )
+    except (errors.CrossfadeError, Unmappable):
+        return control
 
 
 async def _ask(migration: Migration, target: Phase, before: Control | None = None) -> list[Statement]:

@@ -5,9 +5,10 @@ import asyncio
 import pytest
 from bson import ObjectId
 
-from crossfade import StoreUnavailable
+from crossfade import Phase, StoreUnavailable
 from crossfade.record import CF
 from crossfade.stores import mongo
+from crossfade.transition import change_phase
 
 from .conftest import PATIENCE, World, eventually, requests_entity
 from .test_images import apply, image_of
@@ -332,3 +333,31 @@ async def test_a_write_by_who_has_not_heard_that_postgres_is_read_by_now_is_seen
     await w.users.update(made.id, {"n": 2})
     assert w.debt(made.id) is not None
     assert (await reader.users.get(made.id))["n"] == 2
+
+
+async def test_what_was_written_to_mongo_alone_while_others_wrote_to_both_is_not_hidden_by_their_rows(
+    open_world,
+):
+    w, other = await open_world("mongo_only"), await open_world("mongo_only")
+    step = asyncio.create_task(change_phase(other.m, Phase.DUAL_WRITE, by="a test", reason="a test"))
+
+    async def both_are_written() -> bool:
+        return (await other.m.board.refresh()).control.phase is Phase.DUAL_WRITE
+
+    await eventually(both_are_written)
+    bob, ann = [await other.users.insert({"username": name, "n": 1}) for name in ("Bob", "Ann")]
+    await other.owed()
+    # It has not heard of the step yet.
+    await w.users.update(bob.id, {"n": 2})
+    await w.users.delete(ann.id)
+    assert w.debt(bob.id) is None
+    for hears in (False, True):
+        if hears:
+            await w.m.board.refresh()
+            await step
+        await other.owed()
+        assert (await other.users.get(bob.id))["n"] == 2
+        assert await other.users.get(ann.id) is None
+    assert other.control.postgres_first
+    await w.m.board.refresh()
+    await w.assert_equal()
