@@ -323,8 +323,9 @@ class Settler:
             if current is None or current.deleted:
                 return Settled.SUPERSEDED
             if current.rev > held.highest:
-                if current.rev > image.rev:
+                if current.rev > image.rev and held.highest >= image.rev:
                     return Settled.SUPERSEDED
+                # What PostgreSQL holds is older than what is about to be told: it is not left to whoever was quicker.
                 image = current
                 continue
             if held.rev == current.rev and held.digest == current.digest and not _covered(held):

@@ -12,7 +12,7 @@ from crossfade.bulk.backfill import Backfill
 from crossfade.bulk.findings import Finding
 from crossfade.bulk.verify import Verify
 from crossfade.errors import ConditionNotMet, PartLeftOut
-from crossfade.record import CF
+from crossfade.record import CF, new_operation
 from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.bulk_postgres import BulkPostgres
 from crossfade.values import id_to_text
@@ -310,6 +310,29 @@ async def test_a_row_that_does_not_hold_just_this_picture_gets_the_whole_image(o
     await w.reconcile()
     await w.assert_equal()
     assert part_of_row(w, made.id)[1] == len(OLD)
+
+
+async def test_a_small_image_that_a_row_does_not_take_is_not_left_to_a_later_writer(open_pictured):
+    w, reader = [await open_pictured("postgres_read", board_age=PATIENCE) for _ in range(2)]
+    made = await with_picture(w)
+    w.sql("UPDATE users SET cf_mapping = 0")
+    await reader.owed()
+    read = w.mongo.read
+
+    async def overtaken(entity, id_, **how):
+        w.mongo.read = read
+        # Its writer is killed before it has asked PostgreSQL.
+        marks = {f"{CF}.rev": Int64(3), f"{CF}.op": new_operation(), f"{CF}.debt": {"epoch": 1}}
+        await w.mongo.compare_and_set(entity, id_, rev=2, set_={"n": 3, **marks}, timeout=PATIENCE)
+        return await read(entity, id_, **how)
+
+    w.mongo.read = overtaken
+    assert (await w.users.update(made.id, {"n": 2})).rev == 2
+    assert w.notes(made.id)["rev"] == 3
+    found = await reader.users.get(made.id)
+    assert (found.source, found["n"]) == ("postgres", 3)
+    await w.reconcile()
+    await w.assert_equal()
 
 
 async def test_rows_that_were_there_before_their_part_had_a_revision_are_written_whole(open_pictured):
