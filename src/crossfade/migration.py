@@ -31,7 +31,7 @@ from crossfade.stores.mongo import MongoStore
 from crossfade.stores.postgres import PostgresStore
 from crossfade.strategy import FailureStrategy, default_strategy
 from crossfade.strays import Strays
-from crossfade.write import Request, Writer, as_stored
+from crossfade.write import Request, Writer, as_stored, assert_writable
 
 Mode = Literal["sync", "async"]
 
@@ -236,6 +236,7 @@ class Operation:
             {field: tuple(values) for field, values in (add or {}).items()},
             {field: tuple(values) for field, values in (remove or {}).items()},
         )  # fmt: skip
+        assert_writable(self._entity(entity), step.set, step.unset, {*step.add, *step.remove})
         ruled = [rule.field for rule in self._entity(entity).unique]
         for field in step.fields:
             if field in ruled:

@@ -189,9 +189,7 @@ class Writer:
             crossfade.errors.CrossfadeError: as the strategy has it; see errors.py.
         """
         removed = tuple(unset)
-        for name in (*set_, *removed):
-            if not name or "." in name or name.startswith("$") or name in ("_id", CF):
-                raise errors.ConfigurationError(f"field {name!r} cannot be set by an update of {entity.name}")
+        assert_writable(entity, set_, removed)
         wrote = as_stored(set_)
 
         async def run(o: _Operation) -> Record:
@@ -1453,6 +1451,24 @@ def _written_since(entity: Entity, o: _Operation) -> errors.OutcomeUnknown:
         f"[{o.context}] the write was not answered, and this record of {entity.name}, or a value of it, was written "
         "by others since"
     )
+
+
+def assert_writable(entity: Entity, *ways: Iterable[str]) -> None:
+    """That these are fields that an update can name, each written in one of these ways.
+
+    Raises:
+        crossfade.errors.ConfigurationError: one is not.
+    """
+    seen: set[str] = set()
+    for names in map(set, ways):
+        for name in names:
+            if not name or "." in name or name.startswith("$") or "\0" in name or name in ("_id", CF):
+                raise errors.ConfigurationError(f"field {name!r} cannot be set by an update of {entity.name}")
+            if name in seen:
+                raise errors.ConfigurationError(
+                    f"field {name!r} of {entity.name} is written in two ways at once"
+                )
+        seen |= names
 
 
 def as_stored(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -330,6 +330,15 @@ async def test_what_cannot_be_a_step_is_refused_before_anything_is_written(open_
         op.also("users", ann, {"username": "Anna"})
     with pytest.raises(ConfigurationError, match="no entity"):
         op.also("people", ann, {"n": 1})
+    # Decided, they could never be done.
+    for odd in ("", "a.b", "$n", "_id", CF, "a\0b"):
+        with pytest.raises(ConfigurationError, match="cannot be set"):
+            op.also("users", ann, unset=[odd])
+        with pytest.raises(ConfigurationError, match="cannot be set"):
+            op.also("users", ann, add={odd: [1]})
+    for how in ({"unset": ["n"]}, {"add": {"n": [1]}}, {"remove": {"n": [1]}}):
+        with pytest.raises(ConfigurationError, match="two ways"):
+            op.also("users", ann, {"n": 1}, **how)
     op.also("users", bob, {"n": 1})
     with pytest.raises(ConfigurationError, match="already"):
         op.also("users", bob, {"n": 2})
