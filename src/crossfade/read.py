@@ -29,7 +29,7 @@ from crossfade.query import Query
 from crossfade.record import CF, Image, Record
 from crossfade.shadow import Shadow
 from crossfade.stores.errors import Fenced
-from crossfade.values import Unmappable, id_to_text
+from crossfade.values import Unmappable, can_be_id, id_to_text
 
 _T = TypeVar("_T")
 _FAILED = (errors.StoreUnavailable, Fenced)
@@ -56,6 +56,8 @@ class Reader:
         Raises:
             crossfade.errors.StoreUnavailable: no store that may answer did.
         """
+        if not can_be_id(id_):
+            return None
         options = self.pair.options
         without = () if parts else entity.parts
 
@@ -78,7 +80,7 @@ class Reader:
 
     async def get_many(self, entity: Entity, ids: Iterable[Any], *, parts: bool = True) -> list[Record]:
         """The records of these ids that there are, in the order of the ids, none twice."""
-        places = {id_to_text(id_): id_ for id_ in ids}
+        places = {id_to_text(id_): id_ for id_ in ids if can_be_id(id_)}
         if not places:
             return []
         wanted = list(places.values())

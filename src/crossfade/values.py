@@ -18,6 +18,7 @@ import base64
 import binascii
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -380,6 +381,13 @@ def id_to_text(_id: Any) -> str:
             f"the _id takes more than {MAX_ID_BYTES} bytes as text, too long for an index", "_id"
         )
     return text
+
+
+def can_be_id(value: Any) -> bool:
+    """Whether a record may have this `_id`; a filter would take other values for a condition on it."""
+    if isinstance(value, Mapping):
+        return not any(isinstance(key, str) and key.startswith("$") for key in value)
+    return not isinstance(value, list | tuple | Regex | re.Pattern)
 
 
 def text_to_id(text: str) -> Any:

@@ -56,6 +56,7 @@ from crossfade.strategy import FailureStrategy, check_strategy, default_strategy
 from crossfade.values import (
     CODEC_OPTIONS,
     Unmappable,
+    can_be_id,
     encode_document,
     id_to_text,
     text_to_id,
@@ -235,6 +236,8 @@ class Writer:
             raise errors.ConfigurationError(
                 f"the record of {entity.name} that decides an operation cannot have a step in it: set its fields there"
             )
+        for each in (id_, *(step.id for step in request.steps)):
+            _assert_id(entity, each)
         began = time.perf_counter()
         self.pair.asked = boot_clock()
         options = self.pair.options
@@ -1469,6 +1472,17 @@ def assert_writable(entity: Entity, *ways: Iterable[str]) -> None:
                     f"field {name!r} of {entity.name} is written in two ways at once"
                 )
         seen |= names
+
+
+def _assert_id(entity: Entity, id_: Any) -> None:
+    try:
+        if can_be_id(id_):
+            id_to_text(id_)
+            return
+        why = "an array, a regular expression or a condition cannot be an _id"
+    except Unmappable as cause:
+        why = str(cause)
+    raise errors.ConfigurationError(f"no record of {entity.name} can be written with this _id: {why}")
 
 
 def as_stored(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """What a write leaves in both stores, whichever is primary and whatever the strategy."""
 
 import asyncio
+import re
 
 import pytest
-from bson import ObjectId
+from bson import ObjectId, Regex
 
 from crossfade import (
+    ConfigurationError,
     DuplicateKey,
     FailureStrategy,
     NotAllowedInPhase,
@@ -309,3 +311,21 @@ async def test_what_goes_on_in_the_background_is_not_what_the_caller_makes_of_it
     assert (await w.row(record.id)).document["tags"] == ["a"]
     await w.settle()
     await w.assert_equal()
+
+
+@pytest.mark.parametrize("phase", ["mongo_only", "dual_write", "postgres_primary"])
+@pytest.mark.parametrize("odd", [{"$gt": ""}, {"$ne": None}, re.compile("."), Regex("."), [1]], ids=repr)
+async def test_a_condition_is_nobodys_id(open_world, phase, odd):
+    """What an application was sent as JSON and handed on."""
+    w = await open_world(phase)
+    made = await w.users.insert({"_id": "bob", "username": "Bob", "n": 1})
+    assert await w.users.get(odd) is None
+    assert [record.id for record in await w.users.get_many([odd, made.id])] == [made.id]
+    for write in (
+        w.users.update(odd, {"n": 2}),
+        w.users.delete(odd),
+        w.users.insert({"_id": odd, "username": "Ann"}),
+    ):
+        with pytest.raises(ConfigurationError):
+            await write
+    assert (await w.users.get("bob"))["n"] == 1
