@@ -29,7 +29,7 @@ from crossfade.query import Query
 from crossfade.record import CF, Image, Record
 from crossfade.shadow import Shadow
 from crossfade.stores.errors import Fenced
-from crossfade.values import Unmappable, can_be_id, id_to_text
+from crossfade.values import Unmappable, can_be_id, id_to_text, is_text
 
 _T = TypeVar("_T")
 _FAILED = (errors.StoreUnavailable, Fenced)
@@ -80,7 +80,10 @@ class Reader:
 
     async def get_many(self, entity: Entity, ids: Iterable[Any], *, parts: bool = True) -> list[Record]:
         """The records of these ids that there are, in the order of the ids, none twice."""
-        places = {id_to_text(id_): id_ for id_ in ids if can_be_id(id_)}
+        try:
+            places = {id_to_text(id_): id_ for id_ in ids if can_be_id(id_)}
+        except Unmappable as cause:
+            raise errors.Quarantined(f"a document of {entity.name} cannot be read: {cause}") from cause
         if not places:
             return []
         wanted = list(places.values())
@@ -110,6 +113,8 @@ class Reader:
         """The record that holds ``value`` under a unique rule: exactly as spelt, else normalised; or None."""
         without = () if parts else entity.parts
         rule = _rule(entity, rule_name)
+        if not is_text(value):
+            return None
         phase = self.pair.board.control.phase
 
         async def mongo(timeout: float) -> Image | None:

@@ -385,9 +385,20 @@ def id_to_text(_id: Any) -> str:
 
 def can_be_id(value: Any) -> bool:
     """Whether a record may have this `_id`; a filter would take other values for a condition on it."""
+    if isinstance(value, str):
+        return is_text(value)
     if isinstance(value, Mapping):
         return not any(isinstance(key, str) and key.startswith("$") for key in value)
     return not isinstance(value, list | tuple | Regex | re.Pattern)
+
+
+def is_text(value: str) -> bool:
+    """Whether a store can hold this string: Python's may have lone surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def text_to_id(text: str) -> Any:

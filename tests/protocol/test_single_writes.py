@@ -1,6 +1,7 @@
 """What a write leaves in both stores, whichever is primary and whatever the strategy."""
 
 import asyncio
+import contextlib
 import re
 
 import pytest
@@ -8,6 +9,7 @@ from bson import ObjectId, Regex
 
 from crossfade import (
     ConfigurationError,
+    CrossfadeError,
     DuplicateKey,
     FailureStrategy,
     NotAllowedInPhase,
@@ -314,7 +316,9 @@ async def test_what_goes_on_in_the_background_is_not_what_the_caller_makes_of_it
 
 
 @pytest.mark.parametrize("phase", ["mongo_only", "dual_write", "postgres_primary"])
-@pytest.mark.parametrize("odd", [{"$gt": ""}, {"$ne": None}, re.compile("."), Regex("."), [1]], ids=repr)
+@pytest.mark.parametrize(
+    "odd", [{"$gt": ""}, {"$ne": None}, re.compile("."), Regex("."), [1], "\ud800"], ids=ascii
+)
 async def test_a_condition_is_nobodys_id(open_world, phase, odd):
     """What an application was sent as JSON and handed on."""
     w = await open_world(phase)
@@ -329,3 +333,19 @@ async def test_a_condition_is_nobodys_id(open_world, phase, odd):
         with pytest.raises(ConfigurationError):
             await write
     assert (await w.users.get("bob"))["n"] == 1
+
+
+@pytest.mark.parametrize("phase", ["mongo_only", "dual_write", "postgres_primary"])
+async def test_text_that_no_store_can_hold_is_nobodys_and_an_error_of_crossfades(open_world, phase):
+    w = await open_world(phase)
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    assert await w.users.find_by_key("username", "\ud800") is None
+    for asked in (
+        w.users.find({"username": "\ud800"}),
+        w.users.update(made.id, {"n": "\ud800"}),
+        w.users.update(made.id, unset=["\ud800"]),
+        w.users.get_many(["x" * 3_000]),
+    ):
+        with contextlib.suppress(CrossfadeError):
+            await asked
+    assert (await w.users.get(made.id))["n"] == 1

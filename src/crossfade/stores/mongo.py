@@ -212,7 +212,7 @@ class MongoStore:
             raise self._rule_broken(cause) from cause
         except (ServerSelectionTimeoutError, WaitQueueTimeoutError) as cause:
             raise errors.StoreUnavailable(STORE, self._unreachable("no server answers")) from cause
-        except (DocumentTooLarge, BSONError, OverflowError) as cause:
+        except (DocumentTooLarge, BSONError, OverflowError, UnicodeEncodeError) as cause:
             raise errors.Quarantined(f"MongoDB cannot hold this document: {cause}") from cause
         except OperationFailure as cause:
             if _VIOLATION.search(str(cause)):
