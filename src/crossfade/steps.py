@@ -97,8 +97,9 @@ class Stepper:
                 return await self._whole(target, step.id)
             # In this order: see the module's docstring.
             standing = await self.standing(entity, anchor_id)
-            if standing is None or standing.op != op or image is None or image.deleted:
+            if standing is None or standing.op != op or _is_gone(image):
                 return None if image is None or image.deleted else await self._whole(target, step.id)
+            assert image is not None
             if not image.is_open:
                 set_, unset = step.effect(image.document)
                 carried = carried_by(target.parts, image.noted, wrote=set_, removed=unset)
@@ -180,7 +181,7 @@ class Stepper:
             image = await read(target, step.id, timeout=timeout)
             if image is not None and image.op == op:
                 return image
-            if image is None or image.deleted or await self._standing(target, image) is None:
+            if image is None or _is_gone(image) or await self._standing(target, image) is None:
                 return None
             if not image.is_open:
                 set_, unset = step.effect(image.document)
@@ -276,6 +277,11 @@ class Stepper:
             for step in steps.left:
                 target = self.pair.entities[step.entity]
                 await mongo.erase_mark(target, step.id, op=steps.op, timeout=timeout)
+
+
+def _is_gone(image: Image | None) -> bool:
+    """Whether there is nothing to take a step. A delete that is open may yet be undone: its outcome is waited for."""
+    return image is None or (image.deleted and not image.is_open)
 
 
 def _unchanged(image: Image, step: Step) -> dict[str, Any]:

@@ -16,10 +16,12 @@ from crossfade import (
     Undone,
 )
 from crossfade.clock import boot_clock
+from crossfade.debt import Settled
 from crossfade.record import CF
 from crossfade.values import id_to_text
 
 from .conftest import BOTH_PRIMARIES, MONGO_PHASES, PATIENCE, requests_entity
+from .test_rollback_both import leave_open
 
 ROLLBACK = FailureStrategy.ROLLBACK_BOTH
 
@@ -98,6 +100,22 @@ async def test_a_request_that_is_no_longer_pending_changes_nobody(open_friends, 
     with pytest.raises(ConditionNotMet, match="status"):
         await accept(w, *ids, strategy)
     assert await found(w, *ids) == ("rejected", False, False)
+
+
+@pytest.mark.parametrize("strategy", [None, ROLLBACK])
+async def test_a_step_waits_for_an_open_delete_that_may_be_undone(open_friends, strategy):
+    w = await open_friends()
+    ids = await asked(w)
+    await w.settle()
+    await leave_open(w, "delete", ids[1])
+    accepting = asyncio.create_task(accept(w, *ids, strategy))
+    await asyncio.wait({accepting}, timeout=0.3)
+    image = await w.image(ids[1])
+    assert await w.settler.undo(w.entity, image, w.control) is Settled.CONFIRMED
+    await accepting
+    assert await found(w, *ids) == ("accepted", True, True)
+    await w.reconcile()
+    await assert_all_equal(w)
 
 
 @pytest.mark.parametrize("phase", BOTH_PRIMARIES)
