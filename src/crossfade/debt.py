@@ -1031,7 +1031,12 @@ class Settler:
         """
         pair, timeout = self.pair, self.pair.options.primary_deadline
         raw = await pair.mongo.read_raw(entity, id_, timeout=timeout)
-        image = None if raw is None else Image.from_raw(raw, entity.parts)
+        try:
+            image = None if raw is None else Image.from_raw(raw, entity.parts)
+        except Unmappable:
+            return (
+                Settled.GONE
+            )  # a foreign writer broke it since: it is delivered over when its record is written
         key = None if image is None else image.debt_key
         if raw is None or image is None or image.debt is None or not image.debt.delivery or key is None:
             return Settled.GONE

@@ -423,6 +423,18 @@ def mend(w, id_):
     w.documents.update_one({"_id": id_}, {"$unset": {"odd": ""}})
 
 
+async def test_a_delivered_insert_that_cannot_be_read_any_more_holds_up_nobody(open_friends):
+    w = await open_friends("postgres_primary")
+    broken, other = [(await w.users.insert({"username": name})).id for name in ("Ann", "Bob")]
+    await w.settle()
+    # As a worker leaves them that dies behind the delivery.
+    for id_ in (broken, other):
+        w.documents.update_one({"_id": id_}, {"$set": {f"{CF}.debt": {"epoch": 1, "delivery": True}}})
+    await unreadable(w, broken)
+    await w.m.reconciler.reconcile()
+    assert w.debt(other) is None
+
+
 async def test_a_step_upon_a_record_that_cannot_be_read_is_taken_all_the_same(open_friends):
     w = await open_friends()
     request, ann, bob = await asked(w)
