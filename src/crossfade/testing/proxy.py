@@ -230,6 +230,9 @@ class FaultProxy:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _refuses(self) -> bool:
+        return self._mode is Mode.REFUSE
+
     async def _cut_all(self) -> int:
         pairs = list(self._pairs)
         for pair in pairs:
@@ -237,7 +240,7 @@ class FaultProxy:
         return len(pairs)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._mode is Mode.REFUSE:
+        if self._refuses():
             # Was in the queue of the listening socket when it closed.
             self._counts.refused += 1
             _abort(writer)
@@ -249,7 +252,7 @@ class FaultProxy:
             # The server itself is down: the client sees a reset, as from a host without a listener behind.
             _abort(writer)
             return
-        if self._mode is Mode.REFUSE:
+        if self._refuses():
             # It has begun to refuse meanwhile: what it resets then did not know of this one yet.
             self._counts.refused += 1
             _abort(upstream[1])
