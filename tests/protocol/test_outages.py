@@ -144,7 +144,7 @@ async def test_a_late_delivery_after_a_delete_removes_itself(open_world):
     made = await w.users.insert({"username": "Bob"})
     row = await w.row(made.id)
     await w.users.delete(made.id)
-    assert not await w.settler._put(w.entity, None, row, w.control, timeout=PATIENCE)
+    assert not await w.settler._put(w.entity, None, None, row, w.control, timeout=PATIENCE)
     assert w.document(made.id) is None
 
 

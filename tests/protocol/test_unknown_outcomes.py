@@ -400,7 +400,7 @@ async def test_what_was_confirmed_of_one_sending_of_an_insert_does_not_settle_an
         # Another worker saw the outbox row, too.
         underway = keep_underway(other.mongo)
         with pytest.raises(StoreUnavailable):
-            await other.settler._put(w.entity, None, await w.row(made.id), w.control, timeout=PATIENCE)
+            await other.settler._put(w.entity, None, None, await w.row(made.id), w.control, timeout=PATIENCE)
     else:
         underway = keep_underway(w.mongo)
         made = await w.users.insert({"username": "Bob"})
