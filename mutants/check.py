@@ -196,9 +196,7 @@ def ask(mutant: Mutant, servers: EmbeddedServers, jobs: int, noted: str = "") ->
             "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1", "MONGO_URI": servers.mongo_uri,
             "DATABASE_URL": servers.database_url, "REDIS_URL": servers.redis_url,
         }  # fmt: skip
-        for stage in ([noted] if noted else [], *_stages(mutant.file)):
-            if not stage:
-                continue
+        for stage in (*([[noted]] if noted else []), *_stages(mutant.file)):
             command = [
                 sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider",
                 "-n", str(0 if stage == [noted] else jobs), *stage,

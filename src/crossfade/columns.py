@@ -43,6 +43,7 @@ from crossfade.values import (
     dump_json,
     encode_document,
     id_to_text,
+    is_unicode,
     load_json,
     text_to_id,
 )
@@ -108,15 +109,6 @@ SUPPORTED: Final = (
 
 
 # -- the functions that the expressions call -------------------------------------------------------
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a string can be written as UTF-8 (it holds no lone surrogate)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def is_id(value: Any) -> bool:

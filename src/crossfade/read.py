@@ -29,7 +29,7 @@ from crossfade.query import Query
 from crossfade.record import CF, Image, Record
 from crossfade.shadow import Shadow
 from crossfade.stores.errors import Fenced
-from crossfade.values import Unmappable, can_be_id, id_to_text, is_text
+from crossfade.values import Unmappable, can_be_id, id_to_text, is_unicode
 
 _T = TypeVar("_T")
 _FAILED = (errors.StoreUnavailable, Fenced)
@@ -113,7 +113,7 @@ class Reader:
         """The record that holds ``value`` under a unique rule: exactly as spelt, else normalised; or None."""
         without = () if parts else entity.parts
         rule = _rule(entity, rule_name)
-        if not is_text(value):
+        if not is_unicode(value):
             return None
         phase = self.pair.board.control.phase
 

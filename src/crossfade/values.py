@@ -386,16 +386,16 @@ def id_to_text(_id: Any) -> str:
 def can_be_id(value: Any) -> bool:
     """Whether a record may have this `_id`; a filter would take other values for a condition on it."""
     if isinstance(value, str):
-        return is_text(value)
+        return is_unicode(value)
     if isinstance(value, Mapping):
         return not any(isinstance(key, str) and key.startswith("$") for key in value)
     return not isinstance(value, list | tuple | Regex | re.Pattern)
 
 
-def is_text(value: str) -> bool:
-    """Whether a store can hold this string: Python's may have lone surrogates."""
+def is_unicode(text: str) -> bool:
+    """Whether a string has a UTF-8 form (it holds no lone surrogate): no store can hold another."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -63,6 +63,9 @@ from crossfade.values import (
 )
 
 _FAILED = (errors.StoreUnavailable, Fenced)
+#: What is raised of a write that may stand; and what only a primary that has answered decides: it was not made.
+_SAY_WHAT_BECAME = (errors.OutcomeUnknown, errors.Undone, errors.UndoPending)
+_DECIDED = (errors.NotFound, errors.DuplicateKey, errors.StaleRevision, errors.ConditionNotMet)
 #: Seconds for the answer of a ``mode="async"`` write to leave the process before its other half takes the processor.
 _ANSWER_FIRST = 0.005
 
@@ -100,9 +103,8 @@ class _Fate:
 
     def leaves_open(self, cause: errors.CrossfadeError) -> bool:
         """Whether this error says less than there is to say: no write that may stand is told as one that failed."""
-        if self.made:
-            return not isinstance(cause, (errors.OutcomeUnknown, errors.Undone, errors.UndoPending))
-        return self.unanswered and isinstance(cause, (errors.StoreUnavailable, Fenced, RuleBroken))
+        says = _SAY_WHAT_BECAME if self.made else (*_SAY_WHAT_BECAME, *_DECIDED)
+        return (self.made or self.unanswered) and not isinstance(cause, says)
 
 
 @dataclass(frozen=True, slots=True)

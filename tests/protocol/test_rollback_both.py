@@ -274,11 +274,11 @@ async def test_a_name_that_an_open_write_gave_up_is_not_taken_before_its_outcome
 async def test_a_name_that_an_open_write_took_away_is_not_taken_before_its_outcome(open_world, outcome):
     w = await open_world("dual_write", tentative=30.0)
     id_ = await prepared(w, "update")
-    found = asyncio.Event()
+    found, released = asyncio.Event(), asyncio.Event()
 
     async def hold(*args, **how):
         found.set()
-        await asyncio.sleep(1.0)
+        await released.wait()
         return Settled.CONFIRMED if outcome == "confirmed" else Settled.PARKED
 
     w.settler.bring, asked = hold, w.settler.bring
@@ -288,6 +288,7 @@ async def test_a_name_that_an_open_write_took_away_is_not_taken_before_its_outco
     with pytest.raises(DuplicateKey):
         await other.users.insert({"username": "bob"})
     w.settler.bring = asked
+    released.set()
     if outcome == "confirmed":
         await removing
         assert "username" not in w.notes(id_).get("keys", {})

@@ -110,6 +110,7 @@ async def test_a_step_waits_for_an_open_delete_that_may_be_undone(open_friends, 
     await leave_open(w, "delete", ids[1])
     accepting = asyncio.create_task(accept(w, *ids, strategy))
     await asyncio.wait({accepting}, timeout=0.3)
+    assert not accepting.done()
     image = await w.image(ids[1])
     assert await w.settler.undo(w.entity, image, w.control) is Settled.CONFIRMED
     await accepting

@@ -455,6 +455,23 @@ async def test_a_busy_record_does_not_make_a_writer_forget_that_it_may_have_writ
     await w.assert_equal()
 
 
+async def test_a_record_that_stays_busy_until_the_deadline_leaves_an_unanswered_write_unknown(open_world):
+    w = await open_world("postgres_primary", primary_deadline=1.0)
+    id_, original = await prepared(w, update), w.postgres.write
+
+    async def busy_from_now_on():
+        async def busy(*args, **how):
+            raise Busy("another one's open write")
+
+        w.postgres.write = busy
+
+    lose_answer(w.postgres, "write", busy_from_now_on)
+    with pytest.raises(OutcomeUnknown):
+        await update(w, id_)
+    w.postgres.write = original
+    await check(w, id_, update)
+
+
 async def test_what_others_wrote_upon_an_unanswered_write_is_not_written_over_by_its_repetition(
     open_world, mongo_proxy, monkeypatch
 ):

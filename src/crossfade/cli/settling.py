@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Annotated
 
 import bson
@@ -14,7 +14,16 @@ from rich.table import Table
 
 from crossfade.board import end
 from crossfade.cli.bars import Show, bars
-from crossfade.cli.context import AppOption, Exit, JsonOption, as_json_text, console, open_migration, run
+from crossfade.cli.context import (
+    AppOption,
+    Exit,
+    JsonOption,
+    as_json_text,
+    console,
+    open_migration,
+    problems,
+    run,
+)
 from crossfade.cli.crew import give_way
 from crossfade.reconcile import Reconciler
 
@@ -44,7 +53,10 @@ def reconcile(
         give_way()
         async with open_migration(app, begin=False) as migration:
             reconciler = migration.reconciler
-            adopted = await reconciler.full_sweep() if full else 0
+            adopted = 0
+            if full:
+                with nullcontext() if as_json else problems.status("looking for foreign writes"):
+                    adopted = await reconciler.full_sweep()
             with bars(as_json) as bar:
                 async with _shown(reconciler, bar("debts", await reconciler.owed())):
                     done = await reconciler.reconcile()
