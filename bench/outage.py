@@ -106,7 +106,7 @@ async def worker(mongo_uri: str, database_url: str, phase: str) -> AsyncIterator
 
 def writes(accounts: Migration, ids: list[Any]) -> Callable[[int], Awaitable[bool]]:
     async def operation(n: int) -> bool:
-        closed = accounts.writer.breaker.allows()
+        closed = accounts.pair.mongo_breaker.allows() and accounts.pair.postgres_breaker.allows()
         id_ = ids[n % len(ids)]
         record = await accounts.users.get(id_)
         assert record is not None, "an acknowledged record is not found"

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from crossfade import errors, observe
+from crossfade.breaker import Breaker
 from crossfade.clock import boot_clock
 from crossfade.control import ANNOUNCED, STEADY, Control, ControlRecord
 from crossfade.control import Seen as SeenCopies
@@ -635,6 +636,8 @@ class Pair:
 
     Attributes:
         asked: when a caller last asked for a read or a write, by `boot_clock`: background work makes way for callers.
+        mongo_breaker, postgres_breaker: whether it is worth waiting for the store. Reads and writes share one: who has
+            waited for a silent store in vain spares the next, whatever that one wants of it.
     """
 
     name: str
@@ -645,3 +648,15 @@ class Pair:
     options: Options
     seen: Seen = field(default_factory=Seen)
     asked: float = float("-inf")
+    mongo_breaker: Breaker = field(init=False)
+    postgres_breaker: Breaker = field(init=False)
+
+    def __post_init__(self) -> None:
+        deadline = self.options.secondary_deadline
+        self.mongo_breaker = Breaker(lambda: self.mongo.ping(deadline))
+        self.postgres_breaker = Breaker(lambda: self.postgres.ping(deadline))
+
+    async def close(self) -> None:
+        """Ask no store any more whether it is back; for when nobody reads or writes any more."""
+        await self.mongo_breaker.close()
+        await self.postgres_breaker.close()

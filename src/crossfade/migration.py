@@ -455,9 +455,9 @@ class Migration:
         """Stop the background work; what is not settled stays in debt."""
         await self.shadow.stop()
         await self.writer.close()
-        await self.reader.close()
         await self.reconciler.stop()
         await self.settler.stop()
+        await self.pair.close()
         await self.board.stop()
 
 

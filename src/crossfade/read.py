@@ -15,12 +15,11 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from crossfade import errors, observe
 from crossfade.board import Pair
-from crossfade.breaker import Breaker
 from crossfade.clock import boot_clock
 from crossfade.control import Control
 from crossfade.entity import Entity, UniqueRule
@@ -41,14 +40,6 @@ class Reader:
 
     pair: Pair
     shadow: Shadow
-    breaker: Breaker = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.breaker = Breaker(lambda: self.pair.postgres.ping(self.pair.options.secondary_deadline))
-
-    async def close(self) -> None:
-        """Let go of what goes on in the background."""
-        await self.breaker.close()
 
     async def get(self, entity: Entity, id_: Any, *, parts: bool = True) -> Record | None:
         """The record with this id, or None; without its ``parts`` where they are not asked for.
@@ -299,9 +290,9 @@ class Reader:
         ids: Sequence[Any],
     ) -> tuple[_T, str, bool]:
         try:
-            answer = await postgres(deadline if self.breaker.allows() else 0.25)
+            answer = await postgres(deadline if self.pair.postgres_breaker.allows() else 0.25)
         except _FAILED as cause:
-            self.breaker.failed()
+            self.pair.postgres_breaker.failed()
             if not control.phase.rules.dual or self._on_board(entity, ids):
                 # MongoDB is known to lack an acknowledged write of this record.
                 raise
@@ -314,7 +305,7 @@ class Reader:
                 raise
             self._count(entity, "mongo", "postgres failed")
             return answer, "mongo", True
-        self.breaker.succeeded()
+        self.pair.postgres_breaker.succeeded()
         self._count(entity, "postgres", "primary")
         return answer, "postgres", False
 
@@ -337,7 +328,7 @@ class Reader:
                 return "no column"
         elif self._on_board(entity, ids):
             return "in debt"
-        return None if self.breaker.allows() else "postgres down"
+        return None if self.pair.postgres_breaker.allows() else "postgres down"
 
     def _has_columns(self, entity: Entity, query: Query | None) -> bool:
         return query is None or self.pair.postgres.can_find(entity, query.where, query.order)
@@ -364,12 +355,12 @@ class Reader:
         try:
             answer = await postgres(self.pair.options.secondary_deadline)
         except _FAILED:
-            self.breaker.failed()
+            self.pair.postgres_breaker.failed()
             raise
         except BaseException:
-            self.breaker.succeeded()
+            self.pair.postgres_breaker.succeeded()
             raise
-        self.breaker.succeeded()
+        self.pair.postgres_breaker.succeeded()
         return answer
 
     def _count(self, entity: Entity, source: str, reason: str | None) -> None:

@@ -31,7 +31,6 @@ from bson.int64 import Int64
 
 from crossfade import errors, observe
 from crossfade.board import Pair
-from crossfade.breaker import Breaker
 from crossfade.clock import boot_clock
 from crossfade.control import Control
 from crossfade.debt import ATTEMPTS, Settled, Settler, acceptable_key, keys_to_stamp
@@ -150,11 +149,7 @@ class Writer:
 
     pair: Pair
     settler: Settler
-    breaker: Breaker = field(init=False)
     _background: set[asyncio.Task[None]] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.breaker = Breaker(self._ask_secondary)
 
     # --- what an application calls (through migration.EntityHandle) ------------------------------------------
 
@@ -228,8 +223,6 @@ class Writer:
             task.cancel()
         if cancelled:
             await asyncio.wait(cancelled)
-        # Last: a write that ends may open it.
-        await self.breaker.close()
 
     # --- the frame of every write -----------------------------------------------------------------------------
 
@@ -300,11 +293,6 @@ class Writer:
         with contextlib.suppress(errors.CrossfadeError):
             return (await self.pair.board.refresh()).control.epoch == control.epoch
         return False
-
-    async def _ask_secondary(self) -> None:
-        pair = self.pair
-        store = pair.mongo if pair.board.control.phase.rules.primary == "postgres" else pair.postgres
-        await store.ping(pair.options.secondary_deadline)
 
     def _say(self, o: _Operation, text: str, *, warn: bool = False) -> None:
         logger = observe.log()
@@ -601,7 +589,7 @@ class Writer:
         """
         control = self.pair.board.control
         alone = not (o.rollback or o.asynchronous or o.request.steps)
-        heard = control.unreadable is None and self.breaker.allows()
+        heard = control.unreadable is None and self.pair.postgres_breaker.allows()
         if image is None or not (o.control.phase.rules.dual and alone and heard):
             yield None
             return
@@ -825,7 +813,7 @@ class Writer:
         control = self.pair.board.control
         # While a reconciler is lifting the flag, writers settle their own again: else it could never be lifted.
         flagged = control.unreadable is not None and not control.lifting and not o.rollback
-        if flagged or not self.breaker.allows():
+        if flagged or not self.pair.postgres_breaker.allows():
             return errors.StoreUnavailable("postgres", "PostgreSQL is known to be down; nobody waits for it")
         self._say(o, "Writing to PostgreSQL...")
         behind: list[asyncio.Task[None]] = []
@@ -834,22 +822,22 @@ class Writer:
             async with asyncio.timeout(self.pair.options.secondary_deadline * 4):
                 settled = await self._bring(entity, image, o, together, behind, ahead)
         except (errors.StoreUnavailable, TimeoutError) as cause:
-            self.breaker.failed()
+            self.pair.postgres_breaker.failed()
             self._say(o, f"PostgreSQL write failed: {cause}", warn=True)
             if isinstance(cause, errors.CrossfadeError):
                 return cause
             return errors.StoreUnavailable("postgres", "PostgreSQL did not answer within the deadline")
         except Unmappable as cause:
-            self.breaker.succeeded()
+            self.pair.postgres_breaker.succeeded()
             return errors.Quarantined(f"PostgreSQL cannot hold this record: {cause}")
         except errors.CrossfadeError as cause:
-            self.breaker.succeeded()
+            self.pair.postgres_breaker.succeeded()
             self._say(o, f"PostgreSQL write failed: {cause}", warn=True)
             return cause
         except BaseException:
-            self.breaker.failed()
+            self.pair.postgres_breaker.failed()
             raise
-        self.breaker.succeeded()
+        self.pair.postgres_breaker.succeeded()
         if settled is Settled.PARKED:
             self._say(o, "PostgreSQL write failed: its rules or the mapping refuse the record", warn=True)
             return errors.Quarantined("PostgreSQL refuses this record; see the debt's cause")
@@ -1276,7 +1264,7 @@ class Writer:
 
     async def _try_mongo(self, owed: Delivery, o: _Operation) -> errors.CrossfadeError | None:
         """Deliver to MongoDB; None once there, else why not. The outbox row stands meanwhile."""
-        if not self.breaker.allows():
+        if not self.pair.mongo_breaker.allows():
             return errors.StoreUnavailable("mongo", "MongoDB is known to be down; nobody waits for it")
         self._say(o, "Writing to MongoDB...")
         try:
@@ -1285,20 +1273,20 @@ class Writer:
                     owed, o.control, timeout=self.pair.options.secondary_deadline
                 )
         except (errors.StoreUnavailable, TimeoutError) as cause:
-            self.breaker.failed()
+            self.pair.mongo_breaker.failed()
             self._say(o, f"MongoDB write failed: {cause}", warn=True)
             if isinstance(cause, errors.CrossfadeError):
                 return cause
             return errors.StoreUnavailable("mongo", "MongoDB did not answer within the deadline")
         except (errors.CrossfadeError, Unmappable) as cause:
             # PostgreSQL holds the write already: what goes wrong here is the outbox row's business.
-            self.breaker.succeeded()
+            self.pair.mongo_breaker.succeeded()
             self._say(o, f"MongoDB write failed: {cause}", warn=True)
             return errors.Quarantined(f"MongoDB did not take this record: {cause}")
         except BaseException:
-            self.breaker.failed()
+            self.pair.mongo_breaker.failed()
             raise
-        self.breaker.succeeded()
+        self.pair.mongo_breaker.succeeded()
         if settled is Settled.PARKED:
             self._say(o, "MongoDB write failed: its rules refuse the record", warn=True)
             return errors.Quarantined("MongoDB refuses this record; see the outbox row's cause")

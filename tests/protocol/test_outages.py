@@ -6,7 +6,7 @@ import time
 import pytest
 from bson import ObjectId
 
-from crossfade import Crossfade, StoreUnavailable
+from crossfade import Crossfade, FailureStrategy, StoreUnavailable, Undone
 from crossfade.record import CF
 
 from .conftest import FAST, PATIENCE, World, create_tables, eventually, users_entity
@@ -37,6 +37,22 @@ async def test_postgres_is_away_and_mongo_decides_and_the_reconciler_catches_up_
     assert await w.users.get(gone) is None
     # The name of a deleted record is free at once.
     await w.users.insert({"username": "GONE"})
+    postgres_proxy.pass_through()
+    await eventually(lambda: nothing_owed(w))
+    await w.assert_equal()
+
+
+async def test_reads_that_waited_in_vain_spare_a_write_its_wait(open_world, postgres_proxy):
+    w = await open_world("postgres_read", postgres=postgres_proxy, background=True)
+    made = await w.users.insert({"username": "Ann"})
+    await eventually(lambda: nothing_owed(w))
+    postgres_proxy.swallow_answers()
+    reads = await asyncio.gather(
+        *(w.users.get(made.id) for _ in range(w.m.pair.postgres_breaker.failures_to_open))
+    )
+    assert [read.source for read in reads] == ["mongo"] * len(reads)
+    with pytest.raises(Undone, match="known to be down"):
+        await w.users.update(made.id, {"n": 2}, strategy=FailureStrategy.ROLLBACK_BOTH)
     postgres_proxy.pass_through()
     await eventually(lambda: nothing_owed(w))
     await w.assert_equal()

@@ -220,7 +220,7 @@ async def test_a_picture_in_debt_arrives_with_the_next_image(
     postgres_proxy.pass_through()
     await w.postgres_answers()
     if brought_by == "the next write":
-        w.m.writer.breaker.succeeded()
+        w.m.pair.postgres_breaker.succeeded()
         await w.users.update(made.id, {"n": 3})
         assert await picture_in_postgres(w, made.id) == NEW
     await w.reconcile()

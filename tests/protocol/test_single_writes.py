@@ -72,7 +72,7 @@ async def test_a_taken_name_is_refused_by_the_primary_and_leaves_nothing_behind(
             await write
         assert refused.value.rule == "username"
     assert await w.contents() == before
-    assert w.m.writer.breaker.failures == 0
+    assert w.m.pair.postgres_breaker.failures == w.m.pair.mongo_breaker.failures == 0
     await w.assert_equal()
 
 
