@@ -186,6 +186,22 @@ async def test_what_a_dead_process_left_open_the_reconciler_undoes_whatever_post
     await check_undone(w, operation, id_)
 
 
+@pytest.mark.parametrize("operation", ["update", "delete"])
+async def test_an_undo_that_comes_after_another_and_a_later_write_changes_nothing(open_world, operation):
+    w = await open_world("dual_write")
+    id_ = await prepared(w, operation)
+    await leave_open(w, operation, id_)
+    seen = await w.image(id_)
+    assert await w.settler.undo(w.entity, seen, w.control) is Settled.CONFIRMED
+    # The very values of the write that was undone: only its revision tells that this one is another.
+    later = await w.users.update(id_, {"n": 2, "username": "Robert"})
+    assert await w.settler.undo(w.entity, seen, w.control) is Settled.SUPERSEDED
+    after = await w.image(id_)
+    assert (after.rev, after.document["n"]) == (later.rev, 2)
+    await w.reconcile()
+    await w.assert_equal()
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 async def test_what_a_dead_process_left_open_in_postgres_is_undone(open_world, mongo_proxy, operation):
     w = await open_world("postgres_primary", mongo=mongo_proxy, secondary_deadline=5.0)
