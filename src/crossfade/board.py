@@ -652,9 +652,8 @@ class Pair:
     postgres_breaker: Breaker = field(init=False)
 
     def __post_init__(self) -> None:
-        deadline = self.options.secondary_deadline
-        self.mongo_breaker = Breaker(lambda: self.mongo.ping(deadline))
-        self.postgres_breaker = Breaker(lambda: self.postgres.ping(deadline))
+        self.mongo_breaker = Breaker(lambda: self.mongo.ping(self.options.secondary_deadline))
+        self.postgres_breaker = Breaker(lambda: self.postgres.ping(self.options.secondary_deadline))
 
     async def close(self) -> None:
         """Ask no store any more whether it is back; for when nobody reads or writes any more."""

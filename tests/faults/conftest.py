@@ -130,13 +130,14 @@ class Stage:
         telling = await STORIES[case.story](self.healthy.m, f"u{os.getpid()}-{next(_numbers)}", case.strategy)
         await self.healthy.settle()
         hurried = case.lasting or any(failure.waits for failure in case.failures.values())
-        deadlines = {"primary_deadline": 0.3, "secondary_deadline": 0.1} if hurried else {}
-        cf, migration = self._crossfade(board_age=2.0, **deadlines, **proxies)
+        cf, migration = self._crossfade(board_age=2.0, **proxies)
         points = FailurePoints(cf, kill)
         await cf.__aenter__()
         await migration.board.obtain_lease()
-        # A board's age bounds its looks, too: it was opened with patience, and need not wait long for the others.
-        migration.board.options = replace(cf.options, board_age=0.1)
+        # It was opened with patience, and need not wait long for the others. A board's age bounds its looks, too.
+        deadlines = {"primary_deadline": 0.3, "secondary_deadline": 0.1} if hurried else {}
+        migration.pair.options = replace(cf.options, **deadlines)
+        migration.board.options = replace(migration.pair.options, board_age=0.1)
         begins(telling)
         told = "killed"
 
