@@ -176,6 +176,11 @@ class Look:
         """What the secondary is owed, whichever it is."""
         return (*self.owed, *self.deliveries)
 
+    @property
+    def secondary_answers(self) -> bool:
+        """Whether the secondary answered, whichever it is."""
+        return self.postgres if self.control.phase.rules.primary == "mongo" else self.mongo
+
 
 @dataclass
 class Board:
@@ -579,10 +584,7 @@ class Board:
 
         Now and then it has them all, or a slow one would never be heard again.
         """
-        look = self.look
-        answered = look is None or (
-            look.postgres if look.control.phase.rules.primary == "mongo" else look.mongo
-        )
+        answered = self.look is None or self.look.secondary_answers
         self._silent = 0 if answered else self._silent + 1
         return self.options.poll if self._silent % 4 == 0 else min(self.options.poll, 0.05)
 

@@ -110,8 +110,10 @@ class Reconciler:
                 await self._background_round()
                 control = self.pair.board.control
                 rules = control.phase.rules
+                # What compares the stores would read the primary in vain.
+                comparable = self.pair.board.look is not None and self.pair.board.look.secondary_answers
                 adopts = rules.primary == "mongo" and rules.dual and not control.holds_writes
-                if control.phase.rules.dual and options.full_sweep and boot_clock() >= next_full:
+                if comparable and rules.dual and options.full_sweep and boot_clock() >= next_full:
                     # Before the work: what fails is not tried again with every poll.
                     next_full = boot_clock() + options.full_sweep
                     if adopts:
@@ -119,9 +121,9 @@ class Reconciler:
                     await self.link()
                 if options.sweep and boot_clock() >= next_sweep:
                     next_sweep = boot_clock() + options.sweep
-                    if adopts:
+                    if comparable and adopts:
                         await self.sweep()
-                    elif control.dual:
+                    elif comparable and control.dual:
                         await self.settler.end_deliveries()
                         await self.strays.merge_all(control)
                     await self._end_feeding(control)
@@ -149,8 +151,7 @@ class Reconciler:
             for debt in look.debts
             if board.seen_for(debt) >= (options.tentative if debt.tentative else options.reconcile_age)
         ]
-        secondary_answers = look.postgres if look.control.phase.rules.primary == "mongo" else look.mongo
-        if due and secondary_answers:
+        if due and look.secondary_answers:
             done = await self._settle(due, look.control, retry_parked=False)
             if done.settled:
                 observe.log().info(
