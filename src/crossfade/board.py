@@ -41,6 +41,9 @@ _GRACE = 0.25
 _ANNOUNCED = 10.0
 #: Seconds between two looks for workers that are gone.
 _REAP = 5.0
+#: Seconds for which debts are not looked at again while they can neither be settled nor matter to a reader: every look
+#: of every worker reads all of them, from the one store that is left.
+_SPARED = 2.0
 
 
 async def end(task: asyncio.Task[None]) -> None:
@@ -157,6 +160,7 @@ class Look:
         overflown: entities with more debts than the board holds.
         quarantined: entities with a record in quarantine.
         owed, deliveries: the debts themselves, whichever kind the primary has.
+        debts_read: when the look began that read them, by `boot_clock`: mostly this one.
         mongo, postgres: whether the store answered.
     """
 
@@ -168,6 +172,7 @@ class Look:
     quarantined: frozenset[str]
     owed: tuple[Owed, ...] = ()
     deliveries: tuple[Delivery, ...] = ()
+    debts_read: float = 0.0
     mongo: bool = True
     postgres: bool = True
 
@@ -299,7 +304,7 @@ class Board:
                 young = boot_clock() - refreshed < self.options.poll
                 if not (under_way and young and await self.is_unchanged()):
                     refreshed = boot_clock()
-                    await self.refresh()
+                    await self.refresh(spares=True)
                     await self._reap()
                 await self._go_back_from_an_orphan()
             except errors.CrossfadeError as cause:
@@ -340,8 +345,10 @@ class Board:
             primary = self.control.phase.rules.primary
             await self.member.registry.reap(primary, timeout=self.options.lease / 2)
 
-    async def refresh(self) -> Look:
+    async def refresh(self, *, spares: bool = False) -> Look:
         """Look now.
+
+        ``spares``: where nobody can use them, the debts may be those of a look `_SPARED` ago.
 
         Raises:
             crossfade.errors.StoreUnavailable: the primary does not answer; the look before stays, and ages.
@@ -350,9 +357,9 @@ class Board:
         timeout = options.board_age
         began = boot_clock()
         # A secondary that hangs must not age the board and the lease: only the primary is waited for.
-        known = self.look.control.phase.rules.secondary if self.look is not None else None
-        seen = await self.record.look(timeout=options.lease / 2, brief=known, brief_timeout=self._brief())
-        if seen.control is not None and not seen.decisive and seen.control.phase.rules.primary == known:
+        second = self.look.control.phase.rules.secondary if self.look is not None else None
+        seen = await self.record.look(timeout=options.lease / 2, brief=second, brief_timeout=self._brief())
+        if seen.control is not None and not seen.decisive and seen.control.phase.rules.primary == second:
             # It has become the primary: it has all the time that a primary has.
             began = boot_clock()
             seen = await self.record.look(timeout=options.lease / 2)
@@ -371,9 +378,12 @@ class Board:
         lagging = await self.record.spread(seen, timeout=timeout)
         owed: tuple[Owed, ...] = ()
         deliveries: tuple[Delivery, ...] = ()
-        limit = options.board_limit
+        limit, read = options.board_limit, began
         if control.phase.rules.primary == "mongo":
-            if control.phase.rules.dual:
+            known = self.look
+            if spares and known is not None and self._are_of_no_use(known, control, seen, began):
+                owed, read = known.owed, known.debts_read
+            elif control.phase.rules.dual:
                 owed = tuple(await self.mongo.debts(self.entities.values(), limit=limit, timeout=timeout * 4))
             found: list[tuple[str, Any]] = [(debt.entity, debt.id) for debt in owed]
         else:
@@ -398,6 +408,7 @@ class Board:
             frozenset(quarantined),
             owed,
             deliveries,
+            debts_read=read,
             mongo=seen.mongo != -1,
             postgres=seen.postgres != -1,
         )
@@ -419,6 +430,20 @@ class Board:
         await self.record.spread_history(lagging, timeout=timeout)
         return look
 
+    @staticmethod
+    def _are_of_no_use(known: Look, control: Control, seen: SeenCopies, began: float) -> bool:
+        """Whether PostgreSQL, silent, can take no debt, nobody may read it, and the debts are known of just now.
+
+        A look that sees it as readable has to have read them itself.
+        """
+        read_by_nobody = control.unreadable is not None or not control.postgres_first
+        return (
+            not seen.answered("postgres")
+            and read_by_nobody
+            and control.epoch == known.control.epoch
+            and began - known.debts_read < _SPARED
+        )
+
     async def _hear(self, control: Control, seen: SeenCopies, began: float) -> None:
         """Acknowledge a step of a switch before debts are looked at: everybody's writes may be waiting for that.
 
@@ -430,7 +455,7 @@ class Board:
             known = self.look.control
             if control.phase is not known.phase:
                 return  # debts of another primary
-            if known.unreadable is not None and control.unreadable is None:
+            if self.look.debts_read < self.look.began or (known.unreadable and not control.unreadable):
                 return  # debts from before the secondary was made readable do not say what may be read there
             self.look = replace(self.look, control=control)
             self._grant(control, began)

@@ -6,7 +6,7 @@ import time
 import pytest
 from bson import ObjectId
 
-from crossfade import Crossfade, FailureStrategy, StoreUnavailable, Undone
+from crossfade import Crossfade, FailureStrategy, StoreUnavailable, Undone, board
 from crossfade.record import CF
 
 from .conftest import FAST, PATIENCE, World, create_tables, eventually, users_entity
@@ -53,6 +53,37 @@ async def test_reads_that_waited_in_vain_spare_a_write_its_wait(open_world, post
     assert [read.source for read in reads] == ["mongo"] * len(reads)
     with pytest.raises(Undone, match="known to be down"):
         await w.users.update(made.id, {"n": 2}, strategy=FailureStrategy.ROLLBACK_BOTH)
+    postgres_proxy.pass_through()
+    await eventually(lambda: nothing_owed(w))
+    await w.assert_equal()
+
+
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_read"])
+async def test_debts_that_nobody_can_use_are_not_read_with_every_look(
+    open_world, postgres_proxy, monkeypatch, phase
+):
+    monkeypatch.setattr(board, "_SPARED", 3600)
+    w = await open_world(phase, postgres=postgres_proxy, background=True)
+    made = await w.users.insert({"username": "Ann"})
+    await eventually(lambda: nothing_owed(w))
+    postgres_proxy.refuse()
+    await w.users.update(made.id, {"n": 2})
+
+    async def known_while_it_is_away() -> bool:
+        look = w.m.board.look
+        return not look.postgres and len(look.debts) == 1 and look.debts_read < look.began
+
+    await eventually(known_while_it_is_away)
+    before = w.m.board.look
+    await w.users.insert({"username": "Bob"})
+
+    async def looked_again() -> bool:
+        return w.m.board.look.began > before.began + 5 * FAST.poll
+
+    await eventually(looked_again)
+    assert w.m.board.look.debts == before.debts
+    # Who asks, and the reconciler once there is somebody to settle with, is told of all.
+    assert len((await w.m.board.refresh()).debts) == 2
     postgres_proxy.pass_through()
     await eventually(lambda: nothing_owed(w))
     await w.assert_equal()
