@@ -142,6 +142,7 @@ def crossfade(stores, tmp_path):
         "MONGO_URI": stores.mongo_uri,
         "DATABASE_URL": stores.database_url,
         "XDG_RUNTIME_DIR": own,
+        **({"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}),
     }
 
     def run(*words, wait=True, status=0):

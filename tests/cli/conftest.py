@@ -42,7 +42,9 @@ def crossfade(mongo_uri: str, database_url: str, tmp_path: Path) -> Command:
             env={
                 "PATH": os.environ["PATH"],
                 "COLUMNS": "200",
-                "PYTHONPATH": str(Path(__file__).parent),
+                "PYTHONPATH": os.pathsep.join(
+                    [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+                ),
                 "CROSSFADE_APP": "notes_app:notes",
                 "MONGO_URI": mongo_uri,
                 "DATABASE_URL": database_url,

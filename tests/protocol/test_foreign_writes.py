@@ -69,6 +69,18 @@ async def test_a_document_made_again_after_our_delete_gets_the_revision_after_th
     assert w.notes(made.id)["rev"] == 3
 
 
+async def test_a_document_made_again_goes_above_a_tombstone_that_postgres_has_not_heard_of(open_world):
+    w = await open_world("mongo_only")
+    made = await w.users.insert({"username": "Bob"})
+    await w.users.delete(made.id)
+    await w.m.prepare()
+    await w.set_phase("dual_write")
+    w.documents.insert_one({"_id": made.id, "username": "Bob"})
+    assert w.tombstone_in_postgres(made.id) is None
+    assert await swept(w) == 1
+    assert w.notes(made.id)["rev"] == (await w.row(made.id)).rev == 3
+
+
 async def test_a_foreign_rename_restamps_the_key(w):
     made = await inserted(w, {"username": "Bob"})
     w.documents.update_one({"_id": made.id}, {"$set": {"username": "Robert"}})
@@ -105,6 +117,14 @@ async def test_a_document_deleted_behind_our_back_is_found_by_the_full_pass(w):
     assert w.tombstone_in_postgres(gone.id) == 2
     await w.m.board.refresh()
     assert await w.users.get(gone.id) is None
+
+
+async def test_a_document_that_is_there_at_the_second_look_was_not_deleted(w):
+    made = await inserted(w, {"username": "Bob"})
+    assert not await w.settler.adopt_delete(w.entity, made.id, made.rev, w.control)
+    assert (w.tombstone_in_mongo(made.id), w.tombstone_in_postgres(made.id)) == (None, None)
+    assert (w.notes(made.id)["rev"], (await w.row(made.id)).rev) == (1, 1)
+    await w.assert_equal()
 
 
 async def test_the_sweep_by_date_adopts_what_was_changed_lately(w):
@@ -149,6 +169,17 @@ async def test_a_document_that_cannot_be_mapped_is_quarantined_whole_with_the_re
     # Readers get it from MongoDB, and nobody is told that it does not exist.
     await w.m.board.refresh()
     assert (await w.users.get(id_)).source == "mongo"
+
+
+async def test_a_document_that_is_in_quarantine_as_it_is_takes_no_revision_from_a_sweep(w):
+    id_ = w.documents.insert_one({"username": None}).inserted_id
+    # As a backfill puts it there.
+    await w.postgres.quarantine(
+        w.entity, await w.image(id_), reason="no username", field="username", timeout=PATIENCE
+    )
+    before = w.document(id_)
+    assert await w.m.reconciler.full_sweep() == 0
+    assert w.document(id_) == before == {"_id": id_, "username": None}
 
 
 async def test_a_quarantined_document_is_released_when_it_is_mended(w):

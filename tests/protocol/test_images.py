@@ -10,6 +10,7 @@ import psycopg
 import pytest
 from bson import ObjectId
 
+from crossfade import StoreUnavailable
 from crossfade.debt import Settled
 from crossfade.record import CF, Applied, DebtKey, Image, new_operation
 from crossfade.stores.errors import Fenced
@@ -150,6 +151,17 @@ async def test_an_equal_digest_under_an_older_mapping_is_applied_again(open_worl
     assert w.sql("SELECT cf_mapping FROM users") == [(2,)]
 
 
+async def test_a_sweep_brings_rows_of_an_older_mapping_anew_under_their_revision(open_world):
+    w = await open_world()
+    made = await w.users.insert({"username": "Bob"})
+    await w.settle()
+    newer = await open_world(entity=users_entity(mapping_version=2))
+    assert await newer.m.reconciler.full_sweep() == 1
+    assert w.sql("SELECT cf_mapping, cf_rev FROM users") == [(2, made.rev)]
+    assert await newer.m.reconciler.full_sweep() == 0
+    await newer.assert_equal()
+
+
 async def test_no_image_at_or_under_a_tombstone_comes_back(open_world):
     w = await open_world()
     id_ = ObjectId()
@@ -265,6 +277,24 @@ async def test_settling_matches_revision_operation_and_sending(open_world):
     assert w.debt(made.id) is None
 
 
+async def test_a_debt_stands_until_what_goes_on_behind_the_commit_has_succeeded(open_world, monkeypatch):
+    w = await open_world()
+    look_again = w.postgres._look_again
+
+    async def fails(*_about, **_how):
+        monkeypatch.setattr(w.postgres, "_look_again", look_again)
+        raise StoreUnavailable("postgres", "gone behind the commit")
+
+    monkeypatch.setattr(w.postgres, "_look_again", fails)
+    made = await w.users.insert({"username": "Bob"})
+    await w.settle()
+    assert (await w.row(made.id)).rev == 1
+    assert w.debt(made.id) is not None
+    await w.reconcile()
+    assert w.debt(made.id) is None
+    await w.assert_equal()
+
+
 async def test_an_image_of_another_epoch_is_refused_and_its_debt_stays(open_world):
     w = await open_world()
     with pytest.raises(Fenced):
@@ -355,6 +385,9 @@ async def test_a_name_is_free_as_soon_as_its_delete_is_decided(open_world):
     assert w.notes(gone.id)["deleted"]
     again = await w.users.insert({"username": "bob"})
     assert again.id != gone.id
+    # At once, and not by a reconciler's luck with the order.
+    assert await w.row(again.id) is not None
+    assert "parked" not in (w.debt(again.id) or {})
     await w.reconcile()
     assert [name for (name,) in w.sql("SELECT username FROM users")] == ["bob"]
     await w.assert_equal()

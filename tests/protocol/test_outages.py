@@ -6,10 +6,11 @@ import time
 import pytest
 from bson import ObjectId
 
-from crossfade import Crossfade, FailureStrategy, StoreUnavailable, Undone, board
-from crossfade.record import CF
+from crossfade import Crossfade, FailureStrategy, Quarantined, StoreUnavailable, Undone, board, reconcile
+from crossfade.record import CF, new_operation
 
 from .conftest import FAST, PATIENCE, World, create_tables, eventually, users_entity
+from .test_images import apply, image_of
 
 
 async def nothing_owed(w: World) -> bool:
@@ -121,6 +122,92 @@ async def test_the_debts_of_an_outage_are_settled_together_and_a_refused_one_doe
     await w.users.update(refused.id, {"n": 1})
     await w.reconcile()
     await w.assert_equal()
+
+
+def owed_together(w: World, monkeypatch, **fields):
+    """What writers leave that die before they ask PostgreSQL, as many as are settled together; the ids."""
+    number = 4
+    monkeypatch.setattr(reconcile, "_MANY", number)
+    ids = [ObjectId() for _ in range(number)]
+    for n, id_ in enumerate(ids):
+        op, name = new_operation(), f"user {n}"
+        notes = {
+            "rev": 1,
+            "op": op,
+            "born": op,
+            "keys": {"username": name},
+            "debt": {"epoch": w.control.epoch},
+        }
+        w.documents.insert_one({"_id": id_, "username": name, **fields, CF: notes})
+    return ids
+
+
+async def test_a_row_ahead_of_the_primary_is_not_confirmed_among_others_either(open_world, monkeypatch):
+    w = await open_world()
+    ids = owed_together(w, monkeypatch, n=1)
+    stray = image_of(ids[0], 9, n=99)
+    await apply(w, stray)
+    await w.reconcile()
+    assert [(await w.row(id_)).document["n"] for id_ in ids] == [1] * len(ids)
+    assert w.notes(ids[0])["rev"] > 9
+    assert w.conflicts() == [("postgres", stray.document)]
+    await w.assert_equal()
+
+
+async def test_an_insert_that_arrives_again_after_its_delete_is_not_settled_among_others(
+    open_world, monkeypatch
+):
+    w = await open_world("mongo_only")
+    made = await w.users.insert({"username": "Bob"})
+    late = w.document(made.id)
+    await w.users.delete(made.id)
+    await w.m.prepare()
+    await w.set_phase("dual_write")
+    ids = owed_together(w, monkeypatch)
+    late[CF]["debt"] = {"epoch": w.control.epoch}
+    w.documents.insert_one(late)
+    assert w.tombstone_in_postgres(made.id) is None
+    await w.reconcile()
+    assert (w.document(made.id), await w.row(made.id)) == (None, None)
+    assert all([await w.row(id_) for id_ in ids])
+    await w.assert_equal()
+
+
+async def test_each_of_many_that_are_refused_is_parked_with_its_cause_in_one_round(open_world, monkeypatch):
+    w = await open_world()
+    ids = owed_together(w, monkeypatch, n=666)
+    assert (await w.m.reconciler.reconcile()).parked == len(ids)
+    assert all("users_n_allowed" in w.debt(id_)["parked"] for id_ in ids)
+
+
+async def test_a_background_round_leaves_a_write_in_flight_to_its_writer(open_world):
+    w, later = [await open_world(reconcile_age=age) for age in (60.0, 0.0)]
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.settle()
+    w.documents.update_one({"_id": made.id}, {"$set": {"n": 2, "_cf.rev": 2, "_cf.debt": {"epoch": 1}}})
+    for worker, n in ((w, 1), (later, 2)):
+        assert len(await worker.owed()) == 1
+        await worker.m.reconciler._background_round()
+        assert (await w.row(made.id)).document["n"] == n
+    await w.assert_equal()
+
+
+async def test_one_record_that_cannot_be_settled_does_not_keep_the_others_from_it(open_world, monkeypatch):
+    w = await open_world()
+    bad, good = [(await w.users.insert({"username": name})).id for name in ("bad", "good")]
+    await w.settle()
+    w.documents.update_many({}, {"$set": {f"{CF}.debt": {"epoch": 1}}})
+    settle_one = w.settler.settle_one
+
+    async def unforeseen(entity, id_, control, **how):
+        if id_ == bad:
+            raise Quarantined("nobody has thought of this")
+        return await settle_one(entity, id_, control, **how)
+
+    monkeypatch.setattr(w.settler, "settle_one", unforeseen)
+    done = await w.m.reconciler.reconcile()
+    assert (done.settled, done.parked, done.failed, done.cause) == (1, 1, 0, "nobody has thought of this")
+    assert (w.debt(bad) is None, w.debt(good) is None) == (False, True)
 
 
 async def test_mongo_is_away_and_postgres_decides_and_the_outbox_is_delivered_by_itself(

@@ -191,6 +191,38 @@ async def test_a_flag_set_anew_while_it_is_being_lifted_stays(open_world):
     assert (look.control.unreadable, look.control.lifting) == ("second", False)
 
 
+async def test_nobody_reads_postgres_while_the_flag_stands(open_world):
+    w = await open_world("postgres_read", board_age=30.0)
+    made = await w.users.insert({"username": "Bob"})
+    await w.settle()
+    for flag, source in ((None, "postgres"), ("x", "mongo")):
+        await w.set_phase("postgres_read", unreadable=flag)
+        assert await w.owed() == ()
+        assert (await w.users.get(made.id)).source == source
+        assert [record.source for record in await w.users.find({"username": "Bob"})] == [source]
+
+
+async def test_the_flag_stands_until_postgres_has_taken_what_it_is_owed(open_world, monkeypatch):
+    w = await open_world("postgres_read", board_age=0.2)
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.settle()
+    w.documents.update_one({"_id": made.id}, {"$set": {"n": 2, "_cf.rev": 2, "_cf.debt": {"epoch": 1}}})
+    await w.m.board.mark_unreadable("x")
+    await w.m.board.refresh()
+
+    async def fails(*_images, **_how):
+        raise StoreUnavailable("postgres", "does not take it")
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(w.postgres, "apply", fails)
+        assert not await w.m.board.lift_unreadable(w.m.reconciler._settle_everything)
+    assert (await w.m.board.refresh()).control.unreadable == "x"
+    assert await w.m.board.lift_unreadable(w.m.reconciler._settle_everything)
+    assert (await w.m.board.refresh()).control.unreadable is None
+    assert (await w.row(made.id)).document["n"] == 2
+    await w.assert_equal()
+
+
 async def test_in_phase_4_with_postgres_down_mongo_serves_marked_stale_but_not_what_is_owed(
     open_world, postgres_proxy
 ):
@@ -238,6 +270,38 @@ async def test_in_phase_3_with_mongo_down_postgres_serves_marked_stale(open_worl
     await asyncio.sleep(0.45)  # the board is too old: MongoDB would be asked first
     record = await w.users.get(made.id)
     assert (record.source, record.stale) == ("postgres", True)
+
+
+@pytest.mark.parametrize("phase", ["shadow_read", "postgres_read"])
+async def test_with_mongo_down_nobody_is_served_a_row_that_may_be_older_than_was_acknowledged(
+    open_world, mongo_proxy, phase
+):
+    """Before phase 3, any; in it, one of a record that is owed."""
+    w = await open_world(phase, mongo=mongo_proxy, primary_deadline=0.5)
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.settle()
+    if phase == "postgres_read":
+        w.documents.update_one({"_id": made.id}, {"$set": {"n": 2, "_cf.rev": 2, "_cf.debt": {"epoch": 1}}})
+    await w.m.board.refresh()
+    mongo_proxy.refuse()
+    with pytest.raises(StoreUnavailable):
+        await w.users.get(made.id)
+
+
+async def test_in_phase_3_with_mongo_down_nobody_is_told_that_a_record_is_absent(open_world, mongo_proxy):
+    """PostgreSQL may not have heard of it yet, and neither "none" nor a number can say that it may be old."""
+    w = await open_world("postgres_read", mongo=mongo_proxy, primary_deadline=0.5)
+    await w.m.board.refresh()
+    mongo_proxy.refuse()
+    await asyncio.sleep(0.45)  # the board is too old: what MongoDB holds beside it is not known
+    answers = await asyncio.gather(
+        w.users.get(ObjectId()),
+        w.users.find_by_key("username", "nobody"),
+        w.users.find({"username": "nobody"}),
+        w.users.count(),
+        return_exceptions=True,
+    )
+    assert [type(answer) for answer in answers] == [StoreUnavailable] * 4
 
 
 async def test_a_deleted_record_is_absent_for_every_way_of_asking(open_world):

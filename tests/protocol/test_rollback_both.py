@@ -140,6 +140,30 @@ async def test_a_foreign_write_in_between_stays(open_world, postgres_proxy, fore
     await w.assert_equal()
 
 
+async def test_an_undo_brings_back_what_stood_there_at_the_write_and_not_at_the_look(
+    open_world, postgres_proxy, monkeypatch
+):
+    """Another application, which counts no revision up, writes in between."""
+    w = await open_world("dual_write", postgres=postgres_proxy)
+    id_ = await prepared(w, "update")
+    look = w.mongo.notes
+
+    async def overtaken(*record, **how):
+        monkeypatch.setattr(w.mongo, "notes", look)
+        found = await look(*record, **how)
+        w.documents.update_one({"_id": id_}, {"$set": {"n": 7}})
+        return found
+
+    monkeypatch.setattr(w.mongo, "notes", overtaken)
+    postgres_proxy.refuse()
+    with pytest.raises(Undone):
+        await w.users.update(id_, {"n": 2}, strategy=ROLLBACK)
+    assert w.document(id_)["n"] == 7
+    postgres_proxy.pass_through()
+    await w.reconcile()
+    await w.assert_equal()
+
+
 async def leave_open(w: World, operation, id_):
     """What a process leaves that dies between the tentative write and its confirmation."""
     epoch = Int64(w.control.epoch)
@@ -215,6 +239,52 @@ async def test_what_a_dead_process_left_open_in_postgres_is_undone(open_world, m
     dying.cancel()
     await asyncio.gather(dying, return_exceptions=True)
     await check_undone(other, operation, id_)
+
+
+async def test_a_write_that_another_worker_undoes_before_it_is_confirmed_is_told_as_undone(
+    open_world, monkeypatch
+):
+    w, other = await open_world("postgres_primary"), await open_world("postgres_primary")
+    id_ = await prepared(w, "update")
+    deliver = w.settler.deliver
+
+    async def overtaken(owed, control, **how):
+        monkeypatch.setattr(w.settler, "deliver", deliver)
+        settled = await deliver(owed, control, **how)
+        await other.m.writer.undo_in_postgres(owed, other.control)
+        return settled
+
+    monkeypatch.setattr(w.settler, "deliver", overtaken)
+    with pytest.raises(Undone, match="not confirmed before its deadline"):
+        await write(w, "update", id_)
+    await check_undone(other, "update", id_)
+
+
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_primary"])
+async def test_an_open_write_is_left_to_its_writer_until_its_deadline_or_until_nobody_writes(
+    open_world, monkeypatch, phase
+):
+    w = await open_world(phase, tentative=30.0)
+    id_ = await prepared(w, "update")
+    if phase == "dual_write":
+        await leave_open(w, "update", id_)
+    else:
+
+        async def dies(*_record, **_how):
+            raise asyncio.CancelledError
+
+        deliver = w.settler.deliver
+        monkeypatch.setattr(w.settler, "deliver", dies)
+        with pytest.raises(asyncio.CancelledError):
+            await write(w, "update", id_)
+        monkeypatch.setattr(w.settler, "deliver", deliver)
+    done = await w.m.reconciler.reconcile(wait_for_open=False)
+    assert (done.open, done.settled, done.failed) == (1, 0, 0)
+    assert [bool(debt.tentative) for debt in await w.owed()] == [True]
+    primary = await w.row(id_) if phase == "postgres_primary" else await w.image(id_)
+    assert (primary.rev, primary.document["n"]) == (2, 2)
+    await w.m.reconciler.drain()
+    await check_undone(w, "update", id_)
 
 
 async def test_an_open_write_lets_no_other_in_and_those_wait_for_its_outcome(open_world):
