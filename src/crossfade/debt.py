@@ -309,6 +309,8 @@ class Settler:
                     )  # fmt: skip
                 verdict, held = brought
             except (Unmappable, errors.Quarantined) as cause:
+                if image.debt is None:
+                    image = await self._owed_if_held(entity, image, control)
                 return await self._quarantine(entity, image, cause, timeout=timeout)
             except RuleBroken as cause:
                 if await self._bring_together(entity, image, control, timeout=timeout):
@@ -1206,6 +1208,14 @@ class Settler:
                 entity, row, cause="PostgreSQL held a revision that MongoDB never had", store="postgres",
                 timeout=self.pair.options.primary_deadline,
             )  # fmt: skip
+
+    async def _owed_if_held(self, entity: Entity, image: Image, control: Control) -> Image:
+        """The image in debt, where there is another row: on no board, readers would go on getting that."""
+        held = await self.pair.postgres.held(entity, image.id, timeout=self.pair.options.primary_deadline)
+        if held.rev is not None and (held.rev, held.digest) != (image.rev, image.digest):
+            with contextlib.suppress(errors.Quarantined):  # no room for a revision
+                return await self.lift(entity, image.id, above=held.highest, control=control) or image
+        return image
 
     async def _quarantine(
         self, entity: Entity, image: Image, cause: Unmappable | errors.Quarantined, *, timeout: float

@@ -531,13 +531,20 @@ class Reconciler:
                     continue  # the debt brings it
                 if not one.deleted and held.get(key) == (one.rev, one.digest):
                     continue
-                if quarantined.get(key) == one.digest:
+                if quarantined.get(key) == one.digest and not await self._is_hidden(entity, id_, one):
                     continue
-            elif key in quarantined:
+            elif key in quarantined and not await self._is_hidden(entity, id_):
                 continue
             if await self.settler.settle_one(entity, id_, control) is Settled.CONFIRMED:
                 adopted += 1
         return adopted
+
+    async def _is_hidden(self, entity: Entity, id_: Any, image: Image | None = None) -> bool:
+        """Whether readers get another state of a document in quarantine: there is a row, and it is on no board."""
+        if image is not None and image.debt is not None:
+            return False
+        row = await self.pair.postgres.held(entity, id_, timeout=self.pair.options.bulk_deadline)
+        return row.rev is not None and (image is None or (row.rev, row.digest) != (image.rev, image.digest))
 
     async def _adopt_deletes(self, entity: Entity, control: Control) -> int:
         """Rows whose document is gone without a tombstone: deleted by a foreign writer, after a second look."""

@@ -7,10 +7,12 @@ from datetime import UTC, datetime, timedelta
 import bson
 import pytest
 from bson import ObjectId
+from bson.raw_bson import RawBSONDocument
 
-from crossfade.errors import ConditionNotMet, CrossfadeError
+from crossfade.errors import ConditionNotMet, CrossfadeError, Quarantined
 from crossfade.record import CF
 from crossfade.testing.failure_points import Failure, FailurePoints, Killed
+from crossfade.values import Unmappable
 
 from .conftest import PATIENCE, World
 
@@ -25,6 +27,13 @@ async def swept(w: World) -> int:
     await w.reconcile()
     await w.assert_equal()
     return adopted
+
+
+async def quarantined_by_a_backfill(w: World, id_):
+    """It writes to PostgreSQL alone."""
+    await w.postgres.quarantine(
+        w.entity, await w.image(id_), reason="no username", field="username", timeout=PATIENCE
+    )
 
 
 async def inserted(w: World, document):
@@ -172,14 +181,56 @@ async def test_a_document_that_cannot_be_mapped_is_quarantined_whole_with_the_re
 
 
 async def test_a_document_that_is_in_quarantine_as_it_is_takes_no_revision_from_a_sweep(w):
-    id_ = w.documents.insert_one({"username": None}).inserted_id
-    # As a backfill puts it there.
-    await w.postgres.quarantine(
-        w.entity, await w.image(id_), reason="no username", field="username", timeout=PATIENCE
-    )
+    id_ = w.documents.insert_one({"username": "B\0b"}).inserted_id
+    await quarantined_by_a_backfill(w, id_)
     before = w.document(id_)
     assert await w.m.reconciler.full_sweep() == 0
-    assert w.document(id_) == before == {"_id": id_, "username": None}
+    assert w.document(id_) == before == {"_id": id_, "username": "B\0b"}
+
+
+async def test_an_older_row_is_not_read_for_a_document_that_a_backfill_put_in_quarantine(w):
+    made = await inserted(w, {"username": "Bob", "n": 1})
+    w.documents.update_one({"_id": made.id}, {"$set": {"username": None, "n": 2}})
+    await quarantined_by_a_backfill(w, made.id)
+    for rev in (2, 2):
+        await w.m.reconciler.full_sweep()
+        await w.m.board.refresh()
+        found = await w.users.get(made.id)
+        assert (found.source, found.rev, found["n"]) == ("mongo", rev, 2)
+    w.documents.update_one({"_id": made.id}, {"$set": {"username": "Bob"}})
+    await swept(w)
+    assert w.quarantined() == []
+
+
+async def test_an_older_row_is_not_read_for_bytes_that_a_backfill_put_in_quarantine(w):
+    made = await inserted(w, {"username": "Bob"})
+    raw = bson.encode({"_id": made.id, "username": "Bob?"}).replace(b"?", b"\xff")
+    w.documents.delete_one({"_id": made.id})
+    w.documents.insert_one(RawBSONDocument(raw))
+    await w.settler._quarantine_bytes(w.entity, made.id, raw, Unmappable("not Unicode"))
+    for _ in range(2):
+        await w.m.reconciler.full_sweep()
+        await w.m.board.refresh()
+        with pytest.raises(Quarantined):
+            await w.users.get(made.id)
+    w.documents.update_one({"_id": made.id}, {"$set": {"username": "Robert"}})
+    await w.reconcile()
+    await w.assert_equal()
+
+
+async def test_an_older_row_is_not_read_for_what_was_written_to_mongo_alone_and_postgres_cannot_hold(w):
+    made = await inserted(w, {"username": "Bob", "n": 1})
+    await w.set_phase("mongo_only")
+    await w.users.update(made.id, {"username": 5})
+    await w.set_phase("postgres_read")
+    for _ in range(2):
+        await w.m.reconciler.full_sweep()
+        await w.m.board.refresh()
+        found = await w.users.get(made.id)
+        assert (found.source, found.rev, found["username"]) == ("mongo", 3, 5)
+    await w.users.update(made.id, {"username": "Bob"})
+    await swept(w)
+    assert w.quarantined() == []
 
 
 async def test_a_quarantined_document_is_released_when_it_is_mended(w):
@@ -206,8 +257,6 @@ async def test_a_write_that_postgres_cannot_hold_stays_in_mongo_parked_and_its_m
 
 async def test_a_document_whose_bytes_cannot_be_read_is_quarantined_and_holds_up_nobody(w):
     """A deprecated type that no driver gives back the same."""
-    from bson.raw_bson import RawBSONDocument
-
     id_, other = ObjectId(), ObjectId()
     symbol = b"\x0es\x00\x02\x00\x00\x00x\x00"
     head = b"\x07_id\x00" + id_.binary + b"\x02username\x00\x04\x00\x00\x00Sym\x00"
