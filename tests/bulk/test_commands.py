@@ -28,6 +28,7 @@ def command(stores, tmp_path):
         "CROSSFADE_APP": "scorekeeper.migration:accounts",
         "MONGO_URI": stores.mongo_uri,
         "DATABASE_URL": stores.database_url,
+        **({"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}),
     }
 
     def run(*words, **more):
