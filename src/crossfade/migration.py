@@ -111,10 +111,11 @@ class EntityHandle:
         ``parts``: see `get`.
 
         Raises:
+            crossfade.errors.ConfigurationError: an argument cannot be, and no store was asked; or PostgreSQL decides,
+                and has no column for a key.
             crossfade.errors.StoreUnavailable: no store that may answer did.
-            crossfade.errors.ConfigurationError: an argument cannot be; PostgreSQL decides, and has no column for a key.
         """
-        asked = query(where, order_by=order_by, after=after, limit=limit, skip=skip)
+        asked = query(self.entity.name, where, order_by=order_by, after=after, limit=limit, skip=skip)
         return await self._migration.reader.find(self.entity, asked, parts=parts)
 
     async def find_one(self, where: Where) -> Record | None:
@@ -124,7 +125,7 @@ class EntityHandle:
 
     async def count(self, where: Where | None = None) -> int:
         """How many records match; see `find`."""
-        return await self._migration.reader.count(self.entity, Query(alternatives(where)))
+        return await self._migration.reader.count(self.entity, Query(alternatives(self.entity.name, where)))
 
     async def update(
         self,
@@ -144,6 +145,7 @@ class EntityHandle:
         left alone (`Record.without`).
 
         Raises:
+            crossfade.errors.ConfigurationError: an argument cannot be; no store was asked.
             crossfade.errors.NotFound, StaleRevision, ConditionNotMet, DuplicateKey: nothing was written.
             crossfade.errors.StoreUnavailable: the primary cannot be reached; nothing was written.
             crossfade.errors.OutcomeUnknown, Undone, UndoPending, Busy, NotAllowedInPhase: see `crossfade.errors`.

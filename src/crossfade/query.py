@@ -12,15 +12,22 @@ The words are few, because each of them must have the same answer in both stores
 A key names a mapped field, or a path into one that is kept as JSON, ``stats.best``. A list on the way, or at the end,
 stands for any of its elements: ``aliases.name`` is the ``name`` of one of the aliases, ``friends`` one of the friends.
 In JSON, text, ids and booleans are compared. Ids at a path that is declared with `ids_at` have an index there.
+
+Whatever else is asked is refused here, before any store is: each of them would say something else of it, one that it
+cannot be reached.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bson import Regex
+
 from crossfade.errors import ConfigurationError
+from crossfade.values import Unmappable, can_be_id, encode_document, is_unicode
 
 #: All of a mapping's conditions hold; of a sequence of mappings, all those of at least one.
 Where = Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -98,28 +105,106 @@ class Query:
     skip: int = 0
 
 
-def alternatives(where: Where | None) -> tuple[Mapping[str, Any], ...]:
-    """`Query.where` for what an application gives; None: everything.
+_CONDITIONS = "a value, any_of(...), is_set() or contains(...)"
+
+
+def alternatives(entity: str, where: Where | None) -> tuple[Mapping[str, Any], ...]:
+    """`Query.where` for what an application asks of the entity of this name; None: everything.
 
     Raises:
-        ConfigurationError: a key cannot be.
+        ConfigurationError: a key or a condition cannot be.
     """
-    found = ({},) if where is None else (where,) if isinstance(where, Mapping) else tuple(where)
-    for key in (key for each in found for key in each):
-        if "[" in key:
+    if where is None:
+        return ({},)
+    said = f"where= of {entity!r}"
+    found = (where,) if isinstance(where, Mapping) else () if isinstance(where, str) else tuple(where)
+    if isinstance(where, str) or not all(isinstance(each, Mapping) for each in found):
+        raise ConfigurationError(
+            f"{said} is {type(where).__name__}: write a mapping of fields to conditions, or a list of such mappings, "
+            "of which one has to hold"
+        )
+    return tuple({key: _condition(said, key, condition) for key, condition in each.items()} for each in found)
+
+
+def _condition(said: str, key: Any, condition: Any) -> Any:
+    """The condition without the texts that no store can hold: nothing equals them, as nobody has such an id."""
+    _assert_path(said, key, f"give a field {_CONDITIONS}")
+    if isinstance(condition, IsSet):
+        return condition
+    if isinstance(condition, Contains):
+        if not isinstance(condition.text, str):
             raise ConfigurationError(
-                f"where= has the key {key!r}: a path goes into lists by itself, without []"
+                f"{said} has contains() of {type(condition.text).__name__} in {key!r}: give it a text"
             )
-    return found
+        return condition if is_unicode(condition.text) else AnyOf(())
+    values = condition.values if isinstance(condition, AnyOf) else (condition,)
+    held = tuple(value for value in values if not isinstance(value, str) or is_unicode(value))
+    for value in held:
+        _assert_value(said, key, value, f"a field has {_CONDITIONS}")
+    return condition if len(held) == len(values) else AnyOf(held)
 
 
-def query(where: Where | None, *, order_by: str, after: Sequence[Any] | None, limit: int, skip: int) -> Query:
-    """The question that `EntityHandle.find` was given.
+def assert_values(entity: str, where: Mapping[str, Any]) -> None:
+    """That an update may be made upon these values, each of a top-level field.
+
+    Raises:
+        ConfigurationError: a key or a value cannot be.
+    """
+    said, instead = f"where= of an update of {entity!r}", "give a top-level field the value that it must have"
+    for key, value in where.items():
+        _assert_path(said, key, instead)
+        if "." in key:
+            raise ConfigurationError(f"{said} has the path {key!r}: {instead}")
+        _assert_value(said, key, value, instead)
+
+
+def _assert_path(said: str, key: Any, instead: str) -> None:
+    if not isinstance(key, str) or not all(key.split(".")):
+        raise ConfigurationError(f"{said} has the key {key!r}, which names no field: {instead}")
+    if key.startswith("$"):
+        raise ConfigurationError(f"{said} has the operator {key!r}, which there is not: {instead}")
+    if "[" in key:
+        raise ConfigurationError(f"{said} has the key {key!r}: a path goes into lists by itself, without []")
+    _assert_storable(said, key, None)
+
+
+def _assert_value(said: str, key: str, value: Any, instead: str) -> None:
+    operator = (
+        next((str(name) for name in value if str(name)[:1] == "$"), "") if isinstance(value, Mapping) else ""
+    )
+    if operator:
+        raise ConfigurationError(
+            f"{said} has the operator {operator!r} in {key!r}, which there is not: {instead}"
+        )
+    if isinstance(value, AnyOf | Contains | IsSet | Regex | re.Pattern):
+        # In a list of values a server takes a pattern for a condition.
+        raise ConfigurationError(f"{said} has {type(value).__name__} in {key!r} for a value: {instead}")
+    _assert_storable(said, key, value)
+
+
+def _assert_storable(said: str, key: str, value: Any) -> None:
+    try:
+        encode_document({key: value})
+    except Unmappable as cause:
+        raise ConfigurationError(f"{said} can be met by no record: {cause}") from None
+
+
+def query(
+    entity: str,
+    where: Where | None,
+    *,
+    order_by: str,
+    after: Sequence[Any] | None,
+    limit: int,
+    skip: int,
+) -> Query:
+    """The question that `EntityHandle.find` was given, of the entity of this name.
 
     Raises:
         ConfigurationError: an argument cannot be.
     """
     order = Order.parse(order_by)
+    _assert_path(f"order_by= of {entity!r}", order.field, "name a field, with - before it for the last first")
     if limit < 1 or skip < 0:
         raise ConfigurationError(f"find() with limit={limit} and skip={skip}: at least 1 and 0 are needed")
     place: tuple[Any, Any] | None = None
@@ -131,4 +216,9 @@ def query(where: Where | None, *, order_by: str, after: Sequence[Any] | None, li
             names = "(id,)" if wanted == 1 else f"({order.field}, id)"
             raise ConfigurationError(f"find(order_by={order_by!r}) begins behind after={names}")
         place = (after[0], after[-1])
-    return Query(alternatives(where), order, place, limit, skip)
+        said = f"after= of {entity!r}"
+        if not can_be_id(after[-1]):
+            raise ConfigurationError(f"{said} ends with {type(after[-1]).__name__}, which is no id")
+        _assert_storable(said, order.field, after[0])
+        _assert_storable(said, "_id", after[-1])
+    return Query(alternatives(entity, where), order, place, limit, skip)

@@ -36,6 +36,7 @@ from crossfade.control import Control
 from crossfade.debt import ATTEMPTS, Settled, Settler, acceptable_key, keys_to_stamp
 from crossfade.entity import Entity
 from crossfade.part import Carried, Part, carried_by, noted_parts
+from crossfade.query import assert_values
 from crossfade.record import (
     CF,
     Applied,
@@ -183,11 +184,13 @@ class Writer:
         """Set and remove top-level fields.
 
         Raises:
+            crossfade.errors.ConfigurationError: an argument cannot be; no store was asked.
             crossfade.errors.NotFound, StaleRevision, ConditionNotMet, DuplicateKey: nothing was changed.
             crossfade.errors.CrossfadeError: as the strategy has it; see errors.py.
         """
         removed = tuple(unset)
         assert_writable(entity, set_, removed)
+        assert_values(entity.name, request.where)
         wrote = as_stored(set_)
 
         async def run(o: _Operation) -> Record:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
 import pytest
-from bson import Decimal128, Int64, ObjectId
+from bson import Decimal128, Int64, ObjectId, Regex
 from sqlalchemy import Boolean, Column, DateTime, ForeignKey, Integer, MetaData, Table, Text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB
@@ -168,11 +169,15 @@ def players_entity() -> Entity:
 
 
 @pytest.fixture
-async def world(open_world: OpenWorld, database_url: str) -> World:
-    """Old documents of an application that has never heard of us, brought to PostgreSQL."""
+def players_tables(database_url: str) -> None:
     with psycopg.connect(database_url, autocommit=True) as connection:
         for table in TABLES.sorted_tables:
             connection.execute(str(CreateTable(table).compile(dialect=postgresql.dialect())))
+
+
+@pytest.fixture
+async def world(open_world: OpenWorld, players_tables: None) -> World:
+    """Old documents of an application that has never heard of us, brought to PostgreSQL."""
     w = await open_world("postgres_read", others=[players_entity()])
     documents = w.documents.database["players"]
     documents.insert_many({"_id": id_of(n), **document} for n, document in enumerate(DOCUMENTS))
@@ -196,7 +201,7 @@ async def test_both_stores_find_and_count_the_same_records(world: World) -> None
     entity = world.m.entities["players"]
     found_by: dict[str, int] = {}
     for where in QUESTIONS:
-        asked = query(where, order_by="_id", after=None, limit=100, skip=0)
+        asked = query("players", where, order_by="_id", after=None, limit=100, skip=0)
         assert world.m.pair.postgres.can_find(entity, asked.where, asked.order), where
         from_mongo, from_postgres = await both(world, asked)
         assert by_id(from_mongo) == by_id(from_postgres), where
@@ -225,30 +230,34 @@ def place_of(document: dict[str, Any], order_by: str) -> tuple[Any, ...]:
     "order_by", ["_id", "-_id", "name", "-name", "n", "-n", "at", "-at", "gone", "-owner"]
 )
 async def test_pages_join_without_gap_or_repetition(world: World, order_by: str) -> None:
-    whole = await both(world, query(None, order_by=order_by, after=None, limit=100, skip=0))
+    whole = await both(world, query("players", None, order_by=order_by, after=None, limit=100, skip=0))
     for store, everything in enumerate(whole):
         assert len(everything) == len(DOCUMENTS)
         for size in (1, 5):
             walked: list[Any] = []
             place = None
             while True:
-                asked = query(None, order_by=order_by, after=place, limit=size, skip=0)
+                asked = query("players", None, order_by=order_by, after=place, limit=size, skip=0)
                 page = (await both(world, asked))[store]
                 if not page:
                     break
                 walked += page
                 place = place_of(page[-1], order_by)
             assert walked == everything, (order_by, size)
-        skipped = (await both(world, query(None, order_by=order_by, after=None, limit=4, skip=3)))[store]
+        skipped = (await both(world, query("players", None, order_by=order_by, after=None, limit=4, skip=3)))[
+            store
+        ]
         assert skipped == everything[3:7]
 
 
 async def test_both_stores_have_one_order_where_values_fit_their_columns(world: World) -> None:
     plain = {"_id": any_of(map(id_of, range(4)))}
     for order_by in ("name", "-name", "n", "-n", "at", "-at", "gone", "-gone"):
-        one, other = await both(world, query(plain, order_by=order_by, after=None, limit=100, skip=0))
+        one, other = await both(
+            world, query("players", plain, order_by=order_by, after=None, limit=100, skip=0)
+        )
         assert one == other, order_by
-    newest, _ = await both(world, query(plain, order_by="-at", after=None, limit=100, skip=0))
+    newest, _ = await both(world, query("players", plain, order_by="-at", after=None, limit=100, skip=0))
     assert [each["name"] for each in newest] == ["Bob", "bob", "ann", "50%_off\\"]
 
 
@@ -294,3 +303,65 @@ async def test_what_postgres_has_no_column_for_is_asked_of_mongo_until_it_decide
             await players.find(**wrong)
     with pytest.raises(ConfigurationError, match=r"without \[\]"):
         await players.count({"aliases[].name": "bob"})
+
+
+MALFORMED: list[tuple[Any, str]] = [
+    ({"$x": 1}, r"'players' has the operator '\$x'.*any_of"),
+    ({"n": {"$gt": 1}}, r"'players' has the operator '\$gt' in 'n'.*any_of"),
+    ([{"n": 1}, {"$or": []}], r"'players' has the operator '\$or'"),
+    ({"n": any_of([1, {"$in": [2]}])}, r"operator '\$in' in 'n'"),
+    ({"name": any_of([contains("b")])}, "has Contains in 'name' for a value"),
+    ({"name": re.compile("b")}, "has Pattern in 'name' for a value"),
+    ({"name": any_of([Regex("b")])}, "has Regex in 'name' for a value"),
+    ({"name": contains(5)}, "contains\\(\\) of int in 'name'"),
+    ({"name": is_set}, "can be met by no record: field name holds a value that has no BSON form"),
+    ({"name": ["\ud800"]}, "can be met by no record: field name holds text that is not valid Unicode"),
+    ({"n": 2**64}, "can be met by no record: field n holds an integer of more than 64 bits"),
+    ({"na\0me": 1}, "NUL in its name"),
+    ({"": 1}, "has the key '', which names no field"),
+    ({"aliases..name": "b"}, "which names no field"),
+    ({5: 1}, "has the key 5, which names no field"),
+    ("name", "is str: write a mapping"),
+    (["name"], "is list: write a mapping"),
+]
+PHASES = ["mongo_only", "dual_write", "shadow_read", "postgres_read", "postgres_primary", "postgres_only"]
+
+
+async def test_a_condition_that_cannot_be_is_the_callers_error_in_every_phase_and_no_store_is_asked(
+    open_world: OpenWorld, players_tables: None, mongo_proxy: Any, postgres_proxy: Any
+) -> None:
+    w = await open_world("dual_write", mongo=mongo_proxy, postgres=postgres_proxy, others=[players_entity()])
+    players = w.m["players"]
+    for phase in PHASES:
+        await w.set_phase(phase)
+        before = mongo_proxy.counts.requests, postgres_proxy.counts.requests
+        for where, words in MALFORMED:
+            for ask in (players.find, players.find_one, players.count):
+                with pytest.raises(ConfigurationError, match=words):
+                    await ask(where)
+        for order_by in ("$natural", "", "-", "name."):
+            with pytest.raises(ConfigurationError, match="order_by= of 'players'"):
+                await players.find(order_by=order_by)
+        for after in ((object(), OWNER), ("ann", [OWNER]), ("ann", "\ud800")):
+            with pytest.raises(ConfigurationError, match="after= of 'players'"):
+                await players.find(order_by="name", after=after)
+        for condition, words in (
+            ({"$x": 1}, r"an update of 'players' has the operator '\$x'.*top-level field"),
+            ({"n": {"$gt": 1}}, r"operator '\$gt' in 'n'"),
+            ({"n": any_of([1])}, "has AnyOf in 'n' for a value"),
+            ({"aliases.name": "bob"}, r"the path 'aliases\.name'"),
+        ):
+            with pytest.raises(ConfigurationError, match=words):
+                await players.update(OWNER, {"n": 1}, where=condition)
+        assert (mongo_proxy.counts.requests, postgres_proxy.counts.requests) == before
+    assert (w.m.pair.mongo_breaker.failures, w.m.pair.postgres_breaker.failures) == (0, 0)
+
+
+async def test_what_no_store_can_hold_is_nobodys(world: World) -> None:
+    for where in ({"name": "\ud800"}, {"name": contains("\ud800")}, {"role": any_of(["\ud800"])}):
+        assert await world.m["players"].find(where) == [], where
+    count = world.m["players"].count
+    assert await count({"name": any_of(["ann", "\ud800"])}) == await count({"name": "ann"}) > 0
+    for where in ({"_id": [OWNER]}, {"_id": any_of([None, [OWNER], "x" * 3000])}, {"links": "x" * 3000}):
+        asked = query("players", where, order_by="_id", after=None, limit=100, skip=0)
+        assert await both(world, asked) == ([], []), where

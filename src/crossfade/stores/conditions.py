@@ -12,6 +12,7 @@ What they differ in, and what is done about it:
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
@@ -27,7 +28,7 @@ from crossfade.entity import MISSING, DocumentId, Entity, FieldColumn, NestedIds
 from crossfade.errors import ConfigurationError
 from crossfade.query import AnyOf, Contains, IsSet, Order, Query
 from crossfade.stores.references import identifier
-from crossfade.values import dump_json, id_to_text
+from crossfade.values import Unmappable, can_be_id, dump_json, id_to_text
 
 Filter = dict[str, Any]
 #: A clause with its parameters, in order.
@@ -186,8 +187,17 @@ def _clause(entity: Entity, key: str, condition: Any) -> Clause | None:
 
 
 def _by_id(values: Sequence[Any]) -> Clause:
-    ids = [id_to_text(value) for value in values if value is not None]
-    return sql.SQL("p.id = ANY(%s::text[])"), [ids]
+    return sql.SQL("p.id = ANY(%s::text[])"), [_id_texts(values)]
+
+
+def _id_texts(values: Sequence[Any]) -> list[str]:
+    """Of those that a record can have for its id: what cannot be one is nobody's, which is an answer."""
+    texts: list[str] = []
+    for value in values:
+        if value is not None and can_be_id(value):
+            with contextlib.suppress(Unmappable):
+                texts.append(id_to_text(value))
+    return texts
 
 
 def _are_ids(values: Sequence[Any]) -> bool:
@@ -195,9 +205,7 @@ def _are_ids(values: Sequence[Any]) -> bool:
 
 
 def _among_ids(nested: NestedIds, values: Sequence[Any]) -> Clause:
-    return sql.SQL("p.{} ?| %s::text[]").format(sql.Identifier(nested.to)), [
-        [id_to_text(value) for value in values]
-    ]
+    return sql.SQL("p.{} ?| %s::text[]").format(sql.Identifier(nested.to)), [_id_texts(values)]
 
 
 def _containing(column: Column[Any], text: str) -> Clause | None:
@@ -299,7 +307,7 @@ def _among_rows(entity: Entity, field: str, condition: Any) -> Clause | None:
     query = sql.SQL("EXISTS (SELECT FROM {} AS c WHERE c.{} = p.id AND c.{} = ANY(%s::text[]))").format(
         identifier(child.table), sql.Identifier(child.columns[0]), sql.Identifier(child.values[0])
     )
-    return query, [[id_to_text(value) for value in values]]
+    return query, [_id_texts(values)]
 
 
 def can_order(entity: Entity, order: Order) -> bool:
