@@ -144,7 +144,7 @@ async def _keys_stamped(evidence: Evidence) -> Statement:
                         "keys",
                         False,
                         f"documents of {entity.collection} lack their key {rule.rule}",
-                        "crossfade init",
+                        "crossfade init, which names those that have no room for one",
                     )
     return Statement("keys", True, "every document has its normalised keys")
 

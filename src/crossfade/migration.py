@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -19,7 +19,7 @@ from crossfade import errors, observe
 from crossfade.board import Board, Options, Pair
 from crossfade.control import Control, ControlRecord
 from crossfade.debt import Settler, unique_key
-from crossfade.entity import Entity
+from crossfade.entity import Entity, UniqueRule
 from crossfade.phase import Phase
 from crossfade.query import Query, Where, alternatives, query
 from crossfade.read import Reader
@@ -281,6 +281,20 @@ class Operation:
         self.result = await self._decides(Request(self._context, self._strategy, steps=tuple(self._steps)))
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What `Migration.prepare` found for a person: by rule, the (entity, id) of documents. All are kept.
+
+    Attributes:
+        colliding: another, older one has their key; they have one of their own.
+        no_room: they are too large to take a key. Until they are smaller nothing in MongoDB keeps others from taking
+            their name, and Crossfade cannot write upon them.
+    """
+
+    colliding: dict[str, list[tuple[str, Any]]]
+    no_room: dict[str, list[tuple[str, Any]]]
+
+
 class Migration:
     """Entities that move together, in one phase. Made by `Crossfade.migration`."""
 
@@ -396,13 +410,12 @@ class Migration:
         )
         return first.changed(by="the first worker", reason="began here", began_empty=empty, dual_epoch=1)
 
-    async def prepare(self) -> dict[str, list[tuple[str, Any]]]:
+    async def prepare(self) -> Prepared:
         """What `crossfade init` does: Crossfade's tables, indexes, and normalised keys on old documents.
 
         In phase 0 it also carries out what writers that died there had decided.
 
-        Idempotent and resumable. Returns the documents whose key another, older one has, by rule: (entity,
-        id); they are kept, with a key of their own.
+        Idempotent and resumable.
 
         Raises:
             crossfade.errors.SchemaNotReady: an entity's table is missing.
@@ -413,13 +426,14 @@ class Migration:
         control = (await self.record.look(timeout=timeout)).control
         if control is not None:
             await self.settler.finish_decided(control)
-        colliding: dict[str, list[tuple[str, Any]]] = {}
+        prepared = Prepared({}, {})
         for entity in self.entities.values():
             for rule in entity.unique:
-                found = await self._stamp(entity, rule.field, rule.rule)
                 # Two entities may call a rule by one name.
-                colliding.setdefault(rule.rule, []).extend(found)
-        return colliding
+                colliding = prepared.colliding.setdefault(rule.rule, [])
+                no_room = prepared.no_room.setdefault(rule.rule, [])
+                await self._stamp(entity, rule, colliding, no_room)
+        return prepared
 
     async def _prepare_postgres(self) -> None:
         await self.pair.postgres.connect_once()
@@ -432,26 +446,42 @@ class Migration:
                 "head: run the application's migrations (alembic upgrade head)"
             )
 
-    async def _stamp(self, entity: Entity, field: str, rule: str) -> list[tuple[str, Any]]:
-        """Stamp the keys of one rule, oldest document first."""
+    async def _stamp(
+        self,
+        entity: Entity,
+        rule: UniqueRule,
+        colliding: list[tuple[str, Any]],
+        no_room: list[tuple[str, Any]],
+    ) -> None:
+        """Stamp the keys of one rule, oldest document first; says who has one of its own, and who can have none."""
         mongo, timeout = self.pair.mongo, self.pair.options.bulk_deadline
-        colliding: list[tuple[str, Any]] = []
-        async for documents in mongo.unstamped(entity, field, rule, batch=1000, timeout=timeout):
+        name, path = rule.rule, rule.field
+        async for documents in mongo.unstamped(entity, path, name, batch=1000, timeout=timeout):
             keys: list[tuple[Any, Any, str]] = []
             for document in documents:
-                key = entity.keys(document).get(rule)
+                key = entity.keys(document).get(name)
                 if key is not None:
-                    keys.append((document["_id"], document[field], key))
-            refused = await mongo.stamp(entity, field, rule, keys, timeout=timeout)
-            for id_, value, key in refused:
-                own = unique_key(key, id_)
-                if not await mongo.stamp(entity, field, rule, [(id_, value, own)], timeout=timeout):
+                    keys.append((document["_id"], document[path], key))
+            found = await mongo.stamp(entity, path, name, keys, timeout=timeout)
+            too_large = [id_ for id_, _, _ in found.no_room]
+            for id_, value, key in found.taken:
+                own = await mongo.stamp(
+                    entity, path, name, [(id_, value, unique_key(key, id_))], timeout=timeout
+                )
+                if own.no_room:
+                    too_large.append(id_)
+                elif not own.taken:
                     colliding.append((entity.name, id_))
                     observe.log().warning(
-                        f"The key {rule!r} of this document is an older one's; it gets one of its own",
+                        f"The key {name!r} of this document is an older one's; it gets one of its own",
                         context="Init", entity=entity.name, id=str(id_),
                     )  # fmt: skip
-        return colliding
+            for id_ in too_large:
+                no_room.append((entity.name, id_))
+                observe.log().warning(
+                    f"This document is too large for its key {name!r}: make it smaller in MongoDB",
+                    context="Init", entity=entity.name, id=str(id_),
+                )  # fmt: skip
 
     async def stop(self) -> None:
         """Stop the background work; what is not settled stays in debt."""

@@ -154,7 +154,8 @@ async def _ask(migration: Migration, target: Phase, before: Control | None = Non
         statements = await guard(migration, target, before=before)
         if all(statement.holds or statement.name != "keys" for statement in statements):
             break
-        await migration.prepare()
+        if any((await migration.prepare()).no_room.values()):
+            break  # these have none the next time either
     return statements
 
 

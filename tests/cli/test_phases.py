@@ -6,6 +6,7 @@ import json
 from importlib.metadata import version
 from typing import Any
 
+import bson
 import psycopg
 import pytest
 from bson import ObjectId
@@ -114,6 +115,31 @@ def test_init_keeps_both_of_two_names_equal_but_for_case(crossfade: Command, not
     }
     assert keys["Same"] == "same"
     assert keys["same"].startswith("same#")
+
+
+def test_init_names_a_document_that_has_no_room_for_its_key_and_goes_on_with_the_others(
+    crossfade: Command, notes: Any
+) -> None:
+    full, late = {"_id": ObjectId(), "title": "Full", "text": ""}, {"_id": ObjectId(), "title": "Late"}
+    full["text"] = "x" * (16 * 2**20 - len(bson.encode(full)))
+    notes.insert_many([full, late])
+    done = crossfade("init")
+    assert done.returncode == 1, (done.stdout, done.stderr)
+    [line] = [line for line in done.stdout.splitlines() if "16 MiB" in line]
+    assert line.startswith(f"notes {full['_id']}: ")
+    assert "its key of title" in line
+    assert line.endswith("Make it smaller in MongoDB, then: crossfade init")
+    assert notes.find_one({"_id": late["_id"]})["_cf"]["keys"] == {"title": "late"}
+    # Phase 1 wants its key, and says who names it.
+    done = crossfade("phase", "set", "dual_write")
+    assert done.returncode == 1
+    assert "crossfade init, which names those that have no room for one" in done.stderr.splitlines()[-1]
+    assert crossfade("phase", "set", "dual_write", "--force", "keys").returncode == 0
+    notes.update_one({"_id": full["_id"]}, {"$set": {"text": "x"}})
+    done = crossfade("init", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["no_room"] == {"title": []}
+    assert notes.find_one({"_id": full["_id"]})["_cf"]["keys"] == {"title": "full"}
 
 
 def test_a_dead_postgres_is_named_with_its_address(crossfade: Command) -> None:

@@ -196,13 +196,13 @@ async def test_documents_that_collide_already_are_all_kept_the_oldest_with_the_p
     ids = [ObjectId() for _ in range(3)]
     for id_, name in zip(ids, ("Bob", "bob", "BOB"), strict=True):
         w.documents.insert_one({"_id": id_, "username": name})
-    colliding = await w.m.prepare()
-    assert colliding == {"username": [("users", ids[1]), ("users", ids[2])]}
+    prepared = await w.m.prepare()
+    assert prepared.colliding == {"username": [("users", ids[1]), ("users", ids[2])]}
     keys = [w.notes(id_)["keys"]["username"] for id_ in ids]
     assert keys[0] == "bob"
     assert len(set(keys)) == 3
     # Again: nothing is left to stamp.
-    assert await w.m.prepare() == {"username": []}
+    assert (await w.m.prepare()).colliding == {"username": []}
     await w.set_phase("dual_write")
     await w.m.reconciler.full_sweep()
     await w.assert_equal()

@@ -143,7 +143,7 @@ async def test_every_document_comes_back_from_postgresql_as_it_was(mongo_uri: st
     )  # fmt: skip
     migration = cf.migration("accounts", accounts())
     async with cf:
-        colliding = await migration.prepare()
+        colliding = (await migration.prepare()).colliding
         assert colliding["username"]
         await moved(migration, Phase.DUAL_WRITE)
         quarantined = (await backfilled(migration, mongo_uri, database_url))["quarantined"]

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from crossfade import errors
@@ -47,23 +48,34 @@ def init(app: AppOption = None, as_json: JsonOption = False) -> None:
 
     async def work() -> Exit:
         async with open_migration(app) as migration:
-            colliding = await migration.prepare()
-            listed = {
-                rule: [[entity, str(id_)] for entity, id_ in found] for rule, found in colliding.items()
-            }
+            prepared = await migration.prepare()
+            colliding, no_room = _listed(prepared.colliding), _listed(prepared.no_room)
             if as_json:
-                print(as_json_text({"migration": migration.name, "colliding": listed}))
+                print(as_json_text({"migration": migration.name, "colliding": colliding, "no_room": no_room}))
             else:
-                console.print(f"Prepared {migration.name}: tables, indexes and normalised keys are there.")
-                for rule, found in listed.items():
-                    for entity, id_ in found:
-                        console.print(
-                            f"[yellow]{entity} {id_}[/]: an older record has the same {rule}; kept, with a key of "
-                            "its own"
-                        )
-            return Exit.FOUND if any(listed.values()) else Exit.DONE
+                lacking = " but those below" if any(no_room.values()) else ""
+                console.print(
+                    f"Prepared {migration.name}: tables, indexes and normalised keys are there{lacking}."
+                )
+                _show_documents(colliding, "an older record has the same {rule}; kept, with a key of its own")
+                _show_documents(
+                    no_room,
+                    "MongoDB holds 16 MiB a document, and this one has no room for its key of {rule}; kept, without "
+                    "one, so others can take its name. Make it smaller in MongoDB, then: crossfade init",
+                )
+            return Exit.FOUND if any((*colliding.values(), *no_room.values())) else Exit.DONE
 
     run(work, as_json=as_json)
+
+
+def _listed(found: dict[str, list[tuple[str, Any]]]) -> dict[str, list[list[str]]]:
+    return {rule: [[entity, str(id_)] for entity, id_ in documents] for rule, documents in found.items()}
+
+
+def _show_documents(found: dict[str, list[list[str]]], what: str) -> None:
+    for rule, documents in found.items():
+        for entity, id_ in documents:
+            console.print(f"[yellow]{entity} {escape(id_)}[/]: {what.format(rule=rule)}", soft_wrap=True)
 
 
 def status(app: AppOption = None, as_json: JsonOption = False) -> None:

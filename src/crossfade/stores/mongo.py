@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pymongo
@@ -116,6 +116,19 @@ class Owed:
     def is_odd(self) -> bool:
         """Whether anything else is to be done about it than to bring an image."""
         return self.tombstone or self.tentative or self.delivery
+
+
+@dataclass(frozen=True, slots=True)
+class Unstamped:
+    """Documents that did not get their normalised key, each (id, value, key).
+
+    Attributes:
+        taken: another document has it.
+        no_room: the document is so near MongoDB's 16 MiB that it cannot take one.
+    """
+
+    taken: list[tuple[Any, Any, str]] = field(default_factory=list)
+    no_room: list[tuple[Any, Any, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -872,10 +885,10 @@ class MongoStore:
         keys: Sequence[tuple[Any, Any, str]],
         *,
         timeout: float,
-    ) -> list[tuple[Any, Any, str]]:
+    ) -> Unstamped:
         """Stamp normalised keys, in order, on documents whose ``field`` still holds the value given.
 
-        Each of ``keys`` is (id, value, key). Returns those whose key another document has.
+        Each of ``keys`` is (id, value, key). Returns those that did not get theirs.
         """
         path = f"{CF}.keys.{rule}"
         requests = [
@@ -883,17 +896,22 @@ class MongoStore:
             for id_, value, key in keys
         ]
         if not requests:
-            return []
+            return Unstamped()
+        unstamped = Unstamped()
         async with self._asking(timeout):
             try:
                 # Each on its own in order: of two that want one key the older must get it.
                 await self._documents(entity).bulk_write(requests, ordered=False)
             except BulkWriteError as cause:
-                failed = cause.details["writeErrors"]
-                if not all(error["code"] == 11000 or _VIOLATION.search(error["errmsg"]) for error in failed):
-                    raise Unanswered(STORE, self._unreachable("a bulk write failed")) from cause
-                return [keys[error["index"]] for error in failed]
-        return []
+                for error in cause.details["writeErrors"]:
+                    key = keys[error["index"]]
+                    if error["code"] == 11000 or _VIOLATION.search(error["errmsg"]):
+                        unstamped.taken.append(key)
+                    elif _TOO_LARGE.search(error["errmsg"]):
+                        unstamped.no_room.append(key)
+                    else:
+                        raise Unanswered(STORE, self._unreachable("a bulk write failed")) from cause
+        return unstamped
 
     # --- the control record ------------------------------------------------------------------------------
 
