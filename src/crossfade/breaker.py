@@ -1,6 +1,10 @@
 """A circuit breaker per store: after failures in a row, spare callers the wait for a store that is down.
 
 Nobody waits to find out whether it is back: an open breaker asks the store itself, now and then, in a task of its own.
+
+A caller that gives up before the store had its time says nothing of it, neither that it answers nor that it does not.
+So a closed breaker asks then, too: no store is taken for one that is down because clients go away, and one that is down
+is found to be even by those who never wait as long as a deadline.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ class Breaker:
     failures: int = 0
     is_open: bool = False
     _probing: asyncio.Task[None] | None = field(default=None, repr=False)
+    _doubting: asyncio.Task[None] | None = field(default=None, repr=False)
 
     def allows(self) -> bool:
         """Whether a call may go to the store now; a call that was allowed must report its end."""
@@ -49,11 +54,24 @@ class Breaker:
         if self._probing is None or self._probing.done():
             self._probing = asyncio.create_task(self._ask(), name="asking a store that is down")
 
+    def given_up(self) -> None:
+        """The caller was cancelled before the store answered, or had its time to: the store is asked."""
+        if not self.is_open and (self._doubting is None or self._doubting.done()):
+            self._doubting = asyncio.create_task(self._doubt(), name="asking a store that nobody waited for")
+
     async def close(self) -> None:
         """Ask no more."""
-        if self._probing is not None:
-            self._probing.cancel()
-            await asyncio.wait({self._probing})
+        asking = {task for task in (self._probing, self._doubting) if task is not None}
+        for task in asking:
+            task.cancel()
+        if asking:
+            await asyncio.wait(asking)
+
+    async def _doubt(self) -> None:
+        try:
+            await self.probe()
+        except Exception:  # as below: whatever it ends by, the store did not answer
+            self.failed()
 
     async def _ask(self) -> None:
         while True:

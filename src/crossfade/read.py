@@ -12,6 +12,7 @@ them; a foreign writer's change before the sweep has found it (`Options.sweep`).
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
@@ -291,6 +292,9 @@ class Reader:
     ) -> tuple[_T, str, bool]:
         try:
             answer = await postgres(deadline if self.pair.postgres_breaker.allows() else 0.25)
+        except asyncio.CancelledError:
+            self.pair.postgres_breaker.given_up()
+            raise
         except _FAILED as cause:
             self.pair.postgres_breaker.failed()
             if not control.phase.rules.dual or self._on_board(entity, ids):
@@ -356,6 +360,9 @@ class Reader:
             answer = await postgres(self.pair.options.secondary_deadline)
         except _FAILED:
             self.pair.postgres_breaker.failed()
+            raise
+        except asyncio.CancelledError:
+            self.pair.postgres_breaker.given_up()
             raise
         except BaseException:
             self.pair.postgres_breaker.succeeded()

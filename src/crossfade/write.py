@@ -837,6 +837,9 @@ class Writer:
             self.pair.postgres_breaker.succeeded()
             self._say(o, f"PostgreSQL write failed: {cause}", warn=True)
             return cause
+        except asyncio.CancelledError:
+            self.pair.postgres_breaker.given_up()
+            raise
         except BaseException:
             self.pair.postgres_breaker.failed()
             raise
@@ -1286,6 +1289,9 @@ class Writer:
             self.pair.mongo_breaker.succeeded()
             self._say(o, f"MongoDB write failed: {cause}", warn=True)
             return errors.Quarantined(f"MongoDB did not take this record: {cause}")
+        except asyncio.CancelledError:
+            self.pair.mongo_breaker.given_up()
+            raise
         except BaseException:
             self.pair.mongo_breaker.failed()
             raise

@@ -1,6 +1,7 @@
 """A secondary that is down, hangs or is slow: callers go on, the debt stands, and it is settled by itself."""
 
 import asyncio
+import contextlib
 import time
 
 import pytest
@@ -357,6 +358,61 @@ async def test_callers_that_give_up_again_and_again_do_not_block_the_driver_for_
     async with asyncio.timeout(PATIENCE):
         image = await w.mongo.read(w.entity, made.id, timeout=PATIENCE)
     assert image.document["username"] == "Bob"
+
+
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_primary"])
+async def test_callers_that_give_up_do_not_make_a_secondary_that_answers_one_that_is_down(
+    open_world, mongo_proxy, postgres_proxy, phase
+):
+    """A client that closes its connection ends its request."""
+    w = await open_world(phase, mongo=mongo_proxy, postgres=postgres_proxy, secondary_deadline=10.0)
+    made = await w.users.insert({"username": "Bob", "n": 0})
+    await w.settle()
+    secondary, breaker = postgres_proxy, w.m.pair.postgres_breaker
+    if phase == "postgres_primary":
+        secondary, breaker = mongo_proxy, w.m.pair.mongo_breaker
+    secondary.delay(0.4)
+    for n in range(1, 5):
+        write = asyncio.create_task(w.users.update(made.id, {"n": n}))
+
+        async def decided(n: int = n) -> bool:
+            if phase == "dual_write":
+                return w.document(made.id)["n"] == n
+            return w.sql("SELECT n FROM users") == [(n,)]
+
+        await eventually(decided)
+        await asyncio.sleep(0.1)  # the primary's answer has come; the secondary's takes longer
+        assert not write.done()
+        write.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await write
+        assert (breaker.failures, breaker.allows()) == (0, True)
+    secondary.pass_through()
+    await w.users.update(made.id, {"n": 9})
+    await w.settle()
+    assert w.document(made.id)["n"] == 9
+    assert (await w.row(made.id)).document["n"] == 9
+
+
+@pytest.mark.parametrize(
+    ("phase", "call"), [("dual_write", "update"), ("postgres_read", "get"), ("postgres_primary", "get")]
+)
+async def test_callers_that_never_wait_as_long_as_a_deadline_find_a_silent_postgres_all_the_same(
+    open_world, postgres_proxy, phase, call
+):
+    w = await open_world(phase, postgres=postgres_proxy, board_age=PATIENCE)
+    made = await w.users.insert({"username": "Bob", "n": 0})
+    await w.settle()
+    await w.m.board.refresh()
+    postgres_proxy.swallow_answers()
+
+    async def opened() -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await (w.users.update(made.id, {"n": 1}) if call == "update" else w.users.get(made.id))
+        return not w.m.pair.postgres_breaker.allows()
+
+    await eventually(opened)
 
 
 async def test_a_claim_of_a_database_that_does_not_answer_ends(open_world, postgres_proxy):

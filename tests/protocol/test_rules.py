@@ -213,3 +213,22 @@ async def test_a_call_that_succeeds_closes_an_open_breaker():
     breaker.succeeded()
     assert breaker.allows()
     await breaker.close()
+
+
+async def test_a_caller_that_gives_up_says_nothing_and_the_store_is_asked():
+    store = _Store()
+    store.there = True
+    breaker = Breaker(store.ping, failures_to_open=1, rest=60)
+    for _ in range(3):
+        breaker.given_up()
+        await breaker._doubting
+    assert (breaker.failures, breaker.allows(), store.questions.qsize()) == (0, True, 3)
+    store.there = False
+    breaker.given_up()
+    await breaker._doubting
+    assert not breaker.allows()
+    # Open, it asks by itself, and goes on to.
+    breaker.given_up()
+    assert store.questions.qsize() == 4
+    assert not breaker._probing.done()
+    await breaker.close()
