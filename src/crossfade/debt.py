@@ -27,8 +27,9 @@ from crossfade.control import Control
 from crossfade.entity import Entity, Rows, UniqueRule
 from crossfade.part import Part, carried_by, digest_with, parts_of
 from crossfade.record import CF, Applied, Debt, DebtKey, Held, Image, new_operation
-from crossfade.steps import Placed, Stepper
+from crossfade.steps import LARGEST_GROUP, Placed, Stepper
 from crossfade.stores.errors import Fenced, RuleBroken
+from crossfade.stores.mongo import Tombstone
 from crossfade.stores.postgres import Ahead, Change, Delivery
 from crossfade.values import (
     Unmappable,
@@ -217,18 +218,36 @@ class Settler:
         # Gone there already; what is left is the second look.
         return await self.finish_delete(entity, image, control)
 
-    async def with_group(self, entity: Entity, image: Image) -> list[Placed]:
-        """The image, and those that PostgreSQL should get with it: of one operation, and not yet settled."""
-        placed: list[Placed] = [(entity, image)]
-        for name, text in image.debt.group if image.debt is not None else ():
-            other = self.pair.entities[name]
-            with contextlib.suppress(Unmappable):
-                found = await self.pair.mongo.read_owed(
-                    other, text_to_id(text), timeout=self.pair.options.primary_deadline
-                )
-                if found is not None and not found.deleted and found.debt and found.debt.tentative is None:
-                    placed.append((other, found))
-        return placed
+    async def with_groups(self, placed: Sequence[Placed]) -> list[Placed]:
+        """These, and those that PostgreSQL should get with them: of one operation, and not yet settled.
+
+        A record may be owed by several operations, so theirs as well; `LARGEST_GROUP` at most.
+        """
+        found = list(placed)
+        known = {(entity.name, id_to_text(image.id)) for entity, image in found}
+        at = 0
+        while at < len(found):
+            debt = found[at][1].debt
+            at += 1
+            for member in debt.group if debt is not None else ():
+                if member in known or len(found) >= LARGEST_GROUP:
+                    continue
+                known.add(member)
+                name, text = member
+                other = self.pair.entities[name]
+                with contextlib.suppress(Unmappable):
+                    there = await self.pair.mongo.read_owed(
+                        other, text_to_id(text), timeout=self.pair.options.primary_deadline
+                    )
+                    if there is None:
+                        buried = await self.pair.mongo.tombstone(
+                            other, text_to_id(text), timeout=self.pair.options.primary_deadline
+                        )
+                        if buried is not None and buried.owed:
+                            found.append((other, _deleted(buried)))
+                    elif not there.deleted and there.debt and there.debt.tentative is None:
+                        found.append((other, there))
+        return found
 
     async def roll_forward(self, entity: Entity, image: Image, control: Control, *, ends: float) -> None:
         """Do in MongoDB what a decided operation owes to other records, and erase that it is owed.
@@ -390,7 +409,9 @@ class Settler:
                         set_={
                             f"{CF}.rev": Int64(max(image.rev, above, *buried.values()) + 1),
                             f"{CF}.op": new_operation(),
-                            f"{CF}.debt": Debt(control.epoch, parts=changed).to_document(),
+                            f"{CF}.debt": Debt(
+                                control.epoch, group=_owed_with(image), parts=changed
+                            ).to_document(),
                             **{f"{CF}.keys.{rule}": key for rule, key in keys.items()},
                         },
                         unset=[
@@ -453,9 +474,19 @@ class Settler:
             op=image.op,
             owed=control.phase.rules.dual,
             born=image.born,
+            group=_owed_with(image),
             timeout=timeout,
         )
         await mongo.remove(entity, image.id, rev=image.rev, op=image.op, timeout=timeout)
+
+    async def settle_tombstone(
+        self, entity: Entity, id_: Any, control: Control, *, timeout: float
+    ) -> Settled:
+        """Bring a tombstone, with the other records of the operation that deleted it where they are owed still."""
+        buried = await self.pair.mongo.tombstone(entity, id_, timeout=self.pair.options.primary_deadline)
+        if buried is None or not buried.group:
+            return await self.bring_tombstone(entity, id_, control, timeout=timeout)
+        return await self._bring_owed(entity, _deleted(buried), control)
 
     async def bring_tombstone(self, entity: Entity, id_: Any, control: Control, *, timeout: float) -> Settled:
         """Bring a tombstone to PostgreSQL, and erase its debt after a second look."""
@@ -540,7 +571,7 @@ class Settler:
                 await pair.mongo.park(entity, id_, rev, notes.get("op"), why, timeout=timeout)
             return Settled.PARKED
         if image is None:
-            return await self.bring_tombstone(entity, id_, control, timeout=timeout)
+            return await self.settle_tombstone(entity, id_, control, timeout=timeout)
         if await self.is_echo(entity, image):
             return await self.bring_tombstone(entity, id_, control, timeout=timeout)
         if image.is_open:
@@ -564,7 +595,12 @@ class Settler:
             if adopted is None:
                 return Settled.CONFIRMED
             image = adopted
-        placed = await self.with_group(entity, image)
+        return await self._bring_owed(entity, image, control)
+
+    async def _bring_owed(self, entity: Entity, image: Image, control: Control) -> Settled:
+        """Bring an image with those of its operation that are still owed, and erase the debts of all."""
+        pair, timeout = self.pair, self.pair.options.primary_deadline
+        placed = await self.with_groups([(entity, image)])
         brought = await self.bring_together(placed, control, timeout=timeout)
         for (each, one), settled in zip(placed, brought, strict=True):
             if settled is Settled.CONFIRMED and (key := confirmed(each, one)) is not None:
@@ -585,12 +621,7 @@ class Settler:
         timeout = self.pair.options.primary_deadline
         held = await self.pair.postgres.held(entity, id_, timeout=timeout)
         image = await self.lift(entity, id_, above=held.highest, control=control)
-        if image is None:
-            return Settled.SUPERSEDED
-        settled = await self.bring(entity, image, control, timeout=timeout)
-        if settled is Settled.CONFIRMED and (key := confirmed(entity, image)) is not None:
-            await self.pair.mongo.settle(entity, [key], timeout=timeout)
-        return settled
+        return Settled.SUPERSEDED if image is None else await self._bring_owed(entity, image, control)
 
     async def adopt_delete(self, entity: Entity, id_: Any, rev: int, control: Control) -> bool:
         """Make a delete behind our back one of ours: the row at ``rev`` goes; False: it is there again, or changed.
@@ -783,7 +814,9 @@ class Settler:
                 unset += [f"{CF}.keys.{rule}" for rule in held if rule not in plain]
             carried = carried_by(entity.parts, image.noted, wrote=set_back, removed=taken_away)
             owed = tuple(dict.fromkeys((*image.debt.parts, *carried.owed)))
-            marks |= set_back | {f"{CF}.debt": Debt(control.epoch, parts=owed).to_document()}
+            # An operation that was finished before this write began is still owed together.
+            debt = Debt(control.epoch, group=_owed_with(image), parts=owed)
+            marks |= set_back | {f"{CF}.debt": debt.to_document()}
             unset += [*taken_away, *(f"{CF}.parts.{name}" for name in carried.erased)]
             # Of a record that goes nothing is looked at.
             gone = dict.fromkeys(entity.parts) if f"{CF}.deleted" in marks else carried.left_out
@@ -798,6 +831,8 @@ class Settler:
                 others = not decider or await self._undo_steps(image, control)
                 if undone.deleted:
                     settled = await self.finish_delete(entity, undone, control)
+                elif _owed_with(undone):
+                    settled = await self._bring_owed(entity, undone, control)
                 else:
                     settled = await self.bring(
                         entity, undone, control, timeout=pair.options.secondary_deadline
@@ -1265,6 +1300,17 @@ def _no_longer(entity: Entity) -> Fenced:
 def _same(one: Any, other: Any) -> bool:
     """Whether two values are the same BSON: 1 is not true, and a NaN equals itself."""
     return encode_document({"v": one}) == encode_document({"v": other})
+
+
+def _deleted(buried: Tombstone) -> Image:
+    """What a tombstone is to whoever brings it together with others."""
+    debt = Debt(0, group=buried.group)
+    return Image(buried.id, {"_id": buried.id}, buried.rev, buried.op, {}, b"", debt, deleted=True)
+
+
+def _owed_with(image: Image) -> tuple[tuple[str, str], ...]:
+    """The other records of operations that PostgreSQL is to get in one transaction with this one."""
+    return () if image.debt is None else image.debt.group
 
 
 def _covered(held: Held) -> bool:

@@ -408,7 +408,7 @@ class Reconciler:
                 return Settled.OPEN
             return await self.settler.deliver(debt, control, timeout=timeout)
         if debt.tombstone:
-            return await self.settler.bring_tombstone(entity, debt.id, control, timeout=timeout)
+            return await self.settler.settle_tombstone(entity, debt.id, control, timeout=timeout)
         return await self.settler.settle_one(entity, debt.id, control, undo_tentative=overdue, owed=True)
 
     async def link(self) -> int:

@@ -174,6 +174,7 @@ class Stepper:
         mongo, timeout = self.pair.mongo, self.pair.options.primary_deadline
         assert anchor.steps is not None
         op = anchor.steps.op
+        group = members(entity, anchor.id, anchor.steps, step)
         while True:
             # What it writes of a part must be there, to be put back.
             whole = any(name in target.parts for name in step.fields)
@@ -199,7 +200,7 @@ class Stepper:
                     f"{CF}.rev": Int64(image.rev + 1),
                     f"{CF}.op": op,
                     **self._debt(
-                        control, tentative, members(entity, anchor.id, anchor.steps, step),
+                        control, tentative, group if image.debt is None else (*image.debt.group, *group),
                         carried.owed if image.debt is None else (*image.debt.parts, *carried.owed),
                     ),
                 }  # fmt: skip

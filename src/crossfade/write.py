@@ -872,17 +872,18 @@ class Writer:
         ahead: Ahead | None,
     ) -> Settled:
         timeout = self.pair.options.secondary_deadline
-        if not together and not image.deleted and image.debt is not None and image.debt.group:
-            together = (await self.settler.with_group(entity, image))[1:]
-        if together:
-            placed = [(entity, image), *together]
+        own = [(entity, image), *together]
+        placed = own if image.deleted and not together else await self.settler.with_groups(own)
+        if len(placed) > 1:
             brought = await self.settler.bring_together(placed, o.control, timeout=timeout)
             for (each, one), settled in zip(placed, brought, strict=True):
-                if settled is Settled.CONFIRMED and not o.rollback and one is not image:
+                if settled is Settled.CONFIRMED and one is not image and not one.is_open:
                     self.settler.erase_soon(each, one)
-            unlike = [settled for settled in brought if settled not in (Settled.CONFIRMED, Settled.OPEN)]
+            # What was owed before is owed on where it is refused: this write stands without it.
+            mine = brought[: len(own)]
+            unlike = [settled for settled in mine if settled not in (Settled.CONFIRMED, Settled.OPEN)]
             if unlike or not image.deleted or not o.rollback:
-                return Settled.PARKED if Settled.PARKED in unlike else (unlike or brought)[0]
+                return Settled.PARKED if Settled.PARKED in unlike else (unlike or mine)[0]
         elif not image.deleted:
             # An open write is confirmed by its outcome: nothing of it may be left to do then.
             prompt = None if o.rollback else behind

@@ -253,16 +253,115 @@ async def test_a_dead_secondary_is_owed_all_of_it(open_friends, postgres_proxy, 
     await assert_all_equal(w)
 
 
-async def test_postgres_never_shows_half_of_an_operation(open_friends, postgres_proxy):
+async def one_of_them_is_written(w, ids):
+    await w.users.update(ids[1], {"n": 7})
+
+
+async def one_of_them_is_written_and_that_taken_back(w, ids):
+    with pytest.raises(Undone):
+        await w.users.update(ids[1], {"n": 7}, strategy=ROLLBACK)
+
+
+async def one_of_them_takes_an_open_step_that_is_taken_back(w, ids):
+    other = await w.users.insert({"username": "Cid"})
+    with pytest.raises(Undone):
+        await like(w, other.id, ids[1], ROLLBACK)
+
+
+async def like(w, one, other, strategy=None):
+    async with w.m.operation("Like", strategy=strategy) as op:
+        op.update("users", one, {"n": 1})
+        op.also("users", other, {"n": 7})
+
+
+async def one_of_them_is_lifted(w, ids):
+    assert await w.settler.lift(w.entity, ids[1], above=50, control=w.control) is not None
+
+
+@pytest.mark.parametrize(
+    "meanwhile",
+    [
+        one_of_them_is_written,
+        one_of_them_is_written_and_that_taken_back,
+        one_of_them_takes_an_open_step_that_is_taken_back,
+        one_of_them_is_lifted,
+    ],
+)
+async def test_postgres_never_shows_half_of_an_operation(open_friends, postgres_proxy, meanwhile):
     """Owed by three documents, brought by a reconciler that may begin with any of them."""
     w = await open_friends(postgres=postgres_proxy)
     ids = await asked(w)
     await w.settle()
     postgres_proxy.refuse()
     await accept(w, *ids)
-    await w.users.update(ids[1], {"n": 7})  # one of them moves on meanwhile
+    await meanwhile(w, ids)
     postgres_proxy.pass_through()
     await w.postgres_answers()
+    looks = halves_seen(w, ids)
+    await w.settler.settle_one(w.entity, ids[1], w.control)  # as if it had begun with this one
+    await w.reconcile()
+    assert set(looks) == {3}
+    await assert_all_equal(w)
+
+
+async def test_a_record_that_is_brought_anew_brings_all_of_an_operation_that_is_still_owed(
+    open_friends, postgres_proxy
+):
+    w = await open_friends(postgres=postgres_proxy)
+    ids = await asked(w)
+    await w.settle()
+    postgres_proxy.refuse()
+    await accept(w, *ids)
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    looks = halves_seen(w, ids)
+    assert await w.settler.bring_anew(w.entity, ids[1], w.control) is Settled.CONFIRMED
+    assert set(looks) == {3}
+    await assert_all_equal(w)
+
+
+async def test_a_record_of_two_operations_that_are_still_owed_brings_all_of_both(
+    open_friends, postgres_proxy
+):
+    w = await open_friends(postgres=postgres_proxy)
+    request, ann, bob = await asked(w)
+    cid = (await w.users.insert({"username": "Cid"})).id
+    await w.settle()
+    postgres_proxy.refuse()
+    await accept(w, request, ann, bob)
+    await like(w, cid, bob)
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    looks = halves_seen(w, (request, ann, bob))
+    assert await w.settler.settle_one(w.entity, ann, w.control) is Settled.CONFIRMED
+    assert set(looks) == {3}
+    assert [(await w.row(id_)).document["n"] for id_ in (cid, bob)] == [1, 7]
+    assert await w.owed() == ()
+    await assert_all_equal(w)
+
+
+@pytest.mark.parametrize("strategy", [None, ROLLBACK])
+async def test_an_operation_upon_a_record_that_is_still_owed_with_others_brings_those_too(
+    open_friends, postgres_proxy, strategy
+):
+    w = await open_friends(postgres=postgres_proxy)
+    ids = await asked(w)
+    cid = (await w.users.insert({"username": "Cid"})).id
+    await w.settle()
+    postgres_proxy.refuse()
+    await accept(w, *ids)
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    w.m.pair.postgres_breaker.succeeded()
+    looks = halves_seen(w, ids)
+    await like(w, cid, ids[1], strategy)
+    assert set(looks) == {3}
+    await w.reconcile()
+    await assert_all_equal(w)
+
+
+def halves_seen(w, ids):
+    """After each transaction of this worker's: how much of the accepted request PostgreSQL shows, 3 is all of it."""
     looks = []
     applied = w.m.pair.postgres.apply
 
@@ -277,9 +376,7 @@ async def test_postgres_never_shows_half_of_an_operation(open_friends, postgres_
         return answer
 
     w.m.pair.postgres.apply = watched
-    await w.reconcile()
-    assert set(looks) == {3}
-    await assert_all_equal(w)
+    return looks
 
 
 async def test_an_open_step_holds_other_writers_of_its_record(open_friends):
@@ -408,6 +505,30 @@ async def test_a_delete_that_decides_and_its_steps_are_one_transaction_in_postgr
     assert len(made_by) == 1
     assert {(await w.users.get(ann))["n"], (await w.users.get(bob))["n"]} == {7, 8}
     await w.settle()
+    await assert_all_equal(w)
+
+
+@pytest.mark.parametrize("first", ["what was deleted", "what is left"])
+async def test_a_delete_that_decided_and_its_steps_are_one_transaction_after_an_outage_too(
+    open_friends, postgres_proxy, first
+):
+    w = await open_friends(postgres=postgres_proxy)
+    request, ann, bob = await asked(w)
+    await w.settle()
+    postgres_proxy.refuse()
+    async with w.m.operation("Friend Withdraw") as op:
+        op.delete("friend_requests", request)
+        op.also("users", ann, {"n": 7})
+        op.also("users", bob, {"n": 8})
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    entity, id_ = (
+        (w.m.entities["friend_requests"], request) if first == "what was deleted" else (w.entity, ann)
+    )
+    assert await w.settler.settle_one(entity, id_, w.control) is Settled.CONFIRMED
+    made_by = w.sql("SELECT DISTINCT xmin::text FROM users UNION SELECT xmin::text FROM crossfade.tombstones")
+    assert len(made_by) == 1
+    assert await w.owed() == ()
     await assert_all_equal(w)
 
 

@@ -138,6 +138,7 @@ class Tombstone:
     Attributes:
         born: operation ids of the inserts that had made it, the last ones: a repetition of one of them that arrives
             late must not bring it back.
+        group: the other records of the operation that deleted it, while it is owed; see `Debt`.
     """
 
     entity: str
@@ -146,6 +147,7 @@ class Tombstone:
     op: str
     owed: bool
     born: tuple[str, ...] = ()
+    group: tuple[tuple[str, str], ...] = ()
 
 
 def _owed(note: Mapping[str, Any]) -> Owed:
@@ -649,6 +651,7 @@ class MongoStore:
         op: str,
         owed: bool,
         born: str | None = None,
+        group: tuple[tuple[str, str], ...] = (),
         timeout: float,
     ) -> None:
         """Keep a tombstone at this revision; one at a higher revision stays as it is."""
@@ -656,6 +659,8 @@ class MongoStore:
         note: dict[str, Any] = {"rev": Int64(rev), "op": op}
         if owed:
             note["debt"] = True
+            if group:
+                note["group"] = [list(member) for member in group]
         async with self._asking(timeout):
             try:
                 await self.database[TOMBSTONES].insert_one(
@@ -663,8 +668,8 @@ class MongoStore:
                 )
             except DuplicateKeyError:
                 update: dict[str, Any] = {"$set": note}
-                if not owed:
-                    update["$unset"] = {"debt": ""}
+                if gone := {"debt", "group"} - note.keys():
+                    update["$unset"] = dict.fromkeys(gone, "")
                 if born:
                     update["$push"] = {"born": {"$each": [born], "$slice": -BORN}}
                 await self.database[TOMBSTONES].update_one({"_id": key, "rev": {"$lt": Int64(rev)}}, update)
@@ -677,8 +682,9 @@ class MongoStore:
         if note is None:
             return None
         return Tombstone(
-            entity.name, id_, int(note["rev"]), note["op"], "debt" in note, tuple(note.get("born", ()))
-        )
+            entity.name, id_, int(note["rev"]), note["op"], "debt" in note, tuple(note.get("born", ())),
+            tuple((name, text) for name, text in note.get("group", ())),
+        )  # fmt: skip
 
     async def buried_among(self, entity: Entity, ids: Sequence[Any], *, timeout: float) -> dict[str, int]:
         """Revisions of the tombstones of those of ``ids`` that have one, by id text."""
@@ -707,7 +713,7 @@ class MongoStore:
         key = {"entity": entity.name, "id": id_to_text(id_)}
         async with self._asking(timeout):
             await self.database[TOMBSTONES].update_one(
-                {"_id": key, "rev": Int64(rev), "op": op}, {"$unset": {"debt": ""}}
+                {"_id": key, "rev": Int64(rev), "op": op}, {"$unset": {"debt": "", "group": ""}}
             )
 
     # --- sweeping for foreign writes ---------------------------------------------------------------------
