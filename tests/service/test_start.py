@@ -158,6 +158,34 @@ def test_a_schema_that_is_not_at_head_is_said_so(tmp_path: Path, environ: dict[s
     assert_one_line(run(tmp_path, **environ), "alembic upgrade head")
 
 
+@pytest.mark.parametrize(
+    ("revision", "why"),
+    [
+        ("0099", "revision 0099, which this version does not have"),
+        (
+            "0004",
+            'revision 0004, and are not those of this version: column "cf_rev" of relation "user_pictures"',
+        ),
+    ],
+)
+def test_tables_of_a_version_that_numbered_its_revisions_otherwise_are_said_so(
+    tmp_path: Path, environ: dict[str, str], revision: str, why: str
+) -> None:
+    with psycopg.connect(environ["DATABASE_URL"], autocommit=True) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = %s", [revision])
+    ended = subprocess.run(
+        [sys.executable, "-m", "alembic", "-c", ROOT / "alembic.ini", "upgrade", "head"],
+        capture_output=True, text=True, timeout=60, cwd=tmp_path, env={"PATH": os.environ["PATH"], **environ},
+    )  # fmt: skip
+    assert ended.returncode == 1
+    [line] = (ended.stderr + ended.stdout).splitlines()
+    assert line.startswith("error: the tables in PostgreSQL at 127.0.0.1:")
+    assert why in line
+    assert "set DATABASE_URL to an empty database" in line
+    with psycopg.connect(environ["DATABASE_URL"]) as connection:
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [(revision,)]
+
+
 def test_a_port_in_use_is_said_so(tmp_path: Path, environ: dict[str, str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
