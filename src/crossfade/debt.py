@@ -631,7 +631,8 @@ class Settler:
         """
         pair, timeout = self.pair, self.pair.options.bulk_deadline
         async with self._mongo_decides(entity, id_, control):
-            if await pair.mongo.read_raw(entity, id_, timeout=timeout) is not None:
+            # Just this one: where it is a number, the document may have come back with it in another type.
+            if id_to_text(id_) in await pair.mongo.present(entity, [id_], timeout=timeout):
                 return False
             if (await pair.postgres.held(entity, id_, timeout=timeout)).rev != rev:
                 return False

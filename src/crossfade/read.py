@@ -29,7 +29,7 @@ from crossfade.query import Query
 from crossfade.record import CF, Image, Record
 from crossfade.shadow import Shadow
 from crossfade.stores.errors import Fenced
-from crossfade.values import Unmappable, can_be_id, id_to_text, is_unicode
+from crossfade.values import Unmappable, can_be_id, id_texts, is_unicode
 
 _T = TypeVar("_T")
 _FAILED = (errors.StoreUnavailable, Fenced)
@@ -60,7 +60,10 @@ class Reader:
             return next(iter(await self.pair.mongo.standing(entity, [found], timeout=timeout)), None)
 
         async def postgres(timeout: float) -> Image | None:
-            return await self.pair.postgres.read(entity, id_, timeout=timeout, small=bool(without))
+            if len(id_texts(id_)) == 1:
+                return await self.pair.postgres.read(entity, id_, timeout=timeout, small=bool(without))
+            found = await self.pair.postgres.read_many(entity, [id_], timeout=timeout, small=bool(without))
+            return next(iter(found), None)
 
         found, source, stale = await self._first(
             entity, "by id", mongo, postgres, options.primary_deadline,
@@ -73,7 +76,7 @@ class Reader:
     async def get_many(self, entity: Entity, ids: Iterable[Any], *, parts: bool = True) -> list[Record]:
         """The records of these ids that there are, in the order of the ids, none twice."""
         try:
-            places = {id_to_text(id_): id_ for id_ in ids if can_be_id(id_)}
+            places = {_place(id_): id_ for id_ in ids if can_be_id(id_)}
         except Unmappable as cause:
             raise errors.Quarantined(f"a document of {entity.name} cannot be read: {cause}") from cause
         if not places:
@@ -92,7 +95,7 @@ class Reader:
             entity, "by ids", mongo, postgres, self.pair.options.primary_deadline, ids=wanted,
             missing=lambda images: len(images) < len(wanted), without=without,
         )  # fmt: skip
-        images = {id_to_text(image.id): image for image in found}
+        images = {_place(image.id): image for image in found}
         return [
             self.pair.seen.record(entity, images[place], source, stale=stale, without=without)
             for place in places
@@ -343,7 +346,7 @@ class Reader:
             return True
         if not ids:
             return entity.name in look.owed_entities
-        return any((entity.name, id_to_text(id_)) in look.ids for id_ in ids)
+        return any((entity.name, text) in look.ids for id_ in ids for text in id_texts(id_))
 
     def _absence_is_final(self, entity: Entity, control: Control) -> bool:
         """Backfilled (phase 3 wants that), nobody writes to MongoDB alone, and nothing is owed."""
@@ -377,6 +380,11 @@ class Reader:
 def _can_be_marked(answer: object) -> bool:
     """Whether it can say that it may be old: a record can; that there is none, and a number, cannot."""
     return isinstance(answer, Image) or (isinstance(answer, list) and bool(answer))
+
+
+def _place(id_: Any) -> str:
+    """One text for all ids that MongoDB takes for this one."""
+    return min(id_texts(id_))
 
 
 def _names(query: Query) -> str:

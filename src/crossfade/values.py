@@ -22,6 +22,8 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from decimal import Context, Decimal
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -76,6 +78,8 @@ _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
+#: Room for every double and every decimal of BSON, digit by digit.
+_EXACT = Context(prec=1_100, Emin=-9_999, Emax=9_999)
 
 
 class Unmappable(Exception):
@@ -358,7 +362,8 @@ def id_to_text(_id: Any) -> str:
 
     An ObjectId gives its 24 lower-case hex digits, a string `s:` and the string, anything else `j:` and its
     JSON as `to_json` has it (so does a string with NUL). Different ids have different texts, also
-    the string "65f0..." and the ObjectId of the same digits, also 5 as 32-bit, 64-bit integer and double.
+    the string "65f0..." and the ObjectId of the same digits, also 5 as 32-bit, 64-bit integer and double
+    (`id_texts` has them all).
 
     Raises:
         Unmappable: an array, regular expression or code (none of them can be an `_id`), a value without a
@@ -381,6 +386,52 @@ def id_to_text(_id: Any) -> str:
             f"the _id takes more than {MAX_ID_BYTES} bytes as text, too long for an index", "_id"
         )
     return text
+
+
+def id_texts(_id: Any) -> tuple[str, ...]:
+    """The texts of all ids that MongoDB takes for this one, its own first.
+
+    MongoDB compares numbers by value: of 5, `Int64(5)`, 5.0 and `Decimal128("5.00")` a collection holds one, and finds
+    it by any of them. Numbers inside a document that is an id are left as they are.
+
+    Raises:
+        Unmappable: as `id_to_text` does.
+    """
+    own = id_to_text(_id)
+    if type(_id) is ObjectId or isinstance(_id, bool) or not isinstance(_id, int | float | Decimal128):
+        return (own,)
+    return _texts_of_equal_numbers(own)
+
+
+@lru_cache(maxsize=4096)
+def _texts_of_equal_numbers(own: str) -> tuple[str, ...]:
+    number = load_json(own[2:])
+    value = number.to_decimal() if isinstance(number, Decimal128) else Decimal(number)
+    equal: list[Any] = []
+    if value.is_nan():
+        equal = [math.nan, Decimal128("NaN")]
+    elif value.is_infinite():
+        equal = [float(value), Decimal128(value)]
+    else:
+        if _INT64_MIN <= value <= _INT64_MAX and value == value.to_integral_value():
+            whole = int(value)
+            equal += [Int64(whole), *([whole] if _INT32_MIN <= whole <= _INT32_MAX else [])]
+        near = float(value)
+        if math.isfinite(near) and Decimal(near) == value:
+            equal += [near, -near] if near == 0 else [near]
+    texts = [id_to_text(one) for one in equal]
+    if value.is_finite():
+        texts += (f'j:{{"$numberDecimal":"{one}"}}' for one in _equal_decimals(value))
+    return tuple(dict.fromkeys((own, *texts)))
+
+
+def _equal_decimals(value: Decimal) -> Iterator[Decimal]:
+    """All of 34 digits at most that equal ``value``: 5, 5.0, 5.00 ..."""
+    sign, digits, exponent = value.normalize(_EXACT).as_tuple()
+    assert isinstance(exponent, int)
+    for either in (sign,) if value else (0, 1):
+        for zeros in range(35 - len(digits)):
+            yield Decimal((either, (*digits, *(0,) * zeros), exponent - zeros))
 
 
 def can_be_id(value: Any) -> bool:

@@ -511,6 +511,7 @@ class Writer:
                 rev, noted = seen.rev, seen.noted
             else:
                 notes, rev = await self._base(entity, id_, looked_at, if_revision, o)
+                id_ = notes["_id"]  # as it is kept: a number may have been given in another type
                 noted = noted_parts(notes.get(CF) or {}, entity.parts)
             carried = carried_by(entity.parts, noted, wrote=wrote, removed=removed)
             missed = [name for name in where if name not in notes or notes[name] != where[name]]
@@ -631,7 +632,7 @@ class Writer:
                     )
                 await asyncio.sleep(0.02)
                 continue
-            if notes is None or cf.get("deleted") or await self._is_buried(entity, id_, cf, o):
+            if notes is None or cf.get("deleted") or await self._is_buried(entity, notes["_id"], cf, o):
                 raise errors.NotFound(f"[{o.context}] {entity.name} has no record with this id")
             if o.rollback or o.request.steps or entity.name in self._quarantined():
                 await self._assert_readable(entity, id_, o)
@@ -731,6 +732,7 @@ class Writer:
         self._say(o, "Deleting in MongoDB...")
         for _ in range(ATTEMPTS * 4):
             notes, rev = await self._base(entity, id_, (), None, o)
+            id_ = notes["_id"]  # as above
             marks = self._marks(entity, id_, o, rev + 1, {}, {"kind": "delete"}, notes.get(CF))
             set_ = {f"{CF}.{name}": value for name, value in marks.items()} | {f"{CF}.deleted": True}
             # The names that it held are free from this moment on, unless it may yet be undone.
@@ -1055,6 +1057,7 @@ class Writer:
         if_revision: int | None = None,
     ) -> Record:
         """One write that PostgreSQL decides; ``insert``: a new document, ``wrote``: an update, neither: a delete."""
+        id_, o = await self._as_kept(entity, id_, o)
         mine: list[Change] = []
 
         def decide(before: Image | None, tombstone: int) -> Change:
@@ -1128,6 +1131,18 @@ class Writer:
         elif failure is not None:
             self._say(o, f"PostgreSQL keeps the write; MongoDB is owed it: {failure}", warn=True)
         return record
+
+    async def _as_kept(self, entity: Entity, id_: Any, o: _Operation) -> tuple[Any, _Operation]:
+        """The ids that PostgreSQL keeps the records of an operation by: a number may be given in another type."""
+        postgres = self.pair.postgres
+        if o.kind != "insert":
+            id_ = await postgres.as_kept(entity, id_, timeout=o.left())
+        steps: list[Step] = []
+        for step in o.request.steps:
+            kept = await postgres.as_kept(self.pair.entities[step.entity], step.id, timeout=o.left())
+            steps.append(replace(step, id=kept))
+        decider = (entity.name, id_to_text(id_))
+        return id_, replace(o, decider=decider, request=replace(o.request, steps=tuple(steps)))
 
     def _step_write(
         self, step: Step, o: _Operation

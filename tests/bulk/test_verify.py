@@ -3,7 +3,7 @@ import threading
 import time
 
 import pytest
-from bson.int64 import Int64
+from bson import Decimal128, Int64
 
 from crossfade.bulk import verify
 from crossfade.stores import runs
@@ -216,3 +216,21 @@ async def test_verify_changes_nothing_but_its_own_record(stores, moved):
     before = stores.content(), list(stores.collection.find())
     await stores.verify()
     assert (stores.content(), list(stores.collection.find())) == before
+
+
+async def test_ids_that_are_numbers_of_any_type_are_verified_and_one_that_comes_back_in_another_type_is_found(
+    stores, user
+):
+    ids = [5, Int64(6), 7.0, Decimal128("8.0")]
+    stores.collection.insert_many(user(n, _id=id_, friends=[]) for n, id_ in enumerate(ids))
+    await stores.backfill()
+    report = await stores.verify()
+    assert (report.counts.equal, report.found) == (4, False)
+    again = stores.collection.find_one({"_id": 5})
+    stores.collection.delete_one({"_id": 5})
+    stores.collection.insert_one({**again, "_id": 5.0})
+    report = await stores.verify()
+    assert sorted(found[:2] for found in findings(report)) == [
+        ("j:5", "tombstone_missing"),
+        ("j:5.0", "missing"),
+    ]

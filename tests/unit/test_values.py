@@ -14,7 +14,7 @@ from uuid import uuid4
 import bson
 import psycopg
 import pytest
-from bson import Code, DatetimeMS, DBRef, Int64, ObjectId, Regex
+from bson import Code, DatetimeMS, DBRef, Decimal128, Int64, ObjectId, Regex
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +29,7 @@ from crossfade.values import (
     dump_json,
     encode_document,
     from_json,
+    id_texts,
     id_to_text,
     load_json,
     normal_form,
@@ -273,6 +274,49 @@ def test_two_ids_have_two_texts(one: Any, other: Any) -> None:
     except Unmappable:
         return
     assert (texts[0] == texts[1]) == (raw_of({"v": one}) == raw_of({"v": other}))
+
+
+@pytest.mark.parametrize(
+    "equal",
+    [
+        [5, Int64(5), 5.0, Decimal128("5"), Decimal128("5.00"), Decimal128("0.5E+1")],
+        [2**40, Int64(2**40), 2.0**40, Decimal128("1099511627776")],
+        [2**53 + 1, Decimal128("9007199254740993.0")],
+        [-2.5, Decimal128("-2.5"), Decimal128("-2.500")],
+        [0, Int64(0), 0.0, -0.0, Decimal128("0"), Decimal128("-0.00")],
+        [float("inf"), Decimal128("Infinity")],
+        [float("nan"), Decimal128("NaN")],
+        [1e300, float("1e300")],
+    ],
+    ids=repr,
+)
+def test_numbers_that_mongodb_takes_for_one_id_have_the_same_texts(equal: list[Any]) -> None:
+    for number in equal:
+        texts = id_texts(number)
+        assert texts[0] == id_to_text(number)
+        assert len(texts) == len(set(texts))
+        assert {id_to_text(other) for other in equal} <= set(texts)
+        assert set(texts) == set(id_texts(equal[0]))
+
+
+@unhurried
+@given(bs.ids(), bs.ids())
+@example(5, Decimal128("5.0"))
+@example(5, 5.5)
+@example(1, True)
+@example(0.1, Decimal128("0.1"))
+@example(Decimal128("0E+10"), 0)
+def test_only_numbers_that_are_equal_share_a_text(one: Any, other: Any) -> None:
+    try:
+        texts = [id_texts(value) for value in (one, other)]
+    except Unmappable:
+        return
+    for value, own in zip((one, other), texts, strict=True):
+        assert own[0] == id_to_text(value)
+        assert len(own) == 1 or (isinstance(value, int | float | Decimal128) and not isinstance(value, bool))
+    if set(texts[0]) & set(texts[1]) and texts[0][0] != texts[1][0]:
+        exact = [v.to_decimal() if isinstance(v, Decimal128) else Decimal(v) for v in (one, other)]
+        assert exact[0] == exact[1] or all(number.is_nan() for number in exact)
 
 
 def test_the_text_of_an_object_id_is_its_hex() -> None:

@@ -28,7 +28,7 @@ from crossfade.entity import MISSING, DocumentId, Entity, FieldColumn, NestedIds
 from crossfade.errors import ConfigurationError
 from crossfade.query import AnyOf, Contains, IsSet, Order, Query
 from crossfade.stores.references import identifier
-from crossfade.values import Unmappable, can_be_id, dump_json, id_to_text
+from crossfade.values import Unmappable, can_be_id, dump_json, id_texts, id_to_text
 
 Filter = dict[str, Any]
 #: A clause with its parameters, in order.
@@ -196,7 +196,7 @@ def _id_texts(values: Sequence[Any]) -> list[str]:
     for value in values:
         if value is not None and can_be_id(value):
             with contextlib.suppress(Unmappable):
-                texts.append(id_to_text(value))
+                texts += id_texts(value)
     return texts
 
 
@@ -250,7 +250,7 @@ def _equal(
             continue
         sought = entity.sought(declared.field, value)
         if sought is not MISSING:
-            held.append(sought)
+            held += id_texts(value) if isinstance(column.type, DocumentId) else [sought]
         elif isinstance(value, Mapping | list):
             return None
         else:

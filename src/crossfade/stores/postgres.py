@@ -39,7 +39,7 @@ from crossfade.stores.errors import Fenced, RuleBroken, Unanswered
 from crossfade.stores.references import PORTION, identifier, references_of
 from crossfade.stores.rows import RowStatements, Statement, held
 from crossfade.stores.shadow_notes import ShadowNotes
-from crossfade.values import decode_document, encode_document, id_to_text, text_to_id
+from crossfade.values import decode_document, encode_document, id_texts, id_to_text, text_to_id
 
 STORE = "postgres"
 SCHEMA_VERSION = "4"
@@ -683,6 +683,15 @@ class PostgresStore:
         """A record, in one statement; None where there is no row. ``small``: without its parts."""
         return await self.read_where(entity, "id", id_to_text(id_), timeout=timeout, small=small)
 
+    async def as_kept(self, entity: Entity, id_: Any, *, timeout: float) -> Any:
+        """This id as its record has it: a number may be of another type there. Itself where there is no record."""
+        texts = id_texts(id_)
+        if len(texts) == 1:
+            return id_
+        query = sql.SQL("SELECT id FROM {} WHERE id = ANY(%s::text[])").format(self.statements(entity).table)
+        rows = await self._rows(query, [list(texts)], timeout)
+        return text_to_id(rows[0][0]) if rows else id_
+
     async def read_where(
         self, entity: Entity, column: str, value: Any, *, timeout: float, small: bool = False
     ) -> Image | None:
@@ -715,10 +724,13 @@ class PostgresStore:
     async def read_many(
         self, entity: Entity, ids: Sequence[Any], *, timeout: float, small: bool = False
     ) -> list[Image]:
-        """The records of these ids that there are, in no order; in one statement. ``small``: without their parts."""
+        """The records of these ids that there are, a number in any of its types; in no order, in one statement.
+
+        ``small``: without their parts.
+        """
         own = self.statements(entity)
         query = own.reading(" WHERE p.{} = ANY(%s::text[])", "id", small=small)
-        rows = await self._rows(query, [[id_to_text(i) for i in ids]], timeout)
+        rows = await self._rows(query, [[text for id_ in ids for text in id_texts(id_)]], timeout)
         return [own.image(row, small=small) for row in rows]
 
     def can_find(self, entity: Entity, where: Sequence[Mapping[str, Any]], order: Order) -> bool:
@@ -801,6 +813,9 @@ class PostgresStore:
                     decide(before, buried)
                     for (_, _, decide), (before, buried) in zip(writes, there, strict=True)
                 ]
+                for (entity, id_, _), (before, _), change in zip(writes, there, changes, strict=True):
+                    if before is None and change is not None and change.image is not None:
+                        await self._assert_new(connection, entity, id_)
                 held_open: list[AsyncCursor[Any]] = []
                 async with connection.pipeline():
                     for (entity, id_, _), (before, _), change in zip(writes, there, changes, strict=True):
@@ -941,6 +956,29 @@ class PostgresStore:
                 image = own.image((await cursor.fetchall())[0])
             answers.append((image, 0 if tombstone is None else int(tombstone[0])))
         return answers
+
+    async def _assert_new(self, connection: AsyncConnection[Any], entity: Entity, id_: Any) -> None:
+        """Refuse a number that is a record's id in another of its types: to MongoDB the two are one.
+
+        Raises:
+            crossfade.errors.DuplicateKey: it is.
+            crossfade.errors.Busy: it was, and MongoDB has not heard of the delete, which would take the new one along.
+        """
+        others = list(id_texts(id_)[1:])
+        if not others:
+            return
+        query = sql.SQL(
+            "SELECT EXISTS (SELECT FROM {} WHERE id = ANY(%s::text[])), "
+            "EXISTS (SELECT FROM crossfade.outbox WHERE entity = %s AND id = ANY(%s::text[]))"
+        ).format(self.statements(entity).table)
+        cursor = await connection.execute(query, [others, entity.name, others])
+        [(there, owed)] = await cursor.fetchall()
+        if there:
+            raise errors.DuplicateKey(entity.name, "_id")
+        if owed:
+            raise errors.Busy(
+                f"the delete of this id of {entity.name}, a number of another type, is not in MongoDB yet"
+            )
 
     def _put(
         self,
@@ -1481,7 +1519,11 @@ def _by_entity(records: Iterable[tuple[Entity, str]]) -> list[tuple[Entity, list
 
 def _locks(migration: str, records: Sequence[tuple[Entity, str]]) -> dict[str, Any]:
     """Parameters of the query ``lock``: the records in one order everywhere."""
-    names = sorted((entity.name, key) for entity, key in records)
+    # A number under one name, whatever its type: to MongoDB it is one id.
+    names = sorted(
+        (entity.name, min(id_texts(text_to_id(key))) if key.startswith("j:") else key)
+        for entity, key in records
+    )
     return {"migration": migration, "records": [f"{entity}:{key}" for entity, key in names]}
 
 
