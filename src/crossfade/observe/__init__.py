@@ -15,7 +15,8 @@ from typing import Any, TextIO
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
-#: Writes by migration, entity, operation, strategy and outcome (confirmed, owed, parked, undone, failed ...).
+#: Writes by migration, entity, operation, strategy and outcome: "acknowledged", the name of the error, or "failed" (any
+#: other: the caller went away, for one).
 WRITES = Counter(
     "crossfade_writes_total",
     "Writes by outcome",
