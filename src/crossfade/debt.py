@@ -1224,6 +1224,14 @@ class Settler:
         self, entity: Entity, id_: Any, rival: Image | None, control: Control, *, timeout: float
     ) -> bool:
         """Bring a rival's delete to PostgreSQL; False: it has no tombstone (deleted by a foreign writer)."""
+        if rival is not None and rival.is_open:
+            # Not decided yet: only the row goes, and an undo brings it back.
+            assert rival.op is not None
+            verdict, _ = await self.pair.postgres.apply_delete(
+                entity, id_, rev=rival.rev, op=rival.op,
+                migration=self.pair.name, epoch=control.epoch, timeout=timeout,
+            )  # fmt: skip
+            return verdict is not Applied.BEHIND
         if rival is not None:
             settled = await self.finish_delete(entity, rival, control)
         else:

@@ -8,6 +8,7 @@ from bson import Int64, ObjectId
 from crossfade import Busy, DuplicateKey, FailureStrategy, Undone, UndoPending
 from crossfade.debt import Settled
 from crossfade.record import CF, new_operation
+from crossfade.stores.errors import Unanswered
 
 from .conftest import PATIENCE, World
 from .test_unknown_outcomes import command
@@ -424,4 +425,33 @@ async def test_a_connection_lost_while_nothing_was_confirmed_or_undone_says_so_a
         assert await ask() is False
     assert postgres_proxy.counts.faults == faults + 2
     await w.settle()
+    await w.assert_equal()
+
+
+async def test_a_name_taken_from_a_record_whose_delete_is_open_does_not_carry_the_delete_out(
+    open_world, postgres_proxy, monkeypatch
+):
+    """PostgreSQL has not heard yet that the record gave the name up before."""
+    w = await open_world("dual_write", postgres=postgres_proxy, tentative=30.0)
+    ann, bob = [(await w.users.insert({"username": name})).id for name in ("Ann", "Bob")]
+    await w.settle()
+    postgres_proxy.refuse()
+    await w.users.update(bob, {"username": "Beth"})
+    await w.users.update(ann, {"username": "Bob"})
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    other = await open_world("dual_write")
+    apply_delete = w.postgres.apply_delete
+
+    async def unanswered(*args, **how):
+        monkeypatch.setattr(w.postgres, "apply_delete", apply_delete)
+        assert await other.settler.settle_one(other.entity, ann, other.control) is Settled.CONFIRMED
+        raise Unanswered("postgres", "no answer")
+
+    monkeypatch.setattr(w.postgres, "apply_delete", unanswered)
+    with pytest.raises(Undone):
+        await w.users.delete(bob, strategy=ROLLBACK)
+    assert (await w.users.get(bob))["username"] == "Beth"
+    assert (await other.row(ann)).document["username"] == "Bob"
+    await w.reconcile()
     await w.assert_equal()
