@@ -775,6 +775,7 @@ class Settler:
         """
         pair = self.pair
         timeout = pair.options.primary_deadline
+        suffixed = False
         for _ in range(ATTEMPTS):
             assert image.debt is not None
             assert image.debt.tentative is not None
@@ -810,7 +811,8 @@ class Settler:
                 plain = entity.keys(future)
                 for rule, key in plain.items():
                     kept = note["keys"].get(rule)
-                    marks[f"{CF}.keys.{rule}"] = kept if acceptable_key(kept, key, image.id) else key
+                    own = unique_key(key, image.id) if suffixed else key
+                    marks[f"{CF}.keys.{rule}"] = kept if acceptable_key(kept, key, image.id) else own
                 held = {**image.keys, **note["keys"]}
                 unset += [f"{CF}.keys.{rule}" for rule in held if rule not in plain]
             carried = carried_by(entity.parts, image.noted, wrote=set_back, removed=taken_away)
@@ -827,7 +829,11 @@ class Settler:
                     timeout=timeout,
                 )  # fmt: skip
             except RuleBroken as cause:
-                return await self._park(entity, image, f"the undo breaks a rule: {cause}")
+                if suffixed:
+                    return await self._park(entity, image, f"the undo breaks a rule: {cause}")
+                # A foreign writer has given it a name that another record has: as in `lift`.
+                suffixed = True
+                continue
             if undone is not None:
                 others = not decider or await self._undo_steps(image, control)
                 if undone.deleted:

@@ -455,3 +455,17 @@ async def test_a_name_taken_from_a_record_whose_delete_is_open_does_not_carry_th
     assert (await other.row(ann)).document["username"] == "Bob"
     await w.reconcile()
     await w.assert_equal()
+
+
+async def test_a_foreign_rename_to_a_taken_name_does_not_keep_a_write_open(open_world):
+    w = await open_world("dual_write")
+    id_ = await prepared(w, "update")
+    await w.users.insert({"username": "Eve"})
+    await leave_open(w, "update", id_)
+    w.documents.update_one({"_id": id_}, {"$set": {"username": "EVE"}})
+    await w.reconcile()
+    assert (w.document(id_)["username"], w.document(id_)["n"]) == ("EVE", 1)
+    assert w.notes(id_)["keys"] == {"username": f"eve#{id_}"}
+    assert (await w.users.update(id_, {"n": 5}))["n"] == 5
+    await w.reconcile()
+    await w.assert_equal()
