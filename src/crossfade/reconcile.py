@@ -151,7 +151,10 @@ class Reconciler:
             for debt in look.debts
             if board.seen_for(debt) >= (options.tentative if debt.tentative else options.reconcile_age)
         ]
-        if due and look.secondary_answers:
+        if not look.secondary_answers:
+            # The primary alone decides an undo, and until then the record takes no other write.
+            due = [debt for debt in due if debt.tentative]
+        if due:
             done = await self._settle(due, look.control, retry_parked=False)
             if done.settled:
                 observe.log().info(

@@ -10,7 +10,7 @@ from crossfade.debt import Settled
 from crossfade.record import CF, new_operation
 from crossfade.stores.errors import Unanswered
 
-from .conftest import PATIENCE, World
+from .conftest import PATIENCE, World, eventually
 from .test_unknown_outcomes import command
 
 ROLLBACK = FailureStrategy.ROLLBACK_BOTH
@@ -469,3 +469,52 @@ async def test_a_foreign_rename_to_a_taken_name_does_not_keep_a_write_open(open_
     assert (await w.users.update(id_, {"n": 5}))["n"] == 5
     await w.reconcile()
     await w.assert_equal()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+async def test_an_open_write_is_taken_back_although_the_secondary_is_away(
+    open_world, postgres_proxy, operation
+):
+    """Until then the record takes no other write, and the primary alone decides the undo."""
+    w = await open_world("dual_write", postgres=postgres_proxy, background=True)
+    id_ = await prepared(w, operation)
+    postgres_proxy.refuse()
+    await leave_open(w, operation, id_)
+
+    async def taken_back():
+        document = w.document(id_)
+        return document is None or not (document[CF].get("debt") or {}).get("tentative")
+
+    await eventually(taken_back, timeout=10)
+    if operation != "insert":
+        assert (await w.users.update(id_, {"n": 5}))["username"] == "Bob"
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    await w.reconcile()
+    await w.assert_equal()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+async def test_an_open_write_in_postgres_is_taken_back_although_mongo_is_away(
+    open_world, mongo_proxy, operation
+):
+    w = await open_world("postgres_primary", mongo=mongo_proxy, secondary_deadline=5.0)
+    id_ = await prepared(w, operation)
+    mongo_proxy.swallow_answers()
+    dying = asyncio.create_task(write(w, operation, id_))
+
+    async def is_open():
+        return any(tentative for _, _, tentative, _ in w.outbox())
+
+    await eventually(is_open)
+    dying.cancel()
+    await asyncio.gather(dying, return_exceptions=True)
+    mongo_proxy.refuse()
+    other = await open_world("postgres_primary", mongo=mongo_proxy, background=True)
+
+    async def taken_back():
+        return not await is_open()
+
+    await eventually(taken_back, timeout=10)
+    mongo_proxy.pass_through()
+    await check_undone(other, operation, id_)
