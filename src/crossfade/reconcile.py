@@ -216,7 +216,7 @@ class Reconciler:
         total = Round()
         for _ in range(_DRAINS):
             look = await self.pair.board.refresh()
-            owed = [debt for debt in look.debts if debt.parked is None]
+            owed = [debt for debt in look.debts if debt.parked is None or debt.tentative]
             if not owed:
                 if len(look.debts) >= self.pair.options.board_limit:
                     total.failed = len(look.debts)
@@ -392,18 +392,27 @@ class Reconciler:
     def _rests(self, debt: Owed | Delivery) -> bool:
         """Whether a debt that was refused is left alone: tried again now and then, never in a hot loop."""
         key = _parked_key(debt)
-        if debt.parked is None and key not in self._parked:
-            return False
         now = boot_clock()
+        if key not in self._parked:
+            if debt.parked is None:
+                return False
+            if debt.tentative:
+                # The write was refused; whether its undo is, too, is not known here before it is tried.
+                if self._is_overdue(debt):
+                    self._parked[key] = now + self.pair.options.parked_retry
+                return False
         if now < self._parked.setdefault(key, now + self.pair.options.parked_retry):
             return True
         del self._parked[key]
         return False
 
+    def _is_overdue(self, debt: Owed | Delivery) -> bool:
+        return self.pair.board.seen_for(debt) >= self.pair.options.tentative
+
     async def _one(self, debt: Owed | Delivery, control: Control, *, undo_open: bool) -> Settled:
         entity = self.pair.entities[debt.entity]
         timeout = self.pair.options.primary_deadline
-        overdue = undo_open or self.pair.board.seen_for(debt) >= self.pair.options.tentative
+        overdue = undo_open or self._is_overdue(debt)
         if isinstance(debt, Delivery):
             if debt.tentative is not None:
                 if overdue:

@@ -518,3 +518,19 @@ async def test_an_open_write_in_postgres_is_taken_back_although_mongo_is_away(
     await eventually(taken_back, timeout=10)
     mongo_proxy.pass_through()
     await check_undone(other, operation, id_)
+
+
+async def test_an_open_write_that_postgres_refuses_does_not_hold_its_record_until_the_next_attempt(
+    open_world,
+):
+    """Its worker died between the refusal and the undo; an undo is not what was refused."""
+    w = await open_world("dual_write", background=True, parked_retry=60.0)
+    id_ = await prepared(w, "update")
+    await leave_open(w, "update", id_)
+    w.documents.update_one({"_id": id_}, {"$set": {f"{CF}.debt.parked": "users_n_allowed"}})
+
+    async def taken_back():
+        return not (w.debt(id_) or {}).get("tentative")
+
+    await eventually(taken_back, timeout=10)
+    await check_undone(w, "update", id_)
