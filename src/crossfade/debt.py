@@ -846,6 +846,8 @@ class Settler:
                     )
                     if settled is Settled.CONFIRMED:
                         self.erase_soon(entity, undone)
+                        with contextlib.suppress(errors.CrossfadeError):
+                            await pair.postgres.release(entity, [image.id], timeout=timeout)
                 return settled if others else Settled.SUPERSEDED
             current = await pair.mongo.read_owed(entity, image.id, timeout=timeout)
             if current is None:

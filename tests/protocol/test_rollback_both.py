@@ -534,3 +534,13 @@ async def test_an_open_write_that_postgres_refuses_does_not_hold_its_record_unti
 
     await eventually(taken_back, timeout=10)
     await check_undone(w, "update", id_)
+
+
+async def test_nothing_of_a_write_that_was_undone_stays_in_quarantine(open_world):
+    w = await open_world("dual_write")
+    id_ = await prepared(w, "update")
+    with pytest.raises(Undone):
+        await w.users.update(id_, {"username": 5}, strategy=ROLLBACK)
+    await w.settle()
+    await w.assert_equal()
+    assert w.quarantined() == []
