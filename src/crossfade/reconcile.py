@@ -535,13 +535,15 @@ class Reconciler:
         ids = [one.id if isinstance(one, Image) else one[0] for one in batch]
         held = await self.pair.postgres.held_many(entity, ids, timeout=timeout)
         quarantined = await self.pair.postgres.quarantined_among(entity, ids, timeout=timeout)
-        adopted = 0
+        adopted, carried = 0, []
         for id_, one in zip(ids, batch, strict=True):
             key = id_to_text(id_)
             if isinstance(one, Image):
                 if one.debt is not None and (one.debt.parked is None or key not in quarantined):
                     continue  # the debt brings it
                 if not one.deleted and held.get(key) == (one.rev, one.digest):
+                    if key in quarantined:
+                        carried.append(id_)  # by a write that had not heard yet that it was there
                     continue
                 if quarantined.get(key) == one.digest and not await self._is_hidden(entity, id_, one):
                     continue
@@ -549,6 +551,8 @@ class Reconciler:
                 continue
             if await self.settler.settle_one(entity, id_, control) is Settled.CONFIRMED:
                 adopted += 1
+        if carried:
+            await self.pair.postgres.release(entity, carried, timeout=timeout)
         return adopted
 
     async def _is_hidden(self, entity: Entity, id_: Any, image: Image | None = None) -> bool:

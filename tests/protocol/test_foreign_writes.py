@@ -255,6 +255,15 @@ async def test_a_write_that_postgres_cannot_hold_stays_in_mongo_parked_and_its_m
     await w.assert_equal()
 
 
+async def test_what_was_mended_before_anybody_had_heard_of_it_does_not_stay_in_quarantine(w):
+    made = await inserted(w, {"username": "Bob", "n": 1})
+    await w.users.update(made.id, {"username": 5})
+    await w.users.update(made.id, {"username": "Bob"})
+    await w.assert_equal()
+    assert await swept(w) == 0
+    assert w.quarantined() == []
+
+
 async def test_a_document_whose_bytes_cannot_be_read_is_quarantined_and_holds_up_nobody(w):
     """A deprecated type that no driver gives back the same."""
     id_, other = ObjectId(), ObjectId()
