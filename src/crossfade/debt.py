@@ -286,6 +286,10 @@ class Settler:
                     continue  # a foreign writer has broken it since: it goes to quarantine
                 if image is None or await self.is_echo(entity, image):
                     continue
+                if image.is_open:
+                    await self._settle_open(entity, image, control, undo=True)
+                    finished += 1
+                    continue
                 if image.steps is not None:
                     await self.roll_forward(entity, image, control, ends=boot_clock() + timeout)
                 await self.stepper.erase_marks(entity, image)
@@ -838,6 +842,9 @@ class Settler:
                 others = not decider or await self._undo_steps(image, control)
                 if undone.deleted:
                     settled = await self.finish_delete(entity, undone, control)
+                elif not control.phase.rules.dual:
+                    # Its debt stands for the day on which PostgreSQL is owed it again.
+                    settled = Settled.CONFIRMED
                 elif _owed_with(undone):
                     settled = await self._bring_owed(entity, undone, control)
                 else:

@@ -617,6 +617,7 @@ class Writer:
             crossfade.errors.Busy: an open write outlasted the deadline.
         """
         names = list(fields)
+        began = boot_clock()
         while True:
             try:
                 notes = await self.pair.mongo.notes(entity, id_, names, timeout=o.left())
@@ -630,6 +631,9 @@ class Writer:
                     raise errors.Busy(
                         f"[{o.context}] a write of this record of {entity.name} waits for its outcome"
                     )
+                if not o.control.phase.rules.dual and boot_clock() - began > self.pair.options.tentative:
+                    # From before a step back to phase 0, where no reconciler comes by.
+                    await self.settler.settle_one(entity, id_, o.control, undo_tentative=True)
                 await asyncio.sleep(0.02)
                 continue
             if notes is None or cf.get("deleted") or await self._is_buried(entity, notes["_id"], cf, o):

@@ -544,3 +544,28 @@ async def test_nothing_of_a_write_that_was_undone_stays_in_quarantine(open_world
     await w.settle()
     await w.assert_equal()
     assert w.quarantined() == []
+
+
+@pytest.mark.parametrize("how", ["reconcile", "prepare"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+async def test_what_was_left_open_before_a_step_back_to_phase_0_is_taken_back_there(
+    open_world, operation, how
+):
+    w = await open_world("dual_write")
+    id_ = await prepared(w, operation)
+    await leave_open(w, operation, id_)
+    await w.set_phase("mongo_only")
+    await (w.m.prepare() if how == "prepare" else w.m.reconciler.reconcile())
+    found = await w.users.get(id_)
+    assert (found is None) if operation == "insert" else (found["username"], found["n"]) == ("Bob", 1)
+    await w.set_phase("dual_write")
+    await check_undone(w, operation, id_)
+
+
+async def test_what_was_left_open_before_a_step_back_to_phase_0_holds_no_writer_there(open_world):
+    w = await open_world("dual_write")
+    id_ = await prepared(w, "update")
+    await leave_open(w, "update", id_)
+    await w.set_phase("mongo_only")
+    written = await w.users.update(id_, {"n": 5})
+    assert (written["username"], written["n"]) == ("Bob", 5)

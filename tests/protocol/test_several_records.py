@@ -194,6 +194,23 @@ async def test_an_open_operation_whose_writer_died_is_taken_back_everywhere(open
     await assert_all_equal(other)
 
 
+@pytest.mark.parametrize("taken", [0, 1, 2])
+async def test_an_open_operation_from_before_a_step_back_to_phase_0_is_taken_back_there(open_friends, taken):
+    w = await open_friends()
+    ids = await asked(w)
+    await w.settle()
+    die_after(w, taken)
+    with pytest.raises(Died):
+        await accept(w, *ids, ROLLBACK)
+    other = await open_friends()
+    await other.set_phase("mongo_only")
+    await other.m.reconciler.reconcile()
+    assert await found(other, *ids) == ("pending", False, False)
+    await other.set_phase("dual_write")
+    await other.reconcile()
+    await assert_all_equal(other)
+
+
 async def test_who_comes_late_does_not_take_a_step_again(open_friends):
     """A reconciler read the steps, slept, and wakes after the friends have parted."""
     w = await open_friends()

@@ -848,8 +848,10 @@ class MongoStore:
         return missing
 
     async def unfinished(self, entity: Entity, *, timeout: float) -> AsyncIterator[Any]:
-        """The ids of documents whose steps or decided delete are still to be carried out; reads the collection."""
-        notes = ("steps", "done.0")
+        """The ids of documents whose steps or decided delete are still to be carried out, and of those with an open
+        write; reads the collection.
+        """
+        notes = ("steps", "done.0", "debt.tentative")
         filter_ = {"$or": [{f"{CF}.deleted": True}, *({f"{CF}.{note}": {"$exists": True}} for note in notes)]}
         cursor = self._raw_documents(entity).find(filter_, {"_id": 1})
         while True:
