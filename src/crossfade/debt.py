@@ -191,7 +191,7 @@ class Settler:
         together = [(entity, image) for entity, image in placed if image.op is not None or not image.deleted]
         for entity, image in together:
             if image.deleted and not image.is_open:
-                await self.bury(entity, image, control)  # no document may be left for it to come back from
+                await self.bury(entity, image)  # no document may be left for it to come back from
         brought: dict[tuple[str, str], Settled] = {}
         with contextlib.suppress(Unmappable, errors.Quarantined, RuleBroken):
             answers = await pair.postgres.apply(
@@ -294,7 +294,7 @@ class Settler:
                     await self.roll_forward(entity, image, control, ends=boot_clock() + timeout)
                 await self.stepper.erase_marks(entity, image)
                 if image.deleted and image.op is not None:
-                    await self.bury(entity, image, control)
+                    await self.bury(entity, image)
                 finished += 1
         return finished
 
@@ -456,14 +456,14 @@ class Settler:
         """
         if image.op is None:
             return Settled.GONE  # not marked by Crossfade
-        await self.bury(entity, image, control)
+        await self.bury(entity, image)
         if not control.phase.rules.dual:
             return Settled.CONFIRMED
         return await self.bring_tombstone(
             entity, image.id, control, timeout=self.pair.options.secondary_deadline
         )
 
-    async def bury(self, entity: Entity, image: Image, control: Control) -> None:
+    async def bury(self, entity: Entity, image: Image) -> None:
         """What a decided delete has to do in MongoDB: the tombstone, with its debt, and then the removal.
 
         Raises:
@@ -476,7 +476,8 @@ class Settler:
             image.id,
             rev=image.rev,
             op=image.op,
-            owed=control.phase.rules.dual,
+            # In phase 0 too: once PostgreSQL decides, it must not make the id anew at or under this revision.
+            owed=True,
             born=image.born,
             group=_owed_with(image),
             timeout=timeout,

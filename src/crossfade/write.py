@@ -435,7 +435,7 @@ class Writer:
             return False
         if there.steps is not None:
             await self.settler.roll_forward(entity, there, o.control, ends=o.ends)
-        await self.settler.bury(entity, there, o.control)
+        await self.settler.bury(entity, there)
         return True
 
     async def _again(self, o: _Operation, cause: errors.StoreUnavailable) -> None:
@@ -762,7 +762,7 @@ class Writer:
         if image.deleted and not o.rollback:
             # Decided already: if this fails the document, which readers take for gone, stays a little longer.
             with contextlib.suppress(errors.StoreUnavailable):
-                await self.settler.bury(entity, image, o.control)
+                await self.settler.bury(entity, image)
         if not o.control.phase.rules.dual:
             return record
         if o.asynchronous:

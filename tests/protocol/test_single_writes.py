@@ -349,3 +349,17 @@ async def test_text_that_no_store_can_hold_is_nobodys_and_an_error_of_crossfades
         with contextlib.suppress(CrossfadeError):
             await asked
     assert (await w.users.get(made.id))["n"] == 1
+
+
+async def test_an_id_that_was_deleted_in_phase_0_may_be_made_again_when_postgres_decides(open_world):
+    w = await open_world("mongo_only")
+    await w.m.prepare()
+    await w.users.insert({"_id": "bob", "username": "Bob"})
+    await w.users.delete("bob")
+    for phase in ("dual_write", "postgres_primary"):
+        await w.set_phase(phase)
+        await w.reconcile()
+    made = await w.users.insert({"_id": "bob", "username": "Bob"})
+    assert made.rev == 3, "revisions 1 and 2 were told before"
+    await w.reconcile()
+    await w.assert_equal()
