@@ -1038,6 +1038,10 @@ class Settler:
         mine = await mongo.read_raw(entity, row.id, timeout=timeout)
         if mine is not None and Image.from_raw(mine, entity.parts).op == row.op:
             await mongo.deliver_removal(entity, mine, timeout=timeout)
+        held = await self.pair.postgres.held(entity, row.id, timeout=self.pair.options.primary_deadline)
+        if held.rev == row.rev:
+            # Not PostgreSQL's delete: a worker that slept through the switch has buried what stands.
+            await self._lift_row(entity, row.id, above=buried.rev, control=control)
         return False
 
     async def _make_room(

@@ -750,6 +750,26 @@ async def test_a_late_delete_of_an_unchanged_record_is_made_and_one_of_a_changed
     await w.assert_equal()
 
 
+async def test_a_late_delete_of_a_record_that_is_to_be_delivered_does_not_keep_it_out_of_mongo(open_world):
+    w = await open_world("postgres_read")
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.settle()
+    control = w.control
+    await go(w)
+    await w.postgres.write(
+        [(w.entity, made.id, lambda before, _: again(w, before, n=3))],
+        migration="accounts", epoch=w.control.epoch, timeout=PATIENCE,
+    )  # fmt: skip
+    await late_write(w, made.id, 1, control.epoch, **{f"{CF}.deleted": True})
+    image = await w.image(made.id)
+    await w.settler.bury(w.entity, image)
+    counts = await w.m.reconciler.strays.merge_all(w.control)
+    assert counts["journaled"] == 1
+    await w.reconcile()
+    assert w.document(made.id)["n"] == 3
+    await w.assert_equal()
+
+
 async def test_going_back_from_a_switch_is_told_only_where_there_was_one(open_world):
     w = await open_world("postgres_read")
     assert not await abort(w.m, by="somebody")
