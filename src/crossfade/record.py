@@ -271,8 +271,13 @@ class Image:
 
     @property
     def is_newborn(self) -> bool:
-        """Whether it is as its insert made it, and still in debt: nobody may have told of it yet."""
-        return self.op is not None and self.op == self.born and self.debt is not None
+        """Whether it is as its insert made it, and still in debt: nobody may have told of it yet.
+
+        So is an insert that was delivered: it may have come after the delete of its record.
+        """
+        return self.debt is not None and (
+            self.debt.delivery or (self.op is not None and self.op == self.born)
+        )
 
     @property
     def debt_key(self) -> DebtKey | None:

@@ -7,7 +7,16 @@ import time
 import pytest
 from bson import ObjectId
 
-from crossfade import Crossfade, FailureStrategy, Quarantined, StoreUnavailable, Undone, board, reconcile
+from crossfade import (
+    Crossfade,
+    FailureStrategy,
+    NotFound,
+    Quarantined,
+    StoreUnavailable,
+    Undone,
+    board,
+    reconcile,
+)
 from crossfade.record import CF, new_operation
 
 from .conftest import FAST, PATIENCE, World, create_tables, eventually, users_entity
@@ -479,3 +488,36 @@ async def test_an_insert_that_was_delivered_loses_its_mark(open_world):
     assert w.debt(made.id) is None
     assert w.document(made.id) is not None
     await w.assert_equal()
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["postgres down", "after the switch back"])
+async def test_nobody_sees_or_writes_upon_a_delivered_insert_that_a_delete_overtook(
+    open_world, postgres_proxy, monkeypatch, back
+):
+    w = await open_world("postgres_primary")
+    other = await open_world("postgres_primary", postgres=postgres_proxy)
+    insert, late = w.mongo.insert, []
+
+    async def dies(entity, document, **how):
+        late.append(lambda: insert(entity, document, **how))
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(w.mongo, "insert", dies)
+    id_ = ObjectId()
+    with pytest.raises(asyncio.CancelledError):
+        await w.users.insert({"_id": id_, "username": "Bob"})
+    await other.reconcile()
+    await other.users.delete(id_)
+    await other.reconcile()
+    await late[0]()
+    assert w.document(id_) is not None
+    if back:
+        await other.set_phase("postgres_read", foreign_writers=True)
+        assert await other.users.get(id_) is None
+        with pytest.raises(NotFound):
+            await other.users.update(id_, {"n": 1})
+    else:
+        postgres_proxy.refuse()
+        for read in (other.users.get(id_), other.users.find({"username": "Bob"})):
+            with pytest.raises(StoreUnavailable):
+                await read
