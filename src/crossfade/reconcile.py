@@ -541,7 +541,9 @@ class Reconciler:
             if isinstance(one, Image):
                 if one.debt is not None and (one.debt.parked is None or key not in quarantined):
                     continue  # the debt brings it
-                if not one.deleted and held.get(key) == (one.rev, one.digest):
+                # Steps without a debt: a worker had decided them that had not heard of phase 1.
+                done = not one.deleted and one.steps is None
+                if done and held.get(key) == (one.rev, one.digest):
                     if key in quarantined:
                         carried.append(id_)  # by a write that had not heard yet that it was there
                     continue

@@ -178,6 +178,32 @@ async def test_what_was_decided_in_phase_0_is_carried_out_before_phase_1(open_fr
         assert "done" not in document[CF] or document[CF]["done"] == []
 
 
+@pytest.mark.parametrize("taken", [0, 1, 2])
+async def test_what_a_worker_that_was_still_in_phase_0_had_decided_is_carried_out_although_it_was_copied(
+    open_friends, taken
+):
+    """It died before it heard of phase 1; a backfill came by before the full pass."""
+    w = await open_friends("mongo_only")
+    await w.m.prepare()
+    ids = await asked(w)
+    die_after(w, taken)
+    with pytest.raises(Died):
+        await accept(w, *ids)
+    other = await open_friends("mongo_only")
+    await other.set_phase("dual_write", dual_epoch=2)
+    for entity in other.m.entities.values():
+        async for image in other.mongo.scan(entity, batch=10, timeout=PATIENCE):
+            rows = entity.to_rows(image.document, image.keys)
+            await other.postgres.apply(
+                [(entity, image, rows)],
+                migration="accounts", epoch=other.control.epoch, timeout=PATIENCE,
+            )  # fmt: skip
+    await other.m.reconciler.full_sweep()
+    assert await found(other, *ids) == ("accepted", True, True)
+    await other.reconcile()
+    await assert_all_equal(other)
+
+
 @pytest.mark.parametrize("phase", MONGO_PHASES)
 @pytest.mark.parametrize("taken", [0, 1, 2])
 async def test_an_open_operation_whose_writer_died_is_taken_back_everywhere(open_friends, phase, taken):
