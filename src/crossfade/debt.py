@@ -926,12 +926,12 @@ class Settler:
         elif row.rev != now.rev:
             return None  # written between the statements: look again
         raw = await pair.mongo.read_raw(entity, owed.id, timeout=timeout)
-        there = None
+        there = broken = None
         if raw is not None:
             try:
                 there = Image.from_raw(raw, entity.parts)
             except Unmappable:
-                there = Image(owed.id, {"_id": owed.id}, 0, None, {}, digest_of_bytes(raw))
+                there, broken = Image(owed.id, {"_id": owed.id}, 0, None, {}, digest_of_bytes(raw)), raw
             if there.rev > now.rev:
                 latest = await pair.postgres.outbox_row(entity, owed.id, timeout=primary)
                 if latest is None or latest.op != now.op:
@@ -940,7 +940,7 @@ class Settler:
             if there.digest not in expected:
                 await pair.postgres.note_conflict(
                     entity, there, cause="written in MongoDB while PostgreSQL was primary",
-                    store="mongo", timeout=primary,
+                    store="mongo", timeout=primary, document=broken,
                 )  # fmt: skip
         if row is None:
             if raw is not None and not await pair.mongo.deliver_removal(entity, raw, timeout=timeout):

@@ -21,6 +21,7 @@ from crossfade.record import CF, new_operation
 
 from .conftest import FAST, PATIENCE, World, create_tables, eventually, users_entity
 from .test_images import apply, image_of
+from .test_several_records import unreadable
 
 
 async def nothing_owed(w: World) -> bool:
@@ -256,6 +257,17 @@ async def test_a_foreign_write_after_the_switch_is_journaled_whole_before_it_is_
     assert w.document(made.id)["n"] == 2
     [(store, document)] = w.conflicts()
     assert (store, document["n"], document["stray"]) == ("mongo", 99, "kept for a person")
+    await w.assert_equal()
+
+
+async def test_what_another_application_left_unreadable_is_journaled_whole_before_it_is_replaced(open_world):
+    w = await open_world("postgres_primary")
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await unreadable(w, made.id)
+    await w.users.update(made.id, {"n": 2})
+    assert w.document(made.id)["n"] == 2
+    [(kept,)] = w.sql("SELECT document FROM crossfade.conflicts")
+    assert b"odd" in bytes(kept)
     await w.assert_equal()
 
 

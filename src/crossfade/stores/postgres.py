@@ -1157,12 +1157,19 @@ class PostgresStore:
     # --- notes for a person --------------------------------------------------------------------------------
 
     async def note_conflict(
-        self, entity: Entity, image: Image, *, cause: str, store: str, timeout: float
+        self,
+        entity: Entity,
+        image: Image,
+        *,
+        cause: str,
+        store: str,
+        timeout: float,
+        document: bytes | None = None,
     ) -> None:
-        """Keep content that lost and that the primary never held, once."""
+        """Keep content that lost and that the primary never held, once; ``document``: its bytes as found."""
         await self._count(
             "conflict_insert", timeout, entity=entity.name, id=id_to_text(image.id), cause=cause, store=store,
-            rev=image.rev, document=encode_document(image.document),
+            rev=image.rev, document=encode_document(image.document) if document is None else document,
         )  # fmt: skip
 
     async def conflicts(
