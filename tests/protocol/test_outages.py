@@ -271,6 +271,21 @@ async def test_what_another_application_left_unreadable_is_journaled_whole_befor
     await w.assert_equal()
 
 
+async def test_a_foreign_write_that_restores_what_was_delivered_before_the_way_back_is_journaled(open_world):
+    w = await open_world("postgres_primary")
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.reconcile()
+    await w.set_phase("postgres_read")
+    await w.users.update(made.id, {"n": 2})
+    await w.reconcile()
+    await w.set_phase("postgres_primary")
+    w.documents.update_one({"_id": made.id}, {"$set": {"n": 1}})
+    await w.users.update(made.id, {"n": 3})
+    assert [document["n"] for _, document in w.conflicts()] == [1]
+    await w.reconcile()
+    await w.assert_equal()
+
+
 async def test_a_foreign_document_under_a_delete_is_journaled_and_goes(open_world):
     w = await open_world("postgres_primary")
     made = await w.users.insert({"username": "Bob"})

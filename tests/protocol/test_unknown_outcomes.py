@@ -14,6 +14,8 @@ from .conftest import PATIENCE, World
 
 ROLLBACK = FailureStrategy.ROLLBACK_BOTH
 POINTS = ["cut_before_request", "cut_after_request"]
+#: In BSON: that this field goes, as only a confirmation asks.
+UNSETS_OPEN = b"\x02_cf.debt.tentative\0"
 
 
 def command(name: str):
@@ -92,7 +94,7 @@ async def test_a_lost_confirmation_is_decided(open_world, mongo_proxy, postgres_
     w = await open_world(phase, mongo=mongo_proxy, postgres=postgres_proxy, tentative=5.0)
     id_ = await prepared(w, update)
     if phase == "dual_write":
-        getattr(mongo_proxy, point)(when=lambda r: command("findAndModify")(r) and b"$unset" in r)
+        getattr(mongo_proxy, point)(when=lambda r: command("findAndModify")(r) and UNSETS_OPEN in r)
     else:
         getattr(postgres_proxy, point)(when=lambda r: b"SET tentative = NULL" in r)
     await update(w, id_, strategy=ROLLBACK)

@@ -422,6 +422,9 @@ class MongoStore:
         if push:
             update["$push"] = dict(push)
         gone = dict.fromkeys(unset, "")
+        if f"{CF}.digest" not in set_:
+            # It is no longer what a delivery left, when PostgreSQL was primary before.
+            gone[f"{CF}.digest"] = ""
         if gone:
             update["$unset"] = gone
         async with self._asking(timeout):
