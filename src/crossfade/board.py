@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -384,7 +385,7 @@ class Board:
             if spares and known is not None and self._are_of_no_use(known, control, seen, began):
                 owed, read = known.owed, known.debts_read
             elif control.phase.rules.dual:
-                owed = tuple(await self.mongo.debts(self.entities.values(), limit=limit, timeout=timeout * 4))
+                owed = await self._owed(timeout=timeout * 4)
             found: list[tuple[str, Any]] = [(debt.entity, debt.id) for debt in owed]
         else:
             deliveries = tuple(await self.postgres.outbox(self.entities, limit=limit, timeout=timeout * 4))
@@ -443,6 +444,15 @@ class Board:
             and control.epoch == known.control.epoch
             and began - known.debts_read < _SPARED
         )
+
+    async def _owed(self, *, timeout: float) -> tuple[Owed, ...]:
+        limit = self.options.board_limit
+        owed = await self.mongo.debts(self.entities.values(), limit=limit, timeout=timeout)
+        parked = Counter(debt.entity for debt in owed if debt.parked is not None)
+        if hiding := [self.entities[name] for name, number in parked.items() if number >= limit]:
+            # Those of an entity that are all parked may hide some that a reconciler could settle.
+            owed += await self.mongo.debts(hiding, limit=limit, timeout=timeout, parked=False)
+        return tuple({debt_key(debt): debt for debt in owed}.values())
 
     async def _hear(self, control: Control, seen: SeenCopies, began: float) -> None:
         """Acknowledge a step of a switch before debts are looked at: everybody's writes may be waiting for that.

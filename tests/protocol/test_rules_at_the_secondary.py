@@ -164,6 +164,29 @@ async def test_a_parked_record_is_tried_again_when_it_changes_and_when_a_person_
     await w.assert_equal()
 
 
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_primary"])
+async def test_as_many_parked_debts_as_the_board_shows_keep_no_other_from_being_settled(
+    open_world, mongo_proxy, postgres_proxy, phase
+):
+    w = await open_world(phase, board_limit=3, mongo=mongo_proxy, postgres=postgres_proxy)
+    ids = [(await w.users.insert({"username": f"user {n}", "n": n})).id for n in range(6)]
+    await w.settle()
+    if phase == "postgres_primary":
+        w.documents.create_index("n", unique=True, sparse=True)
+    for id_ in ids[1:5]:
+        await w.users.update(id_, {"n": 666 if phase == "dual_write" else 0})
+    if phase == "dual_write":
+        await w.set_phase("shadow_read")  # under another epoch: in an index these come behind the others
+    proxy = postgres_proxy if phase == "dual_write" else mongo_proxy
+    proxy.refuse()
+    await w.users.update(ids[5], {"other": 7})
+    proxy.pass_through()
+    await w.postgres_answers()
+    await w.m.reconciler.reconcile(retry_parked=False)
+    held = await (w.row(ids[5]) if phase == "dual_write" else w.image(ids[5]))
+    assert held.document["other"] == 7
+
+
 async def test_a_rule_that_only_mongo_has_parks_the_delivery_with_its_cause(open_world):
     w = await open_world("postgres_primary")
     w.documents.create_index("n", unique=True, sparse=True)

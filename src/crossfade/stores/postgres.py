@@ -1115,7 +1115,7 @@ class PostgresStore:
         return await self._bounded(_or_rolled_back(work()), timeout)
 
     async def outbox(self, entities: Iterable[str], *, limit: int, timeout: float) -> list[Delivery]:
-        """Up to ``limit`` owed deliveries, the oldest first."""
+        """Up to ``limit`` owed deliveries, the oldest first, those that are parked behind all others."""
         rows = await self._ask("outbox", timeout, entities=list(entities), limit=limit)
         return [
             Delivery(

@@ -101,8 +101,9 @@ SET rev = EXCLUDED.rev, op = EXCLUDED.op, epoch = EXCLUDED.epoch, tentative = EX
     parts = ARRAY(SELECT DISTINCT unnest(o.parts || EXCLUDED.parts))
 
 -- name: outbox
+-- Those that are parked last: many of them must not hide the others.
 SELECT entity, id, rev, op, base_digest, tentative, parked, parts FROM crossfade.outbox
-WHERE entity = ANY(%(entities)s) ORDER BY since LIMIT %(limit)s
+WHERE entity = ANY(%(entities)s) ORDER BY parked IS NOT NULL, since LIMIT %(limit)s
 
 -- name: outbox_row
 SELECT rev, op, base_digest, tentative, parked, parts FROM crossfade.outbox WHERE entity = %(entity)s AND id = %(id)s
