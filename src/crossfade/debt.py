@@ -582,7 +582,11 @@ class Settler:
         if image.is_open:
             return await self._settle_open(entity, image, control, undo=undo_tentative)
         if image.steps is not None:
-            await self.roll_forward(entity, image, control, ends=boot_clock() + timeout)
+            try:
+                await self.roll_forward(entity, image, control, ends=boot_clock() + timeout)
+            except (RuleBroken, errors.Quarantined) as cause:
+                # By a rule that only MongoDB has, or because there is no room: somebody has to see it.
+                return await self._park(entity, image, f"a record does not take its part: {cause}")
         if image.deleted:
             return await self.finish_delete(entity, image, control)
         if image.debt is not None and image.debt.delivery:

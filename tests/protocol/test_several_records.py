@@ -204,6 +204,23 @@ async def test_what_a_worker_that_was_still_in_phase_0_had_decided_is_carried_ou
     await assert_all_equal(other)
 
 
+async def test_a_step_that_mongo_refuses_is_parked_with_its_cause_and_shown(open_friends):
+    w = await open_friends()
+    request, ann, bob = await asked(w)
+    await w.users.insert({"username": "Eve", "n": 1})
+    w.documents.create_index("n", unique=True, sparse=True)  # a rule that only MongoDB has
+    with pytest.raises(OutcomeUnknown, match="carried out"):
+        await accept(w, request, ann, bob)
+    await w.m.reconciler.reconcile(wait_for_open=False)
+    [debt] = await w.owed()
+    assert debt.id == request
+    assert "unique" in debt.parked
+    w.documents.drop_index("n_1")
+    await w.reconcile(retry_parked=True)
+    assert await found(w, request, ann, bob) == ("accepted", True, True)
+    await assert_all_equal(w)
+
+
 @pytest.mark.parametrize("phase", MONGO_PHASES)
 @pytest.mark.parametrize("taken", [0, 1, 2])
 async def test_an_open_operation_whose_writer_died_is_taken_back_everywhere(open_friends, phase, taken):
