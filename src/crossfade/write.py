@@ -955,6 +955,7 @@ class Writer:
                 else:
                     self.settler.erase_soon(entity, image)
                 return
+            await self._bring_what_replaced_it(entity, image, o)
             raise errors.Undone(
                 f"[{o.context}] the write was undone: it was not confirmed before its deadline"
             )
@@ -973,6 +974,8 @@ class Writer:
             raise errors.UndoPending(
                 f"[{o.context}] the undo in MongoDB waits for the reconciler"
             ) from failure
+        if settled in (Settled.SUPERSEDED, Settled.GONE):
+            await self._bring_what_replaced_it(entity, image, o)
         if settled is not Settled.CONFIRMED and self.pair.board.control.postgres_first:
             # PostgreSQL may have taken the write without saying so: nobody may read it there after "undone".
             with contextlib.suppress(errors.CrossfadeError):
@@ -981,6 +984,29 @@ class Writer:
         raise errors.Undone(
             f"[{o.context}] PostgreSQL failed; MongoDB was rolled back: {failure}"
         ) from failure
+
+    async def _bring_what_replaced_it(self, entity: Entity, image: Image, o: _Operation) -> None:
+        """Bring to PostgreSQL what a foreign writer has put in the place of an open write.
+
+        PostgreSQL may hold the write, and no revision says that what stands is newer: before the next full pass nobody
+        would notice.
+        """
+        with contextlib.suppress(errors.CrossfadeError, Unmappable):
+            there = await self.pair.mongo.read_owed(entity, image.id, timeout=o.left())
+            if there is None or there.debt is not None or there.rev > image.rev:
+                return
+            lifted = await self.settler.lift(entity, image.id, above=image.rev, control=o.control)
+            if lifted is None:
+                return
+            settled = Settled.SUPERSEDED
+            with contextlib.suppress(*_FAILED):
+                settled = await self.settler.bring(
+                    entity, lifted, o.control, timeout=self.pair.options.secondary_deadline
+                )
+            if settled is Settled.CONFIRMED:
+                self.settler.erase_soon(entity, lifted)
+            elif self.pair.board.control.postgres_first:
+                await self.pair.board.mark_unreadable(o.op)
 
     async def _stands_open(self, entity: Entity, image: Image, o: _Operation) -> bool:
         """Whether the document still is as the open write left it, or cannot be asked."""

@@ -569,3 +569,27 @@ async def test_what_was_left_open_before_a_step_back_to_phase_0_holds_no_writer_
     await w.set_phase("mongo_only")
     written = await w.users.update(id_, {"n": 5})
     assert (written["username"], written["n"]) == ("Bob", 5)
+
+
+@pytest.mark.parametrize("postgres_answers", [True, False])
+async def test_what_a_foreign_writer_puts_in_the_place_of_an_open_write_is_in_both_stores_when_undone_is_told(
+    open_world, postgres_answers
+):
+    w = await open_world("postgres_read", foreign_writers=True)
+    id_ = await prepared(w, "update")
+    bring = w.settler.bring
+
+    async def replaced(*args, **how):
+        w.settler.bring = bring
+        settled = await bring(*args, **how)
+        w.documents.replace_one({"_id": id_}, {"username": "Mallory", "n": 1})
+        return settled if postgres_answers else Settled.SUPERSEDED
+
+    w.settler.bring = replaced
+    with pytest.raises(Undone):
+        await w.users.update(id_, {"n": 2}, strategy=ROLLBACK)
+    await w.settle()
+    await w.m.board.refresh()
+    assert (await w.users.get(id_)).document == {"_id": id_, "username": "Mallory", "n": 1}
+    await w.reconcile()
+    await w.assert_equal()
