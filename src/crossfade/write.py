@@ -68,6 +68,8 @@ _SAY_WHAT_BECAME = (errors.OutcomeUnknown, errors.Undone, errors.UndoPending)
 _DECIDED = (errors.NotFound, errors.DuplicateKey, errors.StaleRevision, errors.ConditionNotMet)
 #: Seconds for the answer of a ``mode="async"`` write to leave the process before its other half takes the processor.
 _ANSWER_FIRST = 0.005
+#: Seconds that an attempt upon a busy record must have: one cut short would leave open what became of it.
+_LAST_ATTEMPT = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -617,20 +619,23 @@ class Writer:
             crossfade.errors.Busy: an open write outlasted the deadline.
         """
         names = list(fields)
-        began = boot_clock()
+        began, is_open = boot_clock(), False
         while True:
             try:
                 notes = await self.pair.mongo.notes(entity, id_, names, timeout=o.left())
             except errors.StoreUnavailable as cause:
+                if is_open and boot_clock() >= o.ends:
+                    raise _waits(
+                        entity, o
+                    ) from cause  # a look that has no time left says nothing of the store
                 self._say(o, f"MongoDB write failed: {cause}", warn=True)
                 raise
             cf = (notes or {}).get(CF) or {}
             debt = Debt.from_document(cf.get("debt"))
             if notes is not None and debt is not None and debt.tentative is not None:
+                is_open = True
                 if boot_clock() >= o.ends:
-                    raise errors.Busy(
-                        f"[{o.context}] a write of this record of {entity.name} waits for its outcome"
-                    )
+                    raise _waits(entity, o)
                 if not o.control.phase.rules.dual and boot_clock() - began > self.pair.options.tentative:
                     # From before a step back to phase 0, where no reconciler comes by.
                     await self.settler.settle_one(entity, id_, o.control, undo_tentative=True)
@@ -1262,7 +1267,7 @@ class Writer:
                 raise
             except errors.Busy:
                 del mine[unanswered:]
-                if boot_clock() >= o.ends:
+                if o.ends - boot_clock() < _LAST_ATTEMPT:
                     raise
                 await asyncio.sleep(0.02)
             except RuleBroken as cause:
@@ -1492,6 +1497,10 @@ def _still(entity: Entity, seen: Image) -> dict[str, Any]:
 
 def _as_failure(cause: errors.CrossfadeError | Unmappable) -> errors.CrossfadeError:
     return errors.Quarantined(f"a record cannot be read: {cause}") if isinstance(cause, Unmappable) else cause
+
+
+def _waits(entity: Entity, o: _Operation) -> errors.Busy:
+    return errors.Busy(f"[{o.context}] a write of this record of {entity.name} waits for its outcome")
 
 
 def _written_since(entity: Entity, o: _Operation) -> errors.OutcomeUnknown:

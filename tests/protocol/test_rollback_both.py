@@ -311,6 +311,28 @@ async def test_a_write_that_waits_for_an_open_one_past_its_deadline_changes_noth
     assert w.document(id_)["n"] == 2
 
 
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_primary"])
+async def test_a_write_that_waits_for_an_open_one_is_told_so_although_its_last_look_ends_late(
+    open_world, mongo_proxy, postgres_proxy, phase
+):
+    """Nothing is wrong with the primary, and nothing was sent there that may stand."""
+    w = await open_world(phase, tentative=60.0)
+    id_ = await prepared(w, "update")
+    if phase == "dual_write":
+        await leave_open(w, "update", id_)
+    else:
+        w.sql(
+            "INSERT INTO crossfade.outbox (entity, id, rev, op, epoch, base_digest, tentative)"
+            " VALUES ('users', %s, 1, gen_random_uuid(), 1, NULL, '{\"kind\": \"update\"}')",
+            str(id_),
+        )
+    slow = await open_world(phase, mongo=mongo_proxy, postgres=postgres_proxy, primary_deadline=0.6)
+    for proxy in (mongo_proxy, postgres_proxy):
+        proxy.delay(0.05)
+    with pytest.raises(Busy):
+        await slow.users.update(id_, {"n": 5})
+
+
 async def test_the_undo_is_pending_when_the_primary_goes_too(open_world, mongo_proxy, postgres_proxy):
     w = await open_world("dual_write", mongo=mongo_proxy, postgres=postgres_proxy, primary_deadline=1.0)
     id_ = await prepared(w, "update")
