@@ -152,8 +152,8 @@ class Reconciler:
             if board.seen_for(debt) >= (options.tentative if debt.tentative else options.reconcile_age)
         ]
         if not look.secondary_answers:
-            # The primary alone decides an undo, and until then the record takes no other write.
-            due = [debt for debt in due if debt.tentative]
+            # What the primary alone decides: an undo, before which the record takes no other write, and steps.
+            due = [debt for debt in due if debt.tentative or (isinstance(debt, Owed) and debt.steps)]
         if due:
             done = await self._settle(due, look.control, retry_parked=False)
             if done.settled:

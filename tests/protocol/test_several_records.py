@@ -20,7 +20,7 @@ from crossfade.debt import Settled
 from crossfade.record import CF
 from crossfade.values import id_to_text
 
-from .conftest import BOTH_PRIMARIES, MONGO_PHASES, PATIENCE, requests_entity
+from .conftest import BOTH_PRIMARIES, MONGO_PHASES, PATIENCE, eventually, requests_entity
 from .test_rollback_both import leave_open
 
 ROLLBACK = FailureStrategy.ROLLBACK_BOTH
@@ -200,6 +200,28 @@ async def test_what_a_worker_that_was_still_in_phase_0_had_decided_is_carried_ou
             )  # fmt: skip
     await other.m.reconciler.full_sweep()
     assert await found(other, *ids) == ("accepted", True, True)
+    await other.reconcile()
+    await assert_all_equal(other)
+
+
+async def test_a_decided_operation_is_carried_out_in_mongo_although_postgres_is_away(
+    open_friends, postgres_proxy
+):
+    w = await open_friends()
+    ids = await asked(w)
+    await w.settle()
+    die_after(w, 1)
+    postgres_proxy.refuse()
+    with pytest.raises(Died):
+        await accept(w, *ids)
+    other = await open_friends(postgres=postgres_proxy, background=True)
+
+    async def carried_out():
+        return await found(other, *ids) == ("accepted", True, True)
+
+    await eventually(carried_out, timeout=10)
+    postgres_proxy.pass_through()
+    await other.postgres_answers()
     await other.reconcile()
     await assert_all_equal(other)
 

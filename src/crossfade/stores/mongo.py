@@ -100,6 +100,7 @@ class Owed:
         parked: why PostgreSQL refuses it, or None.
         delivery: nothing is owed: an insert that was delivered, and is not known to stand yet.
         parts: the parts that are owed.
+        steps: an operation that it decided is not carried out in MongoDB yet.
     """
 
     entity: str
@@ -111,6 +112,7 @@ class Owed:
     parked: str | None = None
     delivery: bool = False
     parts: tuple[str, ...] = ()
+    steps: bool = False
 
     @property
     def is_odd(self) -> bool:
@@ -160,7 +162,7 @@ def _owed(note: Mapping[str, Any]) -> Owed:
     assert debt is not None
     return Owed(
         note["entity"], note["_id"], int(cf.get("rev", 0)), cf.get("op"), tentative=debt.tentative is not None,
-        parked=debt.parked, delivery=debt.delivery, parts=debt.parts,
+        parked=debt.parked, delivery=debt.delivery, parts=debt.parts, steps="steps" in cf,
     )  # fmt: skip
 
 
@@ -609,7 +611,7 @@ class MongoStore:
         owing: dict[str, Any] = {f"{CF}.debt": {"$exists": True}}
         if not parked:
             owing[f"{CF}.debt.parked"] = {"$exists": False}
-        notes = {f"{CF}.rev": 1, f"{CF}.op": 1, f"{CF}.debt": 1}
+        notes = {f"{CF}.rev": 1, f"{CF}.op": 1, f"{CF}.debt": 1, f"{CF}.steps.op": 1}
         sources: list[tuple[str, list[dict[str, Any]]]] = [
             (
                 entity.collection,
