@@ -146,6 +146,8 @@ class Reconciler:
         look = board.look
         if look is None or look.control.holds_writes or not board.lease_valid:
             return
+        shown = {_parked_key(debt) for debt in look.debts}
+        self._parked = {key: until for key, until in self._parked.items() if key in shown}
         due = [
             debt
             for debt in look.debts

@@ -9,7 +9,7 @@ from bson import ObjectId
 from crossfade import DuplicateKey
 from crossfade.debt import Settled
 
-from .conftest import BOTH_PRIMARIES, World
+from .conftest import BOTH_PRIMARIES, World, eventually
 
 
 async def named(w: World, *names):
@@ -162,6 +162,24 @@ async def test_a_parked_record_is_tried_again_when_it_changes_and_when_a_person_
     await w.reconcile(retry_parked=True)
     assert (await w.row(other.id)).document["n"] == 666
     await w.assert_equal()
+
+
+async def test_a_worker_forgets_when_it_tried_what_is_no_longer_owed(open_world):
+    w = await open_world(background=True)
+    made = await w.users.insert({"username": "Bob", "n": 666})
+
+    async def rests_at(rev):
+        return any(key[2] == rev for key in w.m.reconciler._parked)
+
+    for number in range(3):
+        rev = (await w.users.update(made.id, {"other": number})).rev
+        await eventually(lambda rev=rev: rests_at(rev))
+    await w.users.update(made.id, {"n": 1})
+
+    async def nothing():
+        return w.m.reconciler._parked == {}
+
+    await eventually(nothing, timeout=10)
 
 
 @pytest.mark.parametrize("phase", ["dual_write", "postgres_primary"])
