@@ -991,14 +991,17 @@ class Writer:
         ) from failure
 
     async def _bring_what_replaced_it(self, entity: Entity, image: Image, o: _Operation) -> None:
-        """Bring to PostgreSQL what a foreign writer has put in the place of an open write.
+        """Bring to PostgreSQL what a foreign writer has put in the place of an open write, or that it is gone.
 
         PostgreSQL may hold the write, and no revision says that what stands is newer: before the next full pass nobody
         would notice.
         """
         with contextlib.suppress(errors.CrossfadeError, Unmappable):
             there = await self.pair.mongo.read_owed(entity, image.id, timeout=o.left())
-            if there is None or there.debt is not None or there.rev > image.rev:
+            if there is None:
+                await self.settler.adopt_delete(entity, image.id, image.rev, o.control)
+                return
+            if there.debt is not None or there.rev > image.rev:
                 return
             lifted = await self.settler.lift(entity, image.id, above=image.rev, control=o.control)
             if lifted is None:

@@ -615,3 +615,25 @@ async def test_what_a_foreign_writer_puts_in_the_place_of_an_open_write_is_in_bo
     assert (await w.users.get(id_)).document == {"_id": id_, "username": "Mallory", "n": 1}
     await w.reconcile()
     await w.assert_equal()
+
+
+async def test_what_a_foreign_writer_deletes_while_its_write_is_open_is_gone_from_both_stores_when_undone_is_told(
+    open_world,
+):
+    w = await open_world("postgres_read", foreign_writers=True)
+    id_ = await prepared(w, "update")
+    bring = w.settler.bring
+
+    async def deleted(*args, **how):
+        w.settler.bring = bring
+        settled = await bring(*args, **how)
+        w.documents.delete_one({"_id": id_})
+        return settled
+
+    w.settler.bring = deleted
+    with pytest.raises(Undone):
+        await w.users.update(id_, {"n": 2}, strategy=ROLLBACK)
+    await w.m.board.refresh()
+    assert await w.users.get(id_) is None
+    await w.reconcile()
+    await w.assert_equal()
