@@ -131,6 +131,30 @@ def fields_that_differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> tupl
     return found or (("(order)",) if list(one) != list(other) else ())
 
 
+def equal(one: Any, other: Any) -> bool:
+    """Whether two BSON values are equal to a filter of MongoDB: numbers by value, whatever their types; true is no
+    number; a NaN equals another; fields of documents in their order.
+
+    Raises:
+        Unmappable: a value has no canonical bytes.
+    """
+    if isinstance(one, dict) and isinstance(other, dict):
+        return list(one) == list(other) and all(equal(one[name], other[name]) for name in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    numbers = [number for value in (one, other) if (number := _number(value)) is not None]
+    if len(numbers) == 2:
+        return numbers[0] == numbers[1] or all(map(math.isnan, numbers))
+    return encode_document({"v": one}) == encode_document({"v": other})
+
+
+def _number(value: Any) -> int | float | Decimal | None:
+    if isinstance(value, Decimal128):
+        exact = value.to_decimal()
+        return math.nan if exact.is_nan() else exact
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 def digest_of_bytes(canonical: bytes) -> bytes:
     """Digest of canonical bytes that are at hand already: 16 bytes."""
     return blake2b(canonical, digest_size=DIGEST_SIZE).digest()

@@ -58,6 +58,7 @@ from crossfade.values import (
     Unmappable,
     can_be_id,
     encode_document,
+    equal,
     id_to_text,
     text_to_id,
 )
@@ -194,6 +195,7 @@ class Writer:
         assert_writable(entity, set_, removed)
         assert_values(entity.name, request.where)
         wrote = as_stored(set_)
+        request = replace(request, where=as_stored(request.where))
 
         async def run(o: _Operation) -> Record:
             if o.control.phase.rules.primary == "mongo":
@@ -516,7 +518,7 @@ class Writer:
                 id_ = notes["_id"]  # as it is kept: a number may have been given in another type
                 noted = noted_parts(notes.get(CF) or {}, entity.parts)
             carried = carried_by(entity.parts, noted, wrote=wrote, removed=removed)
-            missed = [name for name in where if name not in notes or notes[name] != where[name]]
+            missed = [name for name in where if name not in notes or not equal(notes[name], where[name])]
             if missed:
                 raise errors.ConditionNotMet(
                     f"[{o.context}] this record of {entity.name} has another value in {', '.join(missed)} by now"
@@ -1116,7 +1118,8 @@ class Writer:
                         f"[{o.context}] this record of {entity.name} is at revision {before.rev}, not {if_revision}"
                     )
                 where = o.request.where
-                missed = [n for n in where if n not in before.document or before.document[n] != where[n]]
+                there = before.document
+                missed = [n for n in where if n not in there or not equal(there[n], where[n])]
                 if missed:
                     raise errors.ConditionNotMet(
                         f"[{o.context}] this record of {entity.name} has another value in {', '.join(missed)} by now"

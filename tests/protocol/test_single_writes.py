@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import re
+from datetime import UTC, datetime
 
 import pytest
 from bson import ObjectId, Regex
 
 from crossfade import (
+    ConditionNotMet,
     ConfigurationError,
     CrossfadeError,
     DuplicateKey,
@@ -363,3 +365,29 @@ async def test_an_id_that_was_deleted_in_phase_0_may_be_made_again_when_postgres
     assert made.rev == 3, "revisions 1 and 2 were told before"
     await w.reconcile()
     await w.assert_equal()
+
+
+@phases
+@pytest.mark.parametrize(
+    ("there", "wanted", "holds"),
+    [
+        (0, False, False),
+        (True, 1, False),
+        ([1, True], [1, 1], False),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}, False),
+        (1, 1.0, True),
+        (float("nan"), float("nan"), True),
+        (datetime(2026, 1, 2, 3, 4, 5, 678901, UTC), datetime(2026, 1, 2, 3, 4, 5, 678901, UTC), True),
+    ],
+    ids=repr,
+)
+async def test_a_condition_asks_for_the_same_whichever_store_decides(open_world, phase, there, wanted, holds):
+    """As a filter of MongoDB does: a number is no bool, and the order of fields counts."""
+    w = await open_world(phase)
+    made = await w.users.insert({"username": "Bob", "there": there})
+    if holds:
+        assert (await w.users.update(made.id, {"n": 2}, where={"there": wanted}))["n"] == 2
+        return
+    with pytest.raises(ConditionNotMet):
+        await w.users.update(made.id, {"n": 2}, where={"there": wanted})
+    assert (await w.users.get(made.id)).get("n") is None
