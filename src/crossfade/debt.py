@@ -291,7 +291,10 @@ class Settler:
                     finished += 1
                     continue
                 if image.steps is not None:
-                    await self.roll_forward(entity, image, control, ends=boot_clock() + timeout)
+                    try:
+                        await self.roll_forward(entity, image, control, ends=boot_clock() + timeout)
+                    except (RuleBroken, errors.Quarantined):
+                        continue  # in phase 1 it is parked and shown: `settle_one`
                 await self.stepper.erase_marks(entity, image)
                 if image.deleted and image.op is not None:
                     await self.bury(entity, image)
@@ -586,6 +589,8 @@ class Settler:
                 await self.roll_forward(entity, image, control, ends=boot_clock() + timeout)
             except (RuleBroken, errors.Quarantined) as cause:
                 # By a rule that only MongoDB has, or because there is no room: somebody has to see it.
+                if image.debt is None:
+                    image = await self.lift(entity, id_, above=image.rev, control=control) or image
                 return await self._park(entity, image, f"a record does not take its part: {cause}")
         if image.deleted:
             return await self.finish_delete(entity, image, control)

@@ -204,6 +204,25 @@ async def test_what_a_worker_that_was_still_in_phase_0_had_decided_is_carried_ou
     await assert_all_equal(other)
 
 
+async def test_a_step_that_mongo_refuses_in_phase_0_does_not_keep_a_migration_there(open_friends):
+    w = await open_friends("mongo_only")
+    await w.m.prepare()
+    request, ann, bob = await asked(w)
+    await w.users.insert({"username": "Eve", "n": 1})
+    w.documents.create_index("n", unique=True, sparse=True)
+    with pytest.raises(OutcomeUnknown, match="carried out"):
+        await accept(w, request, ann, bob)
+    await w.m.prepare()
+    await w.set_phase("dual_write")
+    await w.m.reconciler.full_sweep()
+    [parked] = [debt for debt in await w.owed() if debt.parked]
+    assert parked.id == request
+    w.documents.drop_index("n_1")
+    await w.reconcile(retry_parked=True)
+    assert await found(w, request, ann, bob) == ("accepted", True, True)
+    await assert_all_equal(w)
+
+
 async def test_a_decided_operation_is_carried_out_in_mongo_although_postgres_is_away(
     open_friends, postgres_proxy
 ):
