@@ -1117,21 +1117,22 @@ class Settler:
         return Settled.CONFIRMED
 
     async def _make_way(self, entity: Entity, row: Image, *, timeout: float) -> bool:
-        """Free the values of this record that another document still holds; False: one will not give way.
+        """Free the values of this record that another document still holds; False: none gives way.
 
-        Only a document that is owed a delivery gives way: that delivery writes its new value.
+        Only a document that is owed a delivery gives way: that delivery writes its new value. One that does not may
+        have the same value under a key of its own, and be in nobody's way: whoever tries again finds out.
         """
+        rivals = gave_way = 0
         for rule in entity.unique:
             key = row.keys.get(rule.rule)
             if key is None:
                 continue
             for query in ({f"{CF}.keys.{rule.rule}": key}, {rule.field: row.document.get(rule.field)}):
                 for rival in await self.pair.mongo.look_up(entity, [query], timeout=timeout):
-                    if rival.id != row.id and not await self._set_aside(
-                        entity, rule, key, rival, timeout=timeout
-                    ):
-                        return False
-        return True
+                    if rival.id != row.id:
+                        rivals += 1
+                        gave_way += await self._set_aside(entity, rule, key, rival, timeout=timeout)
+        return not rivals or gave_way > 0
 
     async def _set_aside(
         self, entity: Entity, rule: UniqueRule, key: str, rival: Image, *, timeout: float

@@ -232,6 +232,30 @@ async def test_a_name_freed_by_an_unsent_rename_can_be_found_under_both_names(op
 # --- keys that collide already ---
 
 
+async def test_a_name_that_two_old_documents_have_is_delivered_once_the_holder_of_its_key_gives_way(
+    open_world, mongo_proxy
+):
+    """The other one, whose key is its own, is in nobody's way."""
+    w = await open_world("mongo_only", mongo=mongo_proxy)
+    oldest, other = (w.documents.insert_one({"username": "Bob"}).inserted_id for _ in range(2))
+    await w.m.prepare()
+    await w.set_phase("dual_write")
+    await w.m.reconciler.full_sweep()
+    await w.reconcile()
+    await w.set_phase("postgres_primary")
+    mongo_proxy.refuse()
+    await w.users.update(oldest, {"username": "Robert"})
+    made = await w.users.insert({"username": "Bob"})
+    mongo_proxy.pass_through()
+    owed = {debt.id: debt for debt in await w.owed()}
+    assert await w.settler.deliver(owed[made.id], w.control, timeout=5) is Settled.CONFIRMED
+    await w.reconcile()
+    assert {d["_id"]: d["username"] for d in w.documents.find()} == {
+        oldest: "Robert", other: "Bob", made.id: "Bob",
+    }  # fmt: skip
+    await w.assert_equal()
+
+
 async def test_documents_that_collide_already_are_all_kept_the_oldest_with_the_plain_key(open_world):
     w = await open_world("mongo_only")
     ids = [ObjectId() for _ in range(3)]
