@@ -855,14 +855,16 @@ class Settler:
                 elif not control.phase.rules.dual:
                     # Its debt stands for the day on which PostgreSQL is owed it again.
                     settled = Settled.CONFIRMED
-                elif _owed_with(undone):
-                    settled = await self._bring_owed(entity, undone, control)
                 else:
-                    settled = await self.bring(
-                        entity, undone, control, timeout=pair.options.secondary_deadline
-                    )
+                    if _owed_with(undone):
+                        settled = await self._bring_owed(entity, undone, control)
+                    else:
+                        settled = await self.bring(
+                            entity, undone, control, timeout=pair.options.secondary_deadline
+                        )
+                        if settled is Settled.CONFIRMED:
+                            self.erase_soon(entity, undone)
                     if settled is Settled.CONFIRMED:
-                        self.erase_soon(entity, undone)
                         with contextlib.suppress(errors.CrossfadeError):
                             await pair.postgres.release(entity, [image.id], timeout=timeout)
                 return settled if others else Settled.SUPERSEDED
