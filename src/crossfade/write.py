@@ -1281,6 +1281,8 @@ class Writer:
                 names = {rule.to: rule.rule for rule in entity.unique}
                 found = next((rule for column, rule in names.items() if column in cause.constraint), None)
                 self._say(o, f"PostgreSQL write refused: {cause}")
+                if not cause.taken:
+                    raise errors.Quarantined(f"[{o.context}] {cause}; nothing was changed") from cause
                 raise errors.DuplicateKey(entity.name, found or cause.constraint) from cause
             except Unanswered as cause:
                 unknown, unanswered = True, len(mine)

@@ -17,6 +17,7 @@ from crossfade import (
     NotAllowedInPhase,
     NotFound,
     OutcomeUnknown,
+    Quarantined,
     StaleRevision,
 )
 
@@ -76,6 +77,22 @@ async def test_a_taken_name_is_refused_by_the_primary_and_leaves_nothing_behind(
     assert await w.contents() == before
     assert w.m.pair.postgres_breaker.failures == w.m.pair.mongo_breaker.failures == 0
     await w.assert_equal()
+
+
+async def test_what_a_rule_of_postgres_refuses_for_itself_is_not_told_as_taken_by_another(open_world):
+    w = await open_world("postgres_primary")
+    other = await w.users.insert({"username": "Eve", "n": 1})
+    await w.settle()
+    before = await w.contents()
+    for strategy in (FailureStrategy.PRIORITIZE_POSTGRES, FailureStrategy.ROLLBACK_BOTH):
+        for write in (
+            w.users.insert({"username": "Bob", "n": 666}, strategy=strategy),
+            w.users.update(other.id, {"n": 666}, strategy=strategy),
+        ):
+            with pytest.raises(Quarantined, match="users_n_allowed"):
+                await write
+    assert await w.contents() == before
+    assert w.outbox() == []
 
 
 @phases

@@ -14,17 +14,19 @@ class Unanswered(StoreUnavailable):
 
 
 class RuleBroken(CrossfadeError):
-    """The store refused a write because another record holds a value of a unique rule, or a reference dangles.
+    """The store refused a write: another record holds a value of a unique rule, a reference dangles, a check fails.
 
     Attributes:
         store: "mongo" or "postgres".
         constraint: the index or constraint that the store named, "" where it named none.
+        taken: another record holds the value; else the rule is about this record alone.
     """
 
-    def __init__(self, store: str, constraint: str, detail: str) -> None:
+    def __init__(self, store: str, constraint: str, detail: str, *, taken: bool = True) -> None:
         super().__init__(detail)
         self.store = store
         self.constraint = constraint
+        self.taken = taken
 
 
 class Fenced(CrossfadeError):

@@ -272,6 +272,7 @@ class PostgresStore:
                 STORE,
                 cause.diag.constraint_name or "",
                 f"PostgreSQL refuses the row: {cause.diag.constraint_name or cause.diag.message_primary}",
+                taken=False,
             ) from cause
         except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn) as cause:
             raise errors.SchemaNotReady(
