@@ -1165,8 +1165,9 @@ class Writer:
                 task.add_done_callback(self._background.discard)
             return record
         failure = None
+        ends = self._patience()  # of a caller, however many records it has written
         for each in deliveries:
-            failure = failure or await self._try_mongo(each, o)
+            failure = failure or await self._try_mongo(each, o, ends)
         if o.rollback:
             await self._close_in_postgres(deliveries, o, failure)
         elif failure is not None:
@@ -1325,15 +1326,19 @@ class Writer:
     async def _deliver_quietly(self, owed: Delivery, o: _Operation) -> None:
         await asyncio.sleep(_ANSWER_FIRST)
         with contextlib.suppress(errors.CrossfadeError):
-            await self._try_mongo(owed, o)
+            await self._try_mongo(owed, o, self._patience())
 
-    async def _try_mongo(self, owed: Delivery, o: _Operation) -> errors.CrossfadeError | None:
+    def _patience(self) -> float:
+        """Until when a secondary that answers may take for all that is to be done there, by `boot_clock`."""
+        return boot_clock() + self.pair.options.secondary_deadline * 4
+
+    async def _try_mongo(self, owed: Delivery, o: _Operation, ends: float) -> errors.CrossfadeError | None:
         """Deliver to MongoDB; None once there, else why not. The outbox row stands meanwhile."""
         if not self.pair.mongo_breaker.allows():
             return errors.StoreUnavailable("mongo", "MongoDB is known to be down; nobody waits for it")
         self._say(o, "Writing to MongoDB...")
         try:
-            async with asyncio.timeout(self.pair.options.secondary_deadline * 4):
+            async with asyncio.timeout(ends - boot_clock()):
                 settled = await self.settler.deliver(
                     owed, o.control, timeout=self.pair.options.secondary_deadline
                 )

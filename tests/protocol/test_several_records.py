@@ -706,3 +706,28 @@ async def test_a_record_that_cannot_be_read_is_asked_of_nobody_but_mongo(open_fr
     assert (await w.users.update(bob, {"n": 5}))["n"] == 5
     await w.settle()
     await assert_all_equal(w)
+
+
+async def test_a_slow_mongo_keeps_the_caller_of_an_operation_no_longer_than_that_of_one_write(
+    open_friends, monkeypatch
+):
+    w = await open_friends("postgres_primary")
+    there = await asked(w)
+    await w.settle()
+    deliver, limit = w.settler.deliver, w.m.pair.options.secondary_deadline * 4
+    begun = []
+
+    async def slowly(owed, control, *, timeout):
+        begun.append(owed.entity)
+        await asyncio.sleep(limit * 0.6)
+        return await deliver(owed, control, timeout=timeout)
+
+    monkeypatch.setattr(w.settler, "deliver", slowly)
+    await accept(w, *there)
+    # The second is still on its way when the time of all is over, and the third is not begun.
+    assert begun == ["friend_requests", "users"]
+    assert {row[0] for row in w.outbox()} >= {id_to_text(there[1]), id_to_text(there[2])}
+    monkeypatch.undo()
+    await w.reconcile()
+    await assert_all_equal(w)
+    assert await found(w, *there) == ("accepted", True, True)
