@@ -16,7 +16,7 @@ pytestmark = pytest.mark.long
 
 NAMES = 500
 #: What is tested is who gets a name. How long a store may take on a machine that runs other tests is not.
-PATIENT = Options(primary_deadline=30, secondary_deadline=10, lease=30, board_age=10)
+PATIENT = Options(primary_deadline=30, secondary_deadline=30, lease=30, board_age=10)
 
 
 @pytest.mark.timeout(300)
