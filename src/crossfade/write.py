@@ -999,23 +999,28 @@ class Writer:
         would notice.
         """
         with contextlib.suppress(errors.CrossfadeError, Unmappable):
+            settled = Settled.SUPERSEDED
             there = await self.pair.mongo.read_owed(entity, image.id, timeout=o.left())
             if there is None:
-                await self.settler.adopt_delete(entity, image.id, image.rev, o.control)
+                buried = await self.pair.mongo.tombstone(entity, image.id, timeout=o.left())
+                if buried is not None and buried.rev > image.rev:
+                    return  # undone, or deleted since: that brings its own
+                gone = replace(image, rev=image.rev + 1, op=new_operation())
+                with contextlib.suppress(*_FAILED):
+                    settled = await self.settler.finish_delete(entity, gone, o.control)
+            elif there.debt is not None or there.rev > image.rev:
                 return
-            if there.debt is not None or there.rev > image.rev:
-                return
-            lifted = await self.settler.lift(entity, image.id, above=image.rev, control=o.control)
-            if lifted is None:
-                return
-            settled = Settled.SUPERSEDED
-            with contextlib.suppress(*_FAILED):
-                settled = await self.settler.bring(
-                    entity, lifted, o.control, timeout=self.pair.options.secondary_deadline
-                )
-            if settled is Settled.CONFIRMED:
-                self.settler.erase_soon(entity, lifted)
-            elif self.pair.board.control.postgres_first:
+            else:
+                lifted = await self.settler.lift(entity, image.id, above=image.rev, control=o.control)
+                if lifted is None:
+                    return
+                with contextlib.suppress(*_FAILED):
+                    settled = await self.settler.bring(
+                        entity, lifted, o.control, timeout=self.pair.options.secondary_deadline
+                    )
+                if settled is Settled.CONFIRMED:
+                    self.settler.erase_soon(entity, lifted)
+            if settled is not Settled.CONFIRMED and self.pair.board.control.postgres_first:
                 await self.pair.board.mark_unreadable(o.op)
 
     async def _stands_open(self, entity: Entity, image: Image, o: _Operation) -> bool:

@@ -637,3 +637,40 @@ async def test_what_a_foreign_writer_deletes_while_its_write_is_open_is_gone_fro
     assert await w.users.get(id_) is None
     await w.reconcile()
     await w.assert_equal()
+
+
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_read"])
+async def test_an_insert_is_taken_back_in_time_while_postgres_is_silent(open_world, postgres_proxy, phase):
+    w = await open_world(phase, postgres=postgres_proxy)
+    postgres_proxy.swallow_answers()
+    # Far from what its deadlines add up to, and from that of what nobody waits for.
+    async with asyncio.timeout(PATIENCE / 2):
+        with pytest.raises(Undone):
+            await w.users.insert({"username": "Bob"}, strategy=ROLLBACK)
+    assert w.documents.count_documents({}) == 0
+
+
+async def test_what_a_foreign_writer_deletes_while_its_write_is_open_is_read_nowhere_although_postgres_goes_silent(
+    open_world, postgres_proxy
+):
+    w = await open_world("postgres_read", postgres=postgres_proxy, foreign_writers=True)
+    id_ = await prepared(w, "update")
+    bring = w.settler.bring
+
+    async def deleted(*args, **how):
+        w.settler.bring = bring
+        settled = await bring(*args, **how)
+        w.documents.delete_one({"_id": id_})
+        postgres_proxy.swallow_answers()
+        return settled
+
+    w.settler.bring = deleted
+    async with asyncio.timeout(PATIENCE / 2):
+        with pytest.raises(Undone):
+            await w.users.update(id_, {"n": 2}, strategy=ROLLBACK)
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    await w.m.board.refresh()
+    assert await w.users.get(id_) is None
+    await w.reconcile()
+    await w.assert_equal()
