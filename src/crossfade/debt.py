@@ -494,7 +494,7 @@ class Settler:
         buried = await self.pair.mongo.tombstone(entity, id_, timeout=self.pair.options.primary_deadline)
         if buried is None or not buried.group:
             return await self.bring_tombstone(entity, id_, control, timeout=timeout)
-        return await self._bring_owed(entity, _deleted(buried), control)
+        return await self._bring_owed(entity, _deleted(buried), control, timeout=timeout)
 
     async def bring_tombstone(self, entity: Entity, id_: Any, control: Control, *, timeout: float) -> Settled:
         """Bring a tombstone to PostgreSQL, and erase its debt after a second look."""
@@ -609,17 +609,22 @@ class Settler:
             if adopted is None:
                 return Settled.CONFIRMED
             image = adopted
-        return await self._bring_owed(entity, image, control)
+        return await self._bring_owed(entity, image, control, timeout=timeout)
 
-    async def _bring_owed(self, entity: Entity, image: Image, control: Control) -> Settled:
-        """Bring an image with those of its operation that are still owed, and erase the debts of all."""
-        pair, timeout = self.pair, self.pair.options.primary_deadline
+    async def _bring_owed(
+        self, entity: Entity, image: Image, control: Control, *, timeout: float
+    ) -> Settled:
+        """Bring an image with those of its operation that are still owed, and erase the debts of all.
+
+        ``timeout``: for each call of PostgreSQL, in seconds.
+        """
+        pair = self.pair
         placed = await self.with_groups([(entity, image)])
         brought = await self.bring_together(placed, control, timeout=timeout)
         for (each, one), settled in zip(placed, brought, strict=True):
             if settled is Settled.CONFIRMED and (key := confirmed(each, one)) is not None:
                 await self.stepper.erase_marks(each, one)
-                await pair.mongo.settle(each, [key], timeout=timeout)
+                await pair.mongo.settle(each, [key], timeout=pair.options.primary_deadline)
                 with contextlib.suppress(errors.CrossfadeError):
                     await pair.postgres.release(each, [one.id], timeout=timeout)
         return brought[0]
@@ -635,7 +640,9 @@ class Settler:
         timeout = self.pair.options.primary_deadline
         held = await self.pair.postgres.held(entity, id_, timeout=timeout)
         image = await self.lift(entity, id_, above=held.highest, control=control)
-        return Settled.SUPERSEDED if image is None else await self._bring_owed(entity, image, control)
+        if image is None:
+            return Settled.SUPERSEDED
+        return await self._bring_owed(entity, image, control, timeout=timeout)
 
     async def adopt_delete(self, entity: Entity, id_: Any, rev: int, control: Control) -> bool:
         """Make a delete behind our back one of ours: the row at ``rev`` goes; False: it is there again, or changed.
@@ -856,17 +863,9 @@ class Settler:
                     # Its debt stands for the day on which PostgreSQL is owed it again.
                     settled = Settled.CONFIRMED
                 else:
-                    if _owed_with(undone):
-                        settled = await self._bring_owed(entity, undone, control)
-                    else:
-                        settled = await self.bring(
-                            entity, undone, control, timeout=pair.options.secondary_deadline
-                        )
-                        if settled is Settled.CONFIRMED:
-                            self.erase_soon(entity, undone)
-                    if settled is Settled.CONFIRMED:
-                        with contextlib.suppress(errors.CrossfadeError):
-                            await pair.postgres.release(entity, [image.id], timeout=timeout)
+                    settled = await self._bring_owed(
+                        entity, undone, control, timeout=pair.options.secondary_deadline
+                    )
                 return settled if others else Settled.SUPERSEDED
             current = await pair.mongo.read_owed(entity, image.id, timeout=timeout)
             if current is None:

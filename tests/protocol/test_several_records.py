@@ -480,6 +480,22 @@ def halves_seen(w, ids):
     return looks
 
 
+async def test_an_operation_is_taken_back_in_time_while_postgres_is_silent(open_friends, postgres_proxy):
+    """Its caller waits for the deadlines of a secondary, not for those of a primary."""
+    w = await open_friends(postgres=postgres_proxy, primary_deadline=PATIENCE)
+    ids = await asked(w)
+    await w.settle()
+    postgres_proxy.swallow_answers()
+    async with asyncio.timeout(PATIENCE / 2):
+        with pytest.raises(Undone):
+            await accept(w, *ids, ROLLBACK)
+    assert await found(w, *ids) == ("pending", False, False)
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    await w.reconcile()
+    await assert_all_equal(w)
+
+
 async def test_an_open_step_holds_other_writers_of_its_record(open_friends):
     w = await open_friends(tentative=30.0)
     ids = await asked(w)
