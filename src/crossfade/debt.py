@@ -277,29 +277,32 @@ class Settler:
         pair, finished = self.pair, 0
         if control.phase.rules.dual or control.phase.rules.primary != "mongo":
             return finished
-        timeout = pair.options.primary_deadline
         for entity in pair.entities.values():
             async for id_ in pair.mongo.unfinished(entity, timeout=pair.options.bulk_deadline):
-                try:
-                    image = await pair.mongo.read_owed(entity, id_, timeout=timeout)
-                except Unmappable:
-                    continue  # a foreign writer has broken it since: it goes to quarantine
-                if image is None or await self.is_echo(entity, image):
-                    continue
-                if image.is_open:
-                    await self._settle_open(entity, image, control, undo=True)
-                    finished += 1
-                    continue
-                if image.steps is not None:
-                    try:
-                        await self.roll_forward(entity, image, control, ends=boot_clock() + timeout)
-                    except (RuleBroken, errors.Quarantined):
-                        continue  # in phase 1 it is parked and shown: `settle_one`
-                await self.stepper.erase_marks(entity, image)
-                if image.deleted and image.op is not None:
-                    await self.bury(entity, image)
-                finished += 1
+                finished += await self.finish_one(entity, id_, control)
         return finished
+
+    async def finish_one(self, entity: Entity, id_: Any, control: Control) -> bool:
+        """Do in MongoDB alone what was decided in one record, and undo what is open; whether there was something."""
+        timeout = self.pair.options.primary_deadline
+        try:
+            image = await self.pair.mongo.read_owed(entity, id_, timeout=timeout)
+        except Unmappable:
+            return False  # a foreign writer has broken it since: it goes to quarantine
+        if image is None or await self.is_echo(entity, image):
+            return False
+        if image.is_open:
+            await self._settle_open(entity, image, control, undo=True)
+            return True
+        if image.steps is not None:
+            try:
+                await self.roll_forward(entity, image, control, ends=boot_clock() + timeout)
+            except (RuleBroken, errors.Quarantined):
+                return False  # in phase 1 it is parked and shown: `settle_one`
+        await self.stepper.erase_marks(entity, image)
+        if image.deleted and image.op is not None:
+            await self.bury(entity, image)
+        return True
 
     async def bring(
         self,
@@ -611,9 +614,7 @@ class Settler:
             image = adopted
         return await self._bring_owed(entity, image, control, timeout=timeout)
 
-    async def _bring_owed(
-        self, entity: Entity, image: Image, control: Control, *, timeout: float
-    ) -> Settled:
+    async def _bring_owed(self, entity: Entity, image: Image, control: Control, *, timeout: float) -> Settled:
         """Bring an image with those of its operation that are still owed, and erase the debts of all.
 
         ``timeout``: for each call of PostgreSQL, in seconds.

@@ -640,7 +640,7 @@ class Writer:
                     raise _waits(entity, o)
                 if not o.control.phase.rules.dual and boot_clock() - began > self.pair.options.tentative:
                     # From before a step back to phase 0, where no reconciler comes by.
-                    await self.settler.settle_one(entity, id_, o.control, undo_tentative=True)
+                    await self.settler.finish_one(entity, id_, o.control)
                 await asyncio.sleep(0.02)
                 continue
             if notes is None or cf.get("deleted") or await self._is_buried(entity, notes["_id"], cf, o):

@@ -593,6 +593,27 @@ async def test_what_was_left_open_before_a_step_back_to_phase_0_holds_no_writer_
     assert (written["username"], written["n"]) == ("Bob", 5)
 
 
+async def test_of_two_writers_that_wait_for_it_in_phase_0_none_asks_postgres(
+    open_world, postgres_proxy, monkeypatch
+):
+    """The other one has taken it back in the meantime; its debt stands for the day that PostgreSQL is owed it."""
+    w = await open_world("dual_write", postgres=postgres_proxy, primary_deadline=PATIENCE)
+    id_ = await prepared(w, "update")
+    await leave_open(w, "update", id_)
+    await w.set_phase("mongo_only")
+    other = await open_world("mongo_only", primary_deadline=PATIENCE)
+    read_owed = w.mongo.read_owed
+
+    async def overtaken(*record, **how):
+        monkeypatch.setattr(w.mongo, "read_owed", read_owed)
+        assert (await other.users.update(id_, {"n": 3}))["username"] == "Bob"
+        return await read_owed(*record, **how)
+
+    monkeypatch.setattr(w.mongo, "read_owed", overtaken)
+    postgres_proxy.refuse()
+    assert (await w.users.update(id_, {"n": 5}))["username"] == "Bob"
+
+
 @pytest.mark.parametrize("postgres_answers", [True, False])
 async def test_what_a_foreign_writer_puts_in_the_place_of_an_open_write_is_in_both_stores_when_undone_is_told(
     open_world, postgres_answers
