@@ -435,12 +435,15 @@ class Board:
     def _are_of_no_use(known: Look, control: Control, seen: SeenCopies, began: float) -> bool:
         """Whether PostgreSQL, silent, can take no debt, nobody may read it, and the debts are known of just now.
 
-        A look that sees it as readable has to have read them itself.
+        A look that sees it as readable has to have read them itself. What the primary alone settles, an open write or
+        steps, a reconciler must not find here again: there would be nothing left to do but to wait for PostgreSQL.
         """
         read_by_nobody = control.unreadable is not None or not control.postgres_first
+        for_primary = any(debt.tentative or debt.steps for debt in known.owed)
         return (
             not seen.answered("postgres")
             and read_by_nobody
+            and not for_primary
             and control.epoch == known.control.epoch
             and began - known.debts_read < _SPARED
         )

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from bson import Int64, ObjectId
 
-from crossfade import Busy, DuplicateKey, FailureStrategy, Undone, UndoPending
+from crossfade import Busy, DuplicateKey, FailureStrategy, Undone, UndoPending, board
 from crossfade.debt import Settled
 from crossfade.record import CF, new_operation
 from crossfade.stores.errors import Unanswered
@@ -514,6 +514,23 @@ async def test_an_open_write_is_taken_back_although_the_secondary_is_away(
     await w.postgres_answers()
     await w.reconcile()
     await w.assert_equal()
+
+
+async def test_what_was_taken_back_while_the_secondary_is_away_is_not_tried_again_then(
+    open_world, postgres_proxy, monkeypatch
+):
+    """What is left of it waits for PostgreSQL, and open writes of others would wait behind it."""
+    monkeypatch.setattr(board, "_SPARED", 3600)
+    w = await open_world("dual_write", postgres=postgres_proxy, tentative=0.0)
+    id_ = await prepared(w, "update")
+    await leave_open(w, "update", id_)
+    postgres_proxy.refuse()
+    await w.m.board.mark_unreadable("x")
+    await w.m.board.refresh()
+    await w.m.reconciler._background_round()
+    assert w.document(id_)["n"] == 1
+    look = await w.m.board.refresh(spares=True)
+    assert [bool(debt.tentative) for debt in look.owed] == [False]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
