@@ -245,7 +245,9 @@ class Settler:
                         )
                         if buried is not None and buried.owed:
                             found.append((other, _deleted(buried)))
-                    elif not there.deleted and there.debt and there.debt.tentative is None:
+                    elif there.deleted and there.steps:
+                        pass  # they would go with the document
+                    elif there.debt and there.debt.tentative is None:
                         found.append((other, there))
         return found
 

@@ -886,7 +886,7 @@ class Writer:
     ) -> Settled:
         timeout = self.pair.options.secondary_deadline
         own = [(entity, image), *together]
-        placed = own if image.deleted and not together else await self.settler.with_groups(own)
+        placed = await self.settler.with_groups(own)
         if len(placed) > 1:
             brought = await self.settler.bring_together(placed, o.control, timeout=timeout)
             for (each, one), settled in zip(placed, brought, strict=True):

@@ -13,6 +13,7 @@ from crossfade import (
     FailureStrategy,
     OutcomeUnknown,
     Quarantined,
+    StoreUnavailable,
     Undone,
 )
 from crossfade.clock import boot_clock
@@ -618,8 +619,7 @@ async def test_a_delete_that_decides_and_its_steps_are_one_transaction_in_postgr
         op.delete("friend_requests", request)
         op.also("users", ann, {"n": 7})
         op.also("users", bob, {"n": 8})
-    made_by = w.sql("SELECT DISTINCT xmin::text FROM users UNION SELECT xmin::text FROM crossfade.tombstones")
-    assert len(made_by) == 1
+    assert len(made_by(w)) == 1
     assert {(await w.users.get(ann))["n"], (await w.users.get(bob))["n"]} == {7, 8}
     await w.settle()
     await assert_all_equal(w)
@@ -643,10 +643,60 @@ async def test_a_delete_that_decided_and_its_steps_are_one_transaction_after_an_
         (w.m.entities["friend_requests"], request) if first == "what was deleted" else (w.entity, ann)
     )
     assert await w.settler.settle_one(entity, id_, w.control) is Settled.CONFIRMED
-    made_by = w.sql("SELECT DISTINCT xmin::text FROM users UNION SELECT xmin::text FROM crossfade.tombstones")
-    assert len(made_by) == 1
+    assert len(made_by(w)) == 1
     assert await w.owed() == ()
     await assert_all_equal(w)
+
+
+async def test_a_delete_that_decided_and_whose_document_is_still_there_is_brought_with_its_steps(
+    open_friends, postgres_proxy, monkeypatch
+):
+    """Its writer could carry out the steps, and then no more."""
+    w = await open_friends(postgres=postgres_proxy)
+    request, ann, bob = await asked(w)
+    await w.settle()
+
+    async def unanswered(*_record, **_how):
+        raise StoreUnavailable("mongo", "no answer")
+
+    postgres_proxy.refuse()
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(w.mongo, "bury", unanswered)
+        async with w.m.operation("Friend Withdraw") as op:
+            op.delete("friend_requests", request)
+            op.also("users", ann, {"n": 7})
+            op.also("users", bob, {"n": 8})
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    assert await w.settler.settle_one(w.entity, ann, w.control) is Settled.CONFIRMED
+    assert len(made_by(w)) == 1
+    assert await w.owed() == ()
+    await assert_all_equal(w)
+
+
+async def test_a_record_that_is_deleted_brings_along_those_it_is_still_owed_with(
+    open_friends, postgres_proxy
+):
+    w = await open_friends(postgres=postgres_proxy)
+    request, ann, bob = await asked(w)
+    await w.settle()
+    postgres_proxy.refuse()
+    await accept(w, request, ann, bob)
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    w.m.pair.postgres_breaker.succeeded()
+    await w.users.delete(bob)
+    assert len(made_by(w)) == 1
+    await w.reconcile()
+    await assert_all_equal(w)
+
+
+def made_by(w):
+    """The transactions of PostgreSQL that made what it holds now."""
+    return w.sql(
+        "SELECT xmin::text FROM users UNION SELECT xmin::text FROM friend_requests"
+        " UNION SELECT xmin::text FROM crossfade.tombstones"
+    )
 
 
 async def unreadable(w, id_):
