@@ -422,15 +422,14 @@ def id_texts(_id: Any) -> tuple[str, ...]:
         Unmappable: as `id_to_text` does.
     """
     own = id_to_text(_id)
-    if type(_id) is ObjectId or isinstance(_id, bool) or not isinstance(_id, int | float | Decimal128):
-        return (own,)
-    return _texts_of_equal_numbers(own)
+    return (own,) if _number(_id) is None else _texts_of_equal_numbers(own)
 
 
 @lru_cache(maxsize=4096)
 def _texts_of_equal_numbers(own: str) -> tuple[str, ...]:
-    number = load_json(own[2:])
-    value = number.to_decimal() if isinstance(number, Decimal128) else Decimal(number)
+    number = _number(load_json(own[2:]))
+    assert number is not None
+    value = Decimal(number)
     equal: list[Any] = []
     if value.is_nan():
         equal = [math.nan, Decimal128("NaN")]
