@@ -329,14 +329,15 @@ class Reconciler:
         observe.SETTLED.labels(self.pair.name, entity).inc(number)
 
     async def owed(self) -> int:
-        """How many debts there are now, parked ones among them.
+        """How many debts there are now, parked ones among them; none in phase 0, whatever phase 1 is going to owe.
 
         Raises:
             crossfade.errors.StoreUnavailable: the primary cannot be reached.
         """
         pair, timeout = self.pair, self.pair.options.bulk_deadline
-        if pair.board.control.phase.rules.primary == "mongo":
-            return await pair.mongo.count_debts(pair.entities.values(), timeout=timeout)
+        rules = pair.board.control.phase.rules
+        if rules.primary == "mongo":
+            return await pair.mongo.count_debts(pair.entities.values(), timeout=timeout) if rules.dual else 0
         return (await pair.postgres.outbox_depth(pair.entities, timeout=timeout))[0]
 
     def _claim(self) -> contextlib.AbstractAsyncContextManager[Claim]:

@@ -52,6 +52,17 @@ async def test_a_migration_goes_all_the_way_and_the_primary_comes_back(
     assert [row["phase"] for row in history][-1] == "postgres_read"
 
 
+def test_all_debts_are_counted_however_many_a_board_shows(crossfade: Command, notes: Any) -> None:
+    """As many deletes of phase 0 as that."""
+    crossfade("init")
+    notes.database["crossfade_tombstones"].insert_many(
+        {"_id": {"entity": "notes", "id": str(ObjectId())}, "rev": 2, "op": str(n), "debt": True}
+        for n in range(2_100)
+    )
+    crossfade("phase", "set", "dual_write")
+    assert json.loads(crossfade("debts", "--json", "--limit", "1").stdout)["total"] == 2_100
+
+
 def test_the_guard_names_what_is_missing_and_the_command_that_mends_it(
     crossfade: Command, notes: Any
 ) -> None:

@@ -196,6 +196,18 @@ async def test_in_phase_0_postgres_is_not_touched(open_world):
     assert w.sql("SELECT * FROM users") == []
 
 
+async def test_a_delete_of_phase_0_is_owed_from_phase_1_on(open_world):
+    w = await open_world("mongo_only")
+    await w.m.prepare()
+    made = await w.users.insert({"username": "Bob"})
+    await w.users.delete(made.id)
+    assert (await w.owed(), await w.m.reconciler.owed()) == ((), 0)
+    await w.set_phase("dual_write")
+    assert (len(await w.owed()), await w.m.reconciler.owed()) == (1, 1)
+    await w.reconcile()
+    await w.assert_equal()
+
+
 async def test_a_record_deleted_in_phase_0_may_be_made_again(open_world):
     w = await open_world("mongo_only")
     made = await w.users.insert({"username": "Bob"})

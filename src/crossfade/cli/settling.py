@@ -102,6 +102,8 @@ def debts(app: AppOption = None, limit: LimitOption = 50, as_json: JsonOption = 
     async def work() -> Exit:
         async with open_migration(app, begin=False, needs_both=False) as migration:
             look = await migration.board.refresh()
+            # A board shows only so many.
+            total = await migration.reconciler.owed() if look.overflown else len(look.debts)
             rows = [
                 {
                     "entity": debt.entity,
@@ -115,7 +117,7 @@ def debts(app: AppOption = None, limit: LimitOption = 50, as_json: JsonOption = 
                 for debt in look.debts[:limit]
             ]
             if as_json:
-                print(as_json_text({"total": len(look.debts), "debts": rows}))
+                print(as_json_text({"total": total, "debts": rows}))
             else:
                 table = Table("entity", "id", "rev", "kind", "parked because")
                 for row in rows:
@@ -123,7 +125,7 @@ def debts(app: AppOption = None, limit: LimitOption = 50, as_json: JsonOption = 
                         *(str(row[n]) for n in ("entity", "id", "rev", "kind")), str(row["parked"] or "")
                     )
                 console.print(table)
-                console.print(f"{len(look.debts)} in all")
+                console.print(f"{total} in all")
             return Exit.FOUND if look.debts else Exit.DONE
 
     run(work, as_json=as_json)
