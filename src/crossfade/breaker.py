@@ -4,7 +4,8 @@ Nobody waits to find out whether it is back: an open breaker asks the store itse
 
 A caller that gives up before the store had its time says nothing of it, neither that it answers nor that it does not.
 So a closed breaker asks then, too: no store is taken for one that is down because clients go away, and one that is down
-is found to be even by those who never wait as long as a deadline.
+is found to be even by those who never wait as long as a deadline. The same holds of a list that takes longer than
+anybody waits, in a store that is well.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Breaker:
             self._probing = asyncio.create_task(self._ask(), name="asking a store that is down")
 
     def given_up(self) -> None:
-        """The caller was cancelled before the store answered, or had its time to: the store is asked."""
+        """The caller left before the store had the time that it may need to answer: the store is asked."""
         if not self.is_open and (self._doubting is None or self._doubting.done()):
             self._doubting = asyncio.create_task(self._doubt(), name="asking a store that nobody waited for")
 

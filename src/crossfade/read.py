@@ -261,7 +261,7 @@ class Reader:
         reason = self._not_postgres(entity, control, ids, query)
         if reason is None:
             try:
-                answer = await self._guarded(postgres)
+                answer = await self._guarded(postgres, query)
             except _FAILED:
                 reason = "postgres failed"
             else:
@@ -276,7 +276,7 @@ class Reader:
                 raise
             if not self._has_columns(entity, query):
                 raise
-            answer = await self._guarded(postgres)
+            answer = await self._guarded(postgres, query)
             if not _can_be_marked(answer):
                 raise
             self._count(entity, "postgres", "mongo failed")
@@ -358,19 +358,23 @@ class Reader:
             and entity.name not in look.owed_entities
         )
 
-    async def _guarded(self, postgres: Callable[[float], Awaitable[_T]]) -> _T:
+    async def _guarded(self, postgres: Callable[[float], Awaitable[_T]], query: Query | None) -> _T:
+        breaker = self.pair.postgres_breaker
         try:
             answer = await postgres(self.pair.options.secondary_deadline)
         except _FAILED:
-            self.pair.postgres_breaker.failed()
+            if query is None:
+                breaker.failed()
+            else:
+                breaker.given_up()  # a list may take longer than that in a store that is well, and writes go there
             raise
         except asyncio.CancelledError:
-            self.pair.postgres_breaker.given_up()
+            breaker.given_up()
             raise
         except BaseException:
-            self.pair.postgres_breaker.succeeded()
+            breaker.succeeded()
             raise
-        self.pair.postgres_breaker.succeeded()
+        breaker.succeeded()
         return answer
 
     def _count(self, entity: Entity, source: str, reason: str | None) -> None:

@@ -70,6 +70,26 @@ async def test_reads_that_waited_in_vain_spare_a_write_its_wait(open_world, post
     await w.assert_equal()
 
 
+async def test_lists_that_take_longer_than_a_caller_waits_keep_no_write_from_a_postgres_that_answers(
+    open_world, monkeypatch
+):
+    w = await open_world("postgres_read", board_age=PATIENCE, secondary_deadline=1.0)
+    made = await w.users.insert({"username": "Bob"})
+    await w.settle()
+    await w.m.board.refresh()
+
+    async def slow(_entity, _query, *, timeout, small):
+        return await w.postgres._rows(b"SELECT pg_sleep(60)", [], timeout)
+
+    monkeypatch.setattr(w.postgres, "find", slow)
+    for _ in range(w.m.pair.postgres_breaker.failures_to_open):
+        [found] = await w.users.find({"username": "Bob"})
+        assert found.source == "mongo"
+    await w.users.update(made.id, {"n": 2}, strategy=FailureStrategy.ROLLBACK_BOTH)
+    await w.settle()
+    await w.assert_equal()
+
+
 @pytest.mark.parametrize("phase", ["dual_write", "postgres_read"])
 async def test_debts_that_nobody_can_use_are_not_read_with_every_look(
     open_world, postgres_proxy, monkeypatch, phase
