@@ -326,7 +326,7 @@ async def test_a_write_that_waits_for_an_open_one_is_told_so_although_its_last_l
             " VALUES ('users', %s, 1, gen_random_uuid(), 1, NULL, '{\"kind\": \"update\"}')",
             str(id_),
         )
-    slow = await open_world(phase, mongo=mongo_proxy, postgres=postgres_proxy, primary_deadline=0.6)
+    slow = await open_world(phase, mongo=mongo_proxy, postgres=postgres_proxy, primary_deadline=2.0)
     for proxy in (mongo_proxy, postgres_proxy):
         proxy.delay(0.05)
     with pytest.raises(Busy):
