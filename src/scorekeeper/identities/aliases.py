@@ -30,7 +30,8 @@ class AliasService:
         """Let an identity go by one more name.
 
         No index can say that an alias is nobody's name: so it is looked for before, and once more behind one's own
-        write. Of two who take one alias at the same time each sees the other then, and the older identity keeps it.
+        write. Of two who take one alias at the same time the later one sees the other then, and gives it up; where each
+        sees the other, both do. Nobody keeps it over another, who may not have seen this one, and may have been told.
 
         Raises:
             Problem: 400, the alias cannot be, or is a live identity's; 403, not one's own; 404.
@@ -54,7 +55,7 @@ class AliasService:
                 added = await self._write(identity, [*_aliases(identity), entry], "Identity Alias")
             except StaleRevision:
                 continue
-            if any(_comes_first(rival, added, name) for rival in await self._identities.live_under(name)):
+            if any(rival.id != added.id for rival in await self._identities.live_under(name)):
                 await self._remove(current, identity_id, name)
                 raise _taken()
             return added
@@ -138,13 +139,6 @@ def _aliases(identity: Record) -> list[Any]:
 
 def _is(alias: Any, name: str) -> bool:
     return isinstance(alias, dict) and alias.get("normalizedName") == names.normal_form(name)
-
-
-def _comes_first(rival: Record, added: Record, name: str) -> bool:
-    """Whether another identity has the better right to a name: by its own name, or as the older one of two."""
-    if rival.id == added.id:
-        return False
-    return rival.get("normalizedName") == names.normal_form(name) or str(rival.id) < str(added.id)
 
 
 def _taken() -> Problem:
