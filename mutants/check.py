@@ -204,20 +204,12 @@ def ask(mutant: Mutant, servers: EmbeddedServers, jobs: int, noted: str = "") ->
                 "-n", str(jobs), *tests,
             ]  # fmt: skip
             return subprocess.run(
-                command,
-                cwd=ROOT,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=PATIENCE,
-                check=False,
-            )
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+            )  # fmt: skip
 
         try:
-            if noted and run([noted], 0).returncode not in (
-                0,
-                *_NOTHING_RUN,
-            ):  # or it has another name by now
+            # Or the noted one has another name by now.
+            if noted and run([noted], 0).returncode not in (0, *_NOTHING_RUN):
                 return NOTICED, noted
             for stage in _stages(mutant.file):
                 by_chance: list[str] = []

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from crossfade.errors import CrossfadeError, StoreUnavailable
+from crossfade.values import Unmappable
 
 
 @dataclass
@@ -38,8 +41,30 @@ class Breaker:
     _doubting: asyncio.Task[None] | None = field(default=None, repr=False)
 
     def allows(self) -> bool:
-        """Whether a call may go to the store now; a call that was allowed must report its end."""
+        """Whether a call may go to the store now; a call that was allowed must report its end (`hears`)."""
         return not self.is_open
+
+    @contextlib.contextmanager
+    def hears(self, *, bounded: bool = True) -> Iterator[None]:
+        """Report how the call within ends: answered (a refusal by rules is), not answered, or given up.
+
+        ``bounded``: a store that is well answers it in time. What ends by another error says nothing of the store.
+        """
+        try:
+            yield
+        except (StoreUnavailable, TimeoutError):
+            if bounded:
+                self.failed()
+            else:
+                self.given_up()
+            raise
+        except (CrossfadeError, Unmappable):
+            self.succeeded()
+            raise
+        except (asyncio.CancelledError, Exception):
+            self.given_up()
+            raise
+        self.succeeded()
 
     def succeeded(self) -> None:
         """The store answered (a refusal by its rules is an answer)."""

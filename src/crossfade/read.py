@@ -12,7 +12,6 @@ them; a foreign writer's change before the sweep has found it (`Options.sweep`).
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
@@ -294,12 +293,9 @@ class Reader:
         ids: Sequence[Any],
     ) -> tuple[_T, str, bool]:
         try:
-            answer = await postgres(deadline if self.pair.postgres_breaker.allows() else 0.25)
-        except asyncio.CancelledError:
-            self.pair.postgres_breaker.given_up()
-            raise
+            with self.pair.postgres_breaker.hears():
+                answer = await postgres(deadline if self.pair.postgres_breaker.allows() else 0.25)
         except _FAILED as cause:
-            self.pair.postgres_breaker.failed()
             if not control.phase.rules.dual or self._on_board(entity, ids):
                 # MongoDB is known to lack an acknowledged write of this record.
                 raise
@@ -312,7 +308,6 @@ class Reader:
                 raise
             self._count(entity, "mongo", "postgres failed")
             return answer, "mongo", True
-        self.pair.postgres_breaker.succeeded()
         self._count(entity, "postgres", "primary")
         return answer, "postgres", False
 
@@ -359,23 +354,9 @@ class Reader:
         )
 
     async def _guarded(self, postgres: Callable[[float], Awaitable[_T]], query: Query | None) -> _T:
-        breaker = self.pair.postgres_breaker
-        try:
-            answer = await postgres(self.pair.options.secondary_deadline)
-        except _FAILED:
-            if query is None:
-                breaker.failed()
-            else:
-                breaker.given_up()  # a list may take longer than that in a store that is well, and writes go there
-            raise
-        except asyncio.CancelledError:
-            breaker.given_up()
-            raise
-        except BaseException:
-            breaker.succeeded()
-            raise
-        breaker.succeeded()
-        return answer
+        # A list may take longer than that in a store that is well, and writes go there.
+        with self.pair.postgres_breaker.hears(bounded=query is None):
+            return await postgres(self.pair.options.secondary_deadline)
 
     def _count(self, entity: Entity, source: str, reason: str | None) -> None:
         observe.of(observe.READS, self.pair.name, entity.name, source, reason or "first").inc()

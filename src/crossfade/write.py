@@ -835,28 +835,17 @@ class Writer:
         behind: list[asyncio.Task[None]] = []
         try:
             # Lifting and making way take several steps: together no longer than four.
-            async with asyncio.timeout(self.pair.options.secondary_deadline * 4):
-                settled = await self._bring(entity, image, o, together, behind, ahead)
-        except (errors.StoreUnavailable, TimeoutError) as cause:
-            self.pair.postgres_breaker.failed()
+            with self.pair.postgres_breaker.hears():
+                async with asyncio.timeout(self.pair.options.secondary_deadline * 4):
+                    settled = await self._bring(entity, image, o, together, behind, ahead)
+        except TimeoutError as cause:
             self._say(o, f"PostgreSQL write failed: {cause}", warn=True)
-            if isinstance(cause, errors.CrossfadeError):
-                return cause
             return errors.StoreUnavailable("postgres", "PostgreSQL did not answer within the deadline")
         except Unmappable as cause:
-            self.pair.postgres_breaker.succeeded()
             return errors.Quarantined(f"PostgreSQL cannot hold this record: {cause}")
         except errors.CrossfadeError as cause:
-            self.pair.postgres_breaker.succeeded()
             self._say(o, f"PostgreSQL write failed: {cause}", warn=True)
             return cause
-        except asyncio.CancelledError:
-            self.pair.postgres_breaker.given_up()
-            raise
-        except BaseException:
-            self.pair.postgres_breaker.failed()
-            raise
-        self.pair.postgres_breaker.succeeded()
         if settled is Settled.PARKED:
             self._say(o, "PostgreSQL write failed: its rules or the mapping refuse the record", warn=True)
             return errors.Quarantined("PostgreSQL refuses this record; see the debt's cause")
@@ -1343,28 +1332,21 @@ class Writer:
             return errors.StoreUnavailable("mongo", "MongoDB is known to be down; nobody waits for it")
         self._say(o, "Writing to MongoDB...")
         try:
-            async with asyncio.timeout(ends - boot_clock()):
-                settled = await self.settler.deliver(
-                    owed, o.control, timeout=self.pair.options.secondary_deadline
-                )
-        except (errors.StoreUnavailable, TimeoutError) as cause:
-            self.pair.mongo_breaker.failed()
+            with self.pair.mongo_breaker.hears():
+                async with asyncio.timeout(ends - boot_clock()):
+                    settled = await self.settler.deliver(
+                        owed, o.control, timeout=self.pair.options.secondary_deadline
+                    )
+        except TimeoutError as cause:
             self._say(o, f"MongoDB write failed: {cause}", warn=True)
-            if isinstance(cause, errors.CrossfadeError):
-                return cause
             return errors.StoreUnavailable("mongo", "MongoDB did not answer within the deadline")
+        except errors.StoreUnavailable as cause:
+            self._say(o, f"MongoDB write failed: {cause}", warn=True)
+            return cause
         except (errors.CrossfadeError, Unmappable) as cause:
             # PostgreSQL holds the write already: what goes wrong here is the outbox row's business.
-            self.pair.mongo_breaker.succeeded()
             self._say(o, f"MongoDB write failed: {cause}", warn=True)
             return errors.Quarantined(f"MongoDB did not take this record: {cause}")
-        except asyncio.CancelledError:
-            self.pair.mongo_breaker.given_up()
-            raise
-        except BaseException:
-            self.pair.mongo_breaker.failed()
-            raise
-        self.pair.mongo_breaker.succeeded()
         if settled is Settled.PARKED:
             self._say(o, "MongoDB write failed: its rules refuse the record", warn=True)
             return errors.Quarantined("MongoDB refuses this record; see the outbox row's cause")

@@ -498,12 +498,8 @@ async def test_a_claim_of_a_database_that_does_not_answer_ends(open_world, postg
     await eventually(free_again)
 
 
-@pytest.mark.parametrize("back", [False, True], ids=["", "after the switch back"])
-async def test_an_insert_that_is_delivered_after_the_delete_of_its_record_does_not_stay(
-    open_world, monkeypatch, back
-):
-    """Its worker has died before it arrived: nothing in PostgreSQL says that it was ever sent."""
-    w, other = await open_world("postgres_primary"), await open_world("postgres_primary")
+async def inserted_by_a_dying_worker(w, monkeypatch):
+    """(id, what lets the insert arrive that it sent to MongoDB last)."""
     insert, late = w.mongo.insert, []
 
     async def dies(entity, document, **how):
@@ -514,13 +510,23 @@ async def test_an_insert_that_is_delivered_after_the_delete_of_its_record_does_n
     id_ = ObjectId()
     with pytest.raises(asyncio.CancelledError):
         await w.users.insert({"_id": id_, "username": "Bob"})
+    return id_, late[0]
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["", "after the switch back"])
+async def test_an_insert_that_is_delivered_after_the_delete_of_its_record_does_not_stay(
+    open_world, monkeypatch, back
+):
+    """Its worker has died before it arrived: nothing in PostgreSQL says that it was ever sent."""
+    w, other = await open_world("postgres_primary"), await open_world("postgres_primary")
+    id_, arrive = await inserted_by_a_dying_worker(w, monkeypatch)
     await other.reconcile()
     assert other.document(id_) is not None
     await other.users.delete(id_)
     await other.reconcile()
     assert (other.document(id_), other.outbox()) == (None, [])
 
-    await late[0]()
+    await arrive()
     assert other.document(id_) is not None
     if back:
         await other.set_phase("postgres_read")
@@ -547,20 +553,11 @@ async def test_nobody_sees_or_writes_upon_a_delivered_insert_that_a_delete_overt
 ):
     w = await open_world("postgres_primary")
     other = await open_world("postgres_primary", postgres=postgres_proxy)
-    insert, late = w.mongo.insert, []
-
-    async def dies(entity, document, **how):
-        late.append(lambda: insert(entity, document, **how))
-        raise asyncio.CancelledError
-
-    monkeypatch.setattr(w.mongo, "insert", dies)
-    id_ = ObjectId()
-    with pytest.raises(asyncio.CancelledError):
-        await w.users.insert({"_id": id_, "username": "Bob"})
+    id_, arrive = await inserted_by_a_dying_worker(w, monkeypatch)
     await other.reconcile()
     await other.users.delete(id_)
     await other.reconcile()
-    await late[0]()
+    await arrive()
     assert w.document(id_) is not None
     if back:
         await other.set_phase("postgres_read", foreign_writers=True)

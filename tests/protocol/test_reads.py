@@ -261,13 +261,20 @@ async def test_in_phase_4_with_postgres_down_nobody_is_told_that_a_record_is_abs
             await read
 
 
+def board_is_too_old(w):
+    async def is_so():
+        return w.m.board.age > w.m.pair.options.board_age
+
+    return is_so
+
+
 async def test_in_phase_3_with_mongo_down_postgres_serves_marked_stale(open_world, mongo_proxy):
     w = await open_world("postgres_read", mongo=mongo_proxy, primary_deadline=0.5)
     made = await w.users.insert({"username": "Bob"})
     await w.settle()
     await w.m.board.refresh()
     mongo_proxy.refuse()
-    await asyncio.sleep(0.45)  # the board is too old: MongoDB would be asked first
+    await eventually(board_is_too_old(w))  # MongoDB would be asked first
     record = await w.users.get(made.id)
     assert (record.source, record.stale) == ("postgres", True)
 
@@ -293,7 +300,7 @@ async def test_in_phase_3_with_mongo_down_nobody_is_told_that_a_record_is_absent
     w = await open_world("postgres_read", mongo=mongo_proxy, primary_deadline=0.5)
     await w.m.board.refresh()
     mongo_proxy.refuse()
-    await asyncio.sleep(0.45)  # the board is too old: what MongoDB holds beside it is not known
+    await eventually(board_is_too_old(w))  # what MongoDB holds beside it is not known
     answers = await asyncio.gather(
         w.users.get(ObjectId()),
         w.users.find_by_key("username", "nobody"),

@@ -53,6 +53,13 @@ async def accept(w, request, ann, bob, strategy=None):
     return op.result
 
 
+async def withdraw(w, request, ann, bob, strategy=None):
+    async with w.m.operation("Friend Withdraw", strategy=strategy) as op:
+        op.delete("friend_requests", request)
+        op.also("users", ann, {"n": 7})
+        op.also("users", bob, {"n": 8})
+
+
 async def found(w, request, ann, bob):
     """(status, Ann and Bob are friends, as each of them has it), by the worker's own reads."""
     status = (await w.m["friend_requests"].get(request)).document["status"]
@@ -615,10 +622,7 @@ async def test_a_delete_that_decides_and_its_steps_are_one_transaction_in_postgr
     w = await open_friends(phase)
     request, ann, bob = await asked(w)
     await w.settle()
-    async with w.m.operation("Friend Withdraw", strategy=strategy) as op:
-        op.delete("friend_requests", request)
-        op.also("users", ann, {"n": 7})
-        op.also("users", bob, {"n": 8})
+    await withdraw(w, request, ann, bob, strategy)
     assert len(made_by(w)) == 1
     assert {(await w.users.get(ann))["n"], (await w.users.get(bob))["n"]} == {7, 8}
     await w.settle()
@@ -633,10 +637,7 @@ async def test_a_delete_that_decided_and_its_steps_are_one_transaction_after_an_
     request, ann, bob = await asked(w)
     await w.settle()
     postgres_proxy.refuse()
-    async with w.m.operation("Friend Withdraw") as op:
-        op.delete("friend_requests", request)
-        op.also("users", ann, {"n": 7})
-        op.also("users", bob, {"n": 8})
+    await withdraw(w, request, ann, bob)
     postgres_proxy.pass_through()
     await w.postgres_answers()
     entity, id_ = (
@@ -662,10 +663,7 @@ async def test_a_delete_that_decided_and_whose_document_is_still_there_is_brough
     postgres_proxy.refuse()
     with monkeypatch.context() as meanwhile:
         meanwhile.setattr(w.mongo, "bury", unanswered)
-        async with w.m.operation("Friend Withdraw") as op:
-            op.delete("friend_requests", request)
-            op.also("users", ann, {"n": 7})
-            op.also("users", bob, {"n": 8})
+        await withdraw(w, request, ann, bob)
     postgres_proxy.pass_through()
     await w.postgres_answers()
     assert await w.settler.settle_one(w.entity, ann, w.control) is Settled.CONFIRMED
