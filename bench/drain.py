@@ -3,8 +3,9 @@
     python -m bench.drain [--debts 100000]
 
 Users are put into MongoDB as a worker leaves them that cannot reach PostgreSQL: with their first revision, its
-operation and its debt. Then the reconcilers drain them, and the debts must be gone. At last once more, while other
-users are written and read by a worker in the same process; beside it the same traffic alone. Ends with a JSON line per
+operation and its debt. Then the reconcilers drain them, and the debts must be gone. Then all these users are deleted as
+behind such an outage. At last once more, while other users are written and read by a worker in the same process; beside
+it the same traffic alone; and as many deletes of phase 0, which PostgreSQL has no rows of. Ends with a JSON line per
 figure; rates depend on the machine.
 
 A reconciler that has a worker to itself takes 250 records at once, two portions at a time. Beside callers of the same
@@ -22,6 +23,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Any
@@ -36,6 +38,8 @@ from bench.write_latency import document
 from crossfade import Crossfade, Migration, Options, observe
 from crossfade.entity import Entity
 from crossfade.record import CF, Debt, new_operation
+from crossfade.stores.mongo import TOMBSTONES
+from crossfade.values import id_to_text
 from scorekeeper.users.entity import users
 
 NAME = "crossfade_drain"
@@ -61,6 +65,32 @@ def owe(mongo_uri: str, debts: int, epoch: int) -> None:
                          "debt": Debt(epoch).to_document()}  # fmt: skip
                 made.append({**fields, CF: notes})
             collection.insert_many(made)
+
+
+def owe_deletes(mongo_uri: str, ids: Iterable[ObjectId]) -> None:
+    """Bury these records in MongoDB, and remove those that there are; PostgreSQL has not heard of it."""
+    with pymongo.MongoClient[dict[str, Any]](mongo_uri) as client:
+        database = client.get_default_database()
+        for some in batched(ids, 1000):
+            database[TOMBSTONES].insert_many(
+                {"_id": {"entity": users.name, "id": id_to_text(id_)}, "rev": Int64(2), "op": new_operation(),
+                 "debt": True}
+                for id_ in some
+            )  # fmt: skip
+            database[users.collection].delete_many({"_id": {"$in": some}})
+
+
+def batched(items: Iterable[ObjectId], size: int) -> Iterator[list[ObjectId]]:
+    """Lists of so many."""
+    left = iter(items)
+    while batch := list(itertools.islice(left, size)):
+        yield batch
+
+
+def all_ids(mongo_uri: str) -> list[ObjectId]:
+    """Those of all users."""
+    with pymongo.MongoClient[dict[str, Any]](mongo_uri) as client:
+        return client.get_default_database()[users.collection].distinct("_id")
 
 
 async def drain(accounts: list[Migration]) -> float:
@@ -94,19 +124,32 @@ async def run(mongo_uri: str, database_url: str, debts: int) -> bool:
             await nothing_is_owed(workers[0])
             rates.append(debts / took)
             print(f"{reconcilers} reconciler(s): {debts:,} debts in {took:.1f} s", flush=True)
+        await asyncio.to_thread(owe_deletes, mongo_uri, await asyncio.to_thread(all_ids, mongo_uri))
+        deletes = debts / await drain(workers[:1])
+        await nothing_is_owed(workers[0])
+        print(f"{debts:,} deletes: {deletes:,.0f} a second", flush=True)
         traffic_beside = [
-            await beside_traffic(workers[0], mongo_uri, database_url, debts, apart=apart)
-            for apart in (False, True)
+            await beside_traffic(workers[0], mongo_uri, database_url, debts, **how)
+            for how in ({}, {"apart": True}, {"deletes": True})
         ]
     one = rates[0]
     # The stores grow slower with what was drained before: each against those right before and behind it.
     two, many = (2 * rates[at] / (rates[at - 1] + rates[at + 1]) for at in (2, 4))
     figures = [
         ("debts settled a second, one reconciler", round(one), "records/s", f">= {GOAL}", one >= GOAL),
+        (
+            "deletes settled a second, one reconciler",
+            round(deletes),
+            "records/s",
+            f">= {GOAL}",
+            deletes >= GOAL,
+        ),
         ("two reconcilers against one", round(two, 2), "x", "not slower", two >= 0.9),
         ("twenty reconcilers against one", round(many, 2), "x", "not slower", many >= 0.9),
     ]
-    for by, (rate, alone, beside) in zip(("a worker", "`crossfade reconcile`"), traffic_beside, strict=True):
+    for by, (rate, alone, beside) in zip(
+        ("a worker", "`crossfade reconcile`", "a worker, of deletes"), traffic_beside, strict=True
+    ):
         print(
             f"under traffic, by {by}: p99 {alone:.1f} ms alone, {beside:.1f} ms beside the drain", flush=True
         )
@@ -165,16 +208,28 @@ async def drain_apart(mongo_uri: str, database_url: str) -> float:
 
 
 async def beside_traffic(
-    worker: Migration, mongo_uri: str, database_url: str, debts: int, *, apart: bool
+    worker: Migration,
+    mongo_uri: str,
+    database_url: str,
+    debts: int,
+    *,
+    apart: bool = False,
+    deletes: bool = False,
 ) -> tuple[float, float, float]:
-    """Records settled a second while others are written, and the p99 of that traffic without and with it."""
+    """Records settled a second while others are written, and the p99 of that traffic without and with it.
+
+    ``apart``: by `crossfade reconcile`; ``deletes``: tombstones of records that PostgreSQL has never had.
+    """
     for store in ("mongo", "postgres"):
         await clear(store, mongo_uri, database_url)
     ids = [(await worker.users.insert(document(f"{n}"))).id for n in range(200)]
     quiet = asyncio.Event()
     asyncio.get_running_loop().call_later(QUIET_SECONDS, quiet.set)
     alone = await traffic(worker, ids, quiet)
-    await asyncio.to_thread(owe, mongo_uri, debts, worker.board.control.epoch)
+    if deletes:
+        await asyncio.to_thread(owe_deletes, mongo_uri, (ObjectId() for _ in range(debts)))
+    else:
+        await asyncio.to_thread(owe, mongo_uri, debts, worker.board.control.epoch)
     drained = asyncio.Event()
     beside = asyncio.create_task(traffic(worker, ids, drained))
     took = await (drain_apart(mongo_uri, database_url) if apart else drain([worker]))
@@ -193,10 +248,11 @@ async def clear(store: str, mongo_uri: str, database_url: str) -> None:
     """Empty the entity's collection, or its tables."""
     if store == "mongo":
         with pymongo.MongoClient[dict[str, Any]](mongo_uri) as client:
-            client.get_default_database()[users.collection].delete_many({})
+            for name in (users.collection, TOMBSTONES):
+                client.get_default_database()[name].delete_many({})
     else:
         async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
-            await connection.execute("TRUNCATE users CASCADE")
+            await connection.execute("TRUNCATE users, crossfade.tombstones CASCADE")
 
 
 def main() -> int:

@@ -37,6 +37,7 @@ from crossfade.values import (
     digest_of_bytes,
     digest_of_stored,
     encode_document,
+    id_texts,
     id_to_text,
     text_to_id,
 )
@@ -543,9 +544,7 @@ class Settler:
                         entity, id_, rev=held.highest + 1, op=new_operation(), owed=True, timeout=primary
                     )
                 continue
-            await pair.mongo.settle_tombstone(
-                entity, id_, rev=tombstone.rev, op=tombstone.op, timeout=primary
-            )
+            await pair.mongo.settle_tombstones(entity, [(id_, tombstone.rev, tombstone.op)], timeout=primary)
             with contextlib.suppress(errors.CrossfadeError):
                 await pair.postgres.release(entity, [id_], timeout=timeout)
             return Settled.CONFIRMED
@@ -722,6 +721,45 @@ class Settler:
         with contextlib.suppress(errors.CrossfadeError):
             await pair.postgres.release(entity, [key.id for key in settled], timeout=timeout)
         return {id_to_text(key.id) for key in settled}, elsewhere
+
+    async def settle_deletes(
+        self, entity: Entity, ids: Sequence[Any], control: Control
+    ) -> tuple[set[str], set[str]]:
+        """`settle_many` of tombstones: those of the deletes of an outage, and of phase 0.
+
+        Raises:
+            crossfade.errors.StoreUnavailable, Fenced: the debts stay.
+        """
+        pair = self.pair
+        timeout = pair.options.primary_deadline
+        owed = {
+            id_to_text(one.id): one
+            for one in await pair.mongo.tombstones(entity, ids, timeout=timeout)
+            if one.owed
+        }
+        elsewhere = {id_to_text(id_) for id_ in ids} - owed.keys()
+        # What one operation deleted goes together.
+        alone = [one for one in owed.values() if not one.group]
+        if not alone:
+            return set(), elsewhere
+        answers = await pair.postgres.apply_deletes(
+            entity, [(one.id, one.rev, one.op) for one in alone],
+            migration=pair.name, epoch=control.epoch, timeout=timeout,
+        )  # fmt: skip
+        # The second look: what has been made again since must win over its tombstone.
+        present = await pair.mongo.present(entity, [one.id for one in alone], timeout=timeout)
+        settled = [
+            one
+            for one, (verdict, _) in zip(alone, answers, strict=True)
+            if verdict is not Applied.BEHIND and present.isdisjoint(id_texts(one.id))
+        ]
+        if settled:
+            await pair.mongo.settle_tombstones(
+                entity, [(one.id, one.rev, one.op) for one in settled], timeout=timeout
+            )
+            with contextlib.suppress(errors.CrossfadeError):
+                await pair.postgres.release(entity, [one.id for one in settled], timeout=timeout)
+        return {id_to_text(one.id) for one in settled}, elsewhere
 
     async def _apply_many(
         self, images: Sequence[tuple[Entity, Image, Rows]], control: Control, *, timeout: float

@@ -375,7 +375,10 @@ class Reconciler:
     async def _settle_portion(
         self, entity: Entity, portion: Sequence[Owed], claim: Claim, control: Control
     ) -> tuple[set[str], set[str]]:
-        """`Settler.settle_many`; while callers are served here, little by little, in turn and with rests between."""
+        """`Settler.settle_many` or `Settler.settle_deletes`.
+
+        While callers are served here: little by little, in turn, and with rests between.
+        """
         settled, elsewhere = set[str](), set[str]()
         at = 0
         while at < len(portion):
@@ -385,7 +388,8 @@ class Reconciler:
             async with self._turn if beside else contextlib.nullcontext():
                 began = boot_clock()
                 await claim.stay()
-                done = await self.settler.settle_many(entity, [debt.id for debt in some], control)
+                settle = self.settler.settle_deletes if some[0].tombstone else self.settler.settle_many
+                done = await settle(entity, [debt.id for debt in some], control)
                 if beside:
                     await asyncio.sleep((boot_clock() - began) * _REST)
             settled |= done[0]
@@ -587,14 +591,14 @@ class Reconciler:
 
 
 def _portions(debts: Iterable[Owed | Delivery]) -> tuple[list[list[Owed]], list[Owed | Delivery]]:
-    """Plain debts that are many, by the hundred, and all the others."""
-    plain: dict[str, list[Owed]] = {}
+    """Plain debts that are many, by the hundred, and all the others; tombstones in portions of their own."""
+    plain: dict[tuple[str, bool], list[Owed]] = {}
     others: list[Owed | Delivery] = []
     for debt in debts:
-        if isinstance(debt, Delivery) or debt.parked is not None or debt.is_odd:
+        if isinstance(debt, Delivery) or debt.parked is not None or debt.tentative or debt.delivery:
             others.append(debt)
         else:
-            plain.setdefault(debt.entity, []).append(debt)
+            plain.setdefault((debt.entity, debt.tombstone), []).append(debt)
     portions: list[list[Owed]] = []
     for owed in plain.values():
         if len(owed) < _MANY:

@@ -136,7 +136,7 @@ class Strays:
             await pair.postgres.note_conflict(entity, image, cause=cause, store="mongo", timeout=timeout)
             merged = Merged.JOURNALED
         await self._bring(entity, image, control)
-        await pair.mongo.settle_tombstone(entity, owed.id, rev=buried.rev, op=buried.op, timeout=timeout)
+        await pair.mongo.settle_tombstones(entity, [(owed.id, buried.rev, buried.op)], timeout=timeout)
         return merged
 
     async def _is_applied(self, entity: Entity, image: Image, control: Control) -> bool:

@@ -18,6 +18,7 @@ from crossfade import (
     reconcile,
 )
 from crossfade.record import CF, new_operation
+from crossfade.values import id_to_text
 
 from .conftest import FAST, PATIENCE, World, create_tables, eventually, users_entity
 from .test_images import apply, image_of
@@ -211,6 +212,84 @@ async def test_each_of_many_that_are_refused_is_parked_with_its_cause_in_one_rou
     ids = owed_together(w, monkeypatch, n=666)
     assert (await w.m.reconciler.reconcile()).parked == len(ids)
     assert all("users_n_allowed" in w.debt(id_)["parked"] for id_ in ids)
+
+
+async def buried_together(w: World, monkeypatch, **last):
+    """What deletes leave that die before they ask PostgreSQL, as many as are settled together; the ids, and of the
+    records that are settled one by one.
+    """
+    number, alone = 4, []
+    monkeypatch.setattr(reconcile, "_MANY", number)
+    settle = w.settler.settle_tombstone
+
+    async def noted(entity, id_, control, **how):
+        alone.append(id_)
+        return await settle(entity, id_, control, **how)
+
+    monkeypatch.setattr(w.settler, "settle_tombstone", noted)
+    ids = [
+        (await w.users.insert({"username": f"user {n}", "friends": [ObjectId()]})).id for n in range(number)
+    ]
+    await w.settle()
+    for id_ in ids:
+        how = last if id_ == ids[-1] else {}
+        await w.mongo.bury(w.entity, id_, rev=2, op=new_operation(), owed=True, timeout=PATIENCE, **how)
+        w.documents.delete_one({"_id": id_})
+    return ids, alone
+
+
+async def test_the_deletes_of_an_outage_are_settled_together_but_those_that_belong_to_an_operation(
+    open_world, monkeypatch
+):
+    w = await open_world()
+    ids, alone = await buried_together(w, monkeypatch, group=(("users", id_to_text(ObjectId())),))
+    await w.reconcile()
+    assert alone == ids[-1:]
+    assert w.sql("SELECT id FROM users") == []
+    assert [w.tombstone_in_postgres(id_) for id_ in ids] == [2] * len(ids)
+    await w.assert_equal()
+
+
+async def test_the_deletes_of_phase_0_are_settled_together(open_world, monkeypatch):
+    w = await open_world("mongo_only")
+    ids, alone = await buried_together(w, monkeypatch)
+    await w.m.prepare()
+    await w.set_phase("dual_write")
+    await w.reconcile()
+    assert alone == []
+    assert [w.tombstone_in_postgres(id_) for id_ in ids] == [2] * len(ids)
+    await w.assert_equal()
+
+
+async def test_what_is_made_again_while_deletes_are_settled_together_stays(open_world, monkeypatch):
+    w = await open_world()
+    [again, *gone], alone = await buried_together(w, monkeypatch)
+    apply = w.postgres.apply_deletes
+
+    async def then_made_again(*deletes, **how):
+        answers = await apply(*deletes, **how)
+        if w.document(again) is None:
+            w.documents.insert_one({"_id": again, "username": "again"})
+        return answers
+
+    monkeypatch.setattr(w.postgres, "apply_deletes", then_made_again)
+    await w.reconcile()
+    assert alone == [again]
+    assert (await w.row(again)).rev > 2
+    assert [await w.row(id_) for id_ in gone] == [None] * len(gone)
+    await w.assert_equal()
+
+
+async def test_a_row_that_is_newer_than_its_delete_does_not_stay_among_others_either(open_world, monkeypatch):
+    w = await open_world()
+    ids, alone = await buried_together(w, monkeypatch)
+    stray = image_of(ids[0], 9, n=99)
+    await apply(w, stray)
+    await w.reconcile()
+    assert alone == ids[:1]
+    assert w.sql("SELECT id FROM users") == []
+    assert w.conflicts() == [("postgres", stray.document)]
+    await w.assert_equal()
 
 
 async def test_a_background_round_leaves_a_write_in_flight_to_its_writer(open_world):

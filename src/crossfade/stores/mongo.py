@@ -114,11 +114,6 @@ class Owed:
     parts: tuple[str, ...] = ()
     steps: bool = False
 
-    @property
-    def is_odd(self) -> bool:
-        """Whether anything else is to be done about it than to bring an image."""
-        return self.tombstone or self.tentative or self.delivery
-
 
 @dataclass(frozen=True, slots=True)
 class Unstamped:
@@ -163,6 +158,13 @@ def _owed(note: Mapping[str, Any]) -> Owed:
     return Owed(
         note["entity"], note["_id"], int(cf.get("rev", 0)), cf.get("op"), tentative=debt.tentative is not None,
         parked=debt.parked, delivery=debt.delivery, parts=debt.parts, steps="steps" in cf,
+    )  # fmt: skip
+
+
+def _tombstone(note: Mapping[str, Any], id_: Any) -> Tombstone:
+    return Tombstone(
+        note["_id"]["entity"], id_, int(note["rev"]), note["op"], "debt" in note, tuple(note.get("born", ())),
+        tuple((name, text) for name, text in note.get("group", ())),
     )  # fmt: skip
 
 
@@ -684,12 +686,15 @@ class MongoStore:
         key = {"entity": entity.name, "id": id_to_text(id_)}
         async with self._asking(timeout):
             note = await self.database[TOMBSTONES].find_one({"_id": key})
-        if note is None:
-            return None
-        return Tombstone(
-            entity.name, id_, int(note["rev"]), note["op"], "debt" in note, tuple(note.get("born", ())),
-            tuple((name, text) for name, text in note.get("group", ())),
-        )  # fmt: skip
+        return None if note is None else _tombstone(note, id_)
+
+    async def tombstones(self, entity: Entity, ids: Sequence[Any], *, timeout: float) -> list[Tombstone]:
+        """The tombstones of those of ``ids`` that have one."""
+        by_text = {id_to_text(id_): id_ for id_ in ids}
+        query = {"_id": {"$in": [{"entity": entity.name, "id": text} for text in by_text]}}
+        async with self._asking(timeout):
+            notes = await self.database[TOMBSTONES].find(query).to_list()
+        return [_tombstone(note, by_text[note["_id"]["id"]]) for note in notes]
 
     async def buried_among(self, entity: Entity, ids: Sequence[Any], *, timeout: float) -> dict[str, int]:
         """Revisions of the tombstones of those of ``ids`` that have one, by id text."""
@@ -713,13 +718,19 @@ class MongoStore:
             if not image.is_newborn or buried.get(id_to_text(image.id), -1) < image.rev
         ]  # fmt: skip
 
-    async def settle_tombstone(self, entity: Entity, id_: Any, *, rev: int, op: str, timeout: float) -> None:
-        """Erase a tombstone's debt, where it still stands at this revision and operation."""
-        key = {"entity": entity.name, "id": id_to_text(id_)}
-        async with self._asking(timeout):
-            await self.database[TOMBSTONES].update_one(
-                {"_id": key, "rev": Int64(rev), "op": op}, {"$unset": {"debt": "", "group": ""}}
+    async def settle_tombstones(
+        self, entity: Entity, confirmed: Sequence[tuple[Any, int, str]], *, timeout: float
+    ) -> None:
+        """Erase the debts of tombstones that still stand at these revisions and operations: (id, rev, op) of each."""
+        requests = [
+            UpdateOne(
+                {"_id": {"entity": entity.name, "id": id_to_text(id_)}, "rev": Int64(rev), "op": op},
+                {"$unset": {"debt": "", "group": ""}},
             )
+            for id_, rev, op in confirmed
+        ]
+        async with self._asking(timeout):
+            await self.database[TOMBSTONES].bulk_write(requests, ordered=False)
 
     # --- sweeping for foreign writes ---------------------------------------------------------------------
 

@@ -490,41 +490,69 @@ class PostgresStore:
                 statements.append(own.apply(image, rows, migration=migration, epoch=epoch))
                 looks.append(own.replace_children(image, rows, migration=migration, epoch=epoch))
             else:
-                statements += self._delete(entity, key, image.rev, image.op, migration, epoch)
+                statements += self._delete(entity, [(key, image.rev, image.op)], migration, epoch)
                 looks.append(own.held_of(key, migration=migration, epoch=epoch))
         return statements, looks
 
-    async def apply_delete(
-        self, entity: Entity, id_: Any, *, rev: int, op: str, migration: str, epoch: int, timeout: float
-    ) -> tuple[Applied, Held]:
-        """Put a tombstone and remove the rows at or under its revision."""
-        key = id_to_text(id_)
+    async def apply_deletes(
+        self,
+        entity: Entity,
+        deletes: Sequence[tuple[Any, int, str | None]],
+        *,
+        migration: str,
+        epoch: int,
+        timeout: float,
+    ) -> list[tuple[Applied, Held]]:
+        """Put tombstones, (id, revision, operation) of each, and remove the rows at or under their revisions.
 
-        async def work() -> tuple[Applied, Held]:
-            own = self.statements(entity)
-            statements = self._delete(entity, key, rev, op, migration, epoch)
-            look = own.held_of(key, migration=migration, epoch=epoch)
+        What became of each, in their order.
+
+        Raises:
+            Fenced: PostgreSQL is at another epoch; nothing was changed.
+        """
+        buried = [(id_to_text(id_), rev, op) for id_, rev, op in deletes]
+        keys = [key for key, _, _ in buried]
+
+        async def work() -> list[tuple[Any, ...]]:
+            look = self.statements(entity).held_of_each(keys, migration=migration, epoch=epoch)
+            records = [(entity, key) for key in keys]
             async with self._connection(timeout) as connection:
-                [answer] = await self._transaction(
-                    connection, migration, statements, [look], records=[(entity, key)]
+                answers = await self._transaction(
+                    connection,
+                    migration,
+                    self._delete(entity, buried, migration, epoch),
+                    [look],
+                    records=records,
                 )
-                await self._look_again(connection, migration, [(entity, key)], link=False)
+                await self._look_again(connection, migration, records, link=False)
+            return answers
+
+        found: list[tuple[Applied, Held]] = []
+        for (_, rev, _), answer in zip(buried, await self._bounded(work(), timeout), strict=True):
             now, same_epoch = held(answer)
             if not same_epoch:
                 raise Fenced(f"PostgreSQL is not at epoch {epoch} of {migration}")
             covered = now.rev is None and now.tombstone is not None and now.tombstone >= rev
-            return (Applied.APPLIED if covered else Applied.BEHIND), now
+            found.append((Applied.APPLIED if covered else Applied.BEHIND, now))
+        return found
 
-        return await self._bounded(work(), timeout)
+    async def apply_delete(
+        self, entity: Entity, id_: Any, *, rev: int, op: str, migration: str, epoch: int, timeout: float
+    ) -> tuple[Applied, Held]:
+        """`apply_deletes` of one."""
+        [one] = await self.apply_deletes(
+            entity, [(id_, rev, op)], migration=migration, epoch=epoch, timeout=timeout
+        )
+        return one
 
     def _delete(
-        self, entity: Entity, key: str, rev: int, op: str | None, migration: str, epoch: int
+        self, entity: Entity, deletes: Sequence[tuple[str, int, str | None]], migration: str, epoch: int
     ) -> list[Statement]:
-        parameters = {
-            "entity": entity.name, "id": key, "rev": rev, "op": op, "migration": migration, "epoch": epoch,
-        }  # fmt: skip
-        bury: Statement = (QUERIES["bury"], parameters)  # type: ignore[assignment]
-        return [bury, *self.statements(entity).drop_covered(key)]
+        keys = [key for key, _, _ in deletes]
+        return [
+            _bury(entity, deletes, migration, epoch),
+            *self.statements(entity).drop_covered(keys),
+        ]
 
     @staticmethod
     async def _transaction(
@@ -576,7 +604,9 @@ class PostgresStore:
             ]
         covered = [(entity, key) for entity, look in looks for (key,) in await look.fetchall()]
         if covered:
-            drops = [s for entity, key in covered for s in self.statements(entity).drop_covered(key)]
+            drops = [
+                s for entity, keys in _by_entity(covered) for s in self.statements(entity).drop_covered(keys)
+            ]
             await self._transaction(connection, migration, drops, [], records=covered)
         if link:
             await self._set_links(connection, records)
@@ -996,11 +1026,8 @@ class PostgresStore:
         key, own = id_to_text(id_), self.statements(entity)
         statements: list[Statement]
         if change.image is None:
-            bury = {
-                "entity": entity.name, "id": key, "rev": change.rev, "op": change.op,
-                "migration": migration, "epoch": epoch,
-            }  # fmt: skip
-            statements = [(QUERIES["bury"], bury), *own.drop(key, change.rev)]  # type: ignore[list-item]
+            bury = _bury(entity, [(key, change.rev, change.op)], migration, epoch)
+            statements = [bury, *own.drop(key, change.rev)]
         else:
             assert change.rows is not None
             if before is None:
@@ -1081,9 +1108,7 @@ class PostgresStore:
         key, own = id_to_text(id_), self.statements(entity)
         statements: list[Statement]
         if tentative["before"] is None:
-            bury = {"entity": entity.name, "id": key, "rev": rev, "op": op,
-                    "migration": migration, "epoch": epoch}  # fmt: skip
-            statements = [(QUERIES["bury"], bury), *own.drop(key, rev)]  # type: ignore[list-item]
+            statements = [_bury(entity, [(key, rev, op)], migration, epoch), *own.drop(key, rev)]
         else:
             before = decode_document(base64.b64decode(tentative["before"]))
             notes = {"rev": rev, "op": op, "keys": tentative["keys"]}
@@ -1523,6 +1548,17 @@ def _by_entity(records: Iterable[tuple[Entity, str]]) -> list[tuple[Entity, list
     for entity, key in records:
         keys.setdefault(entity.name, (entity, []))[1].append(key)
     return list(keys.values())
+
+
+def _bury(
+    entity: Entity, deletes: Sequence[tuple[str, int, str | None]], migration: str, epoch: int
+) -> Statement:
+    """What puts tombstones: (id text, revision, operation) of each."""
+    ids, revs, ops = (list(column) for column in zip(*deletes, strict=True))
+    parameters = {
+        "entity": entity.name, "ids": ids, "revs": revs, "ops": ops, "migration": migration, "epoch": epoch,
+    }  # fmt: skip
+    return QUERIES["bury"], parameters  # type: ignore[return-value]
 
 
 def _locks(migration: str, records: Sequence[tuple[Entity, str]]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ SELECT value FROM crossfade.meta WHERE name = 'schema'
 
 -- name: bury
 INSERT INTO crossfade.tombstones AS t (entity, id, rev, op)
-SELECT %(entity)s, %(id)s, %(rev)s, %(op)s::uuid
+SELECT %(entity)s, d.* FROM unnest(%(ids)s::text[], %(revs)s::bigint[], %(ops)s::uuid[]) AS d
 WHERE EXISTS (SELECT FROM crossfade.control WHERE migration = %(migration)s AND epoch = %(epoch)s)
 ON CONFLICT (entity, id) DO UPDATE SET rev = EXCLUDED.rev, op = EXCLUDED.op, deleted_at = now()
 WHERE t.rev < EXCLUDED.rev

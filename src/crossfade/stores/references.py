@@ -170,14 +170,14 @@ def _link_around(entity: Entity, where: sql.SQL) -> list[sql.Composed]:
 
 
 def lock_around(entity: Entity) -> list[sql.Composed]:
-    """Statements that lock what the delete of one record touches in tables of links, given its id twice.
+    """Statements that lock what the delete of records touches in tables of links, given their ids twice.
 
-    Two records that name each other, deleted at once, would otherwise each remove their own rows and then wait to
-    clear the links in the other's.
+    Of two records that name each other, deleted at once, each delete would otherwise remove its own rows and then wait
+    to clear the links in the other's.
     """
     owners = _owners(entity)
     return [
-        sql.SQL("SELECT FROM {} AS c WHERE c.{} = %s OR c.{} = %s ORDER BY {} FOR UPDATE").format(
+        sql.SQL("SELECT FROM {} AS c WHERE c.{} = ANY(%s) OR c.{} = ANY(%s) ORDER BY {} FOR UPDATE").format(
             identifier(found.table),
             sql.Identifier(found.column),
             sql.Identifier(owners.get(found.table.name, found.column)),

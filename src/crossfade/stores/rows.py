@@ -143,6 +143,15 @@ class RowStatements:
             "FROM (SELECT) AS one LEFT JOIN {} AS r ON r.id = %s"
         ).format(self.table)
         self._held, self._held_of = rendered(held), held
+        self._held_each = rendered(
+            sql.SQL(
+                "SELECT r.cf_rev, r.cf_op, r.cf_digest, r.cf_mapping, "
+                "(SELECT rev FROM crossfade.tombstones AS d WHERE d.entity = %s AND d.id = i.id), "
+                "EXISTS (SELECT FROM crossfade.control WHERE migration = %s AND epoch = %s) "
+                "FROM unnest(%s::text[]) WITH ORDINALITY AS i (id, place) LEFT JOIN {} AS r ON r.id = i.id "
+                "ORDER BY i.place"
+            ).format(self.table)
+        )
         self._followed_sets = sql.Composed(links)
         self._replacing: dict[frozenset[str], bytes] = {}
         self._applying_small: dict[frozenset[str], bytes] = {}
@@ -157,7 +166,7 @@ class RowStatements:
         self._drop_covered = rendered(
             sql.SQL(
                 "DELETE FROM {} AS p USING crossfade.tombstones AS t "
-                "WHERE p.id = %s AND t.entity = %s AND t.id = p.id AND t.rev >= p.cf_rev"
+                "WHERE p.id = ANY(%s) AND t.entity = %s AND t.id = p.id AND t.rev >= p.cf_rev"
             ).format(self.table)
         )
         self._reading: dict[tuple[bool, tuple[str, ...]], bytes] = {}
@@ -343,7 +352,7 @@ class RowStatements:
         )
         drop = "DELETE FROM {} AS c USING {} AS p WHERE c.{} = p.id AND p.id = %s AND p.cf_rev "
         drop_covered = (
-            "DELETE FROM {} AS c USING {} AS p, crossfade.tombstones AS t WHERE c.{} = p.id AND p.id = %s "
+            "DELETE FROM {} AS c USING {} AS p, crossfade.tombstones AS t WHERE c.{} = p.id AND p.id = ANY(%s) "
             "AND t.entity = %s AND t.id = p.id AND t.rev >= p.cf_rev"
         )
         around = (name, self.table, owner)
@@ -449,21 +458,24 @@ class RowStatements:
     def drop(self, id_: str, rev: int) -> list[Statement]:
         """Remove the rows of a record at or under a revision."""
         drops = [*((c.drop_all, [id_, rev]) for c in self._children), (self._drop, [id_, rev])]
-        return [*self._lock_around(id_), *drops]
+        return [*self._lock_around([id_]), *drops]
 
     def drop_exactly(self, id_: str, rev: int) -> list[Statement]:
         """Remove the rows of a record at exactly this revision."""
         drops = [*((c.drop_now, [id_, rev]) for c in self._children), (self._drop_now, [id_, rev])]
-        return [*self._lock_around(id_), *drops]
+        return [*self._lock_around([id_]), *drops]
 
-    def drop_covered(self, id_: str) -> list[Statement]:
-        """Remove rows that a tombstone covers."""
-        name = self.entity.name
-        drops = [*((c.drop_covered, [id_, name]) for c in self._children), (self._drop_covered, [id_, name])]
-        return [*self._lock_around(id_), *drops]
+    def drop_covered(self, ids: Sequence[str]) -> list[Statement]:
+        """Remove the rows of records that a tombstone covers."""
+        of = [list(ids), self.entity.name]
+        return [
+            *self._lock_around(ids),
+            *((child.drop_covered, of) for child in self._children),
+            (self._drop_covered, of),
+        ]
 
-    def _lock_around(self, id_: str) -> list[Statement]:
-        return [(query, [id_, id_]) for query in self._around]
+    def _lock_around(self, ids: Sequence[str]) -> list[Statement]:
+        return [(query, [list(ids), list(ids)]) for query in self._around]
 
     def covered(self, ids: Sequence[str]) -> Statement:
         """Which of these records a tombstone covers: asked after one's own commit, when there is hardly ever one."""
@@ -476,6 +488,10 @@ class RowStatements:
     def held_of(self, id_: str, *, migration: str, epoch: int) -> Statement:
         """What PostgreSQL holds of a record, and whether it is at this epoch."""
         return self._held, [self.entity.name, id_, migration, epoch, id_]
+
+    def held_of_each(self, ids: Sequence[str], *, migration: str, epoch: int) -> Statement:
+        """`held_of` of several, in their order."""
+        return self._held_each, [self.entity.name, migration, epoch, list(ids)]
 
     def image(self, row: Sequence[Any], *, small: bool = False) -> Image:
         """The image that a row of `select` stands for."""
