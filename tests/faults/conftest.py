@@ -16,7 +16,7 @@ import pytest
 from crossfade import Crossfade, DuplicateKey, Entity, FailureStrategy
 from crossfade.errors import CrossfadeError
 from crossfade.record import CF, Image
-from crossfade.testing.failure_points import Failure, FailurePoints, Killed, Point
+from crossfade.testing.failure_points import Failure, FailurePoints, Killed, Place, Point
 from crossfade.values import id_to_text
 
 from ..protocol.conftest import FAST, PATIENCE, World, create_tables, requests_entity, users_entity
@@ -47,11 +47,11 @@ class Case:
 
     story: str
     strategy: FailureStrategy | None
-    failures: Mapping[int, Failure] = field(default_factory=dict)
+    failures: Mapping[Place, Failure] = field(default_factory=dict)
     lasting: bool = False
 
     def __str__(self) -> str:
-        where = ", ".join(f"{failure} at {number}" for number, failure in self.failures.items())
+        where = ", ".join(f"{failure} at {place}" for place, failure in self.failures.items())
         strategy = self.strategy.value if self.strategy else "default"
         return f"{self.story} ({strategy}): {where}{' and from there on' if self.lasting else ''}"
 
@@ -63,7 +63,7 @@ class Outcome:
     Attributes:
         told: what the caller heard: "acknowledged", "killed", or the name of an error.
         points: those that the run came by.
-        struck: the failures that it met.
+        struck: the failures that it met, by the number of the point.
     """
 
     case: Case

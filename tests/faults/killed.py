@@ -1,10 +1,11 @@
-"""One case in a process of its own, which ends by SIGKILL: MONGO_URI DATABASE_URL PHASE STORY STRATEGY POINT FAILURE.
+"""One case in a process of its own, which ends by SIGKILL: MONGO_URI DATABASE_URL PHASE STORY STRATEGY PLACE FAILURE.
 
 Says on its standard output which records the story is about, and after that what the caller was told, if anything.
 """
 
 import asyncio
 import base64
+import json
 import os
 import pickle
 import signal
@@ -18,9 +19,12 @@ from .stories import Telling
 
 
 async def main() -> None:
-    mongo_uri, database_url, phase, story, strategy, number, failure = sys.argv[1:]
+    mongo_uri, database_url, phase, story, strategy, place, failure = sys.argv[1:]
+    step, task, call, number = json.loads(place)
     case = Case(
-        story, FailureStrategy(strategy) if strategy != "default" else None, {int(number): Failure(failure)}
+        story,
+        FailureStrategy(strategy) if strategy != "default" else None,
+        {(step, task, call, number): Failure(failure)},
     )
 
     def begins(telling: Telling) -> None:

@@ -37,27 +37,27 @@ def cases_of(first):
         for failure in point.failures:
             # Of a process that has ended nothing lasts; a store that hangs for good hangs the same either way.
             if not (lasting and (failure.kills or failure is Failure.ANSWER_LATE)):
-                yield Case(first.case.story, first.case.strategy, {point.number: failure}, lasting)
+                yield Case(first.case.story, first.case.strategy, {point.place: failure}, lasting)
 
 
 def second_failures_of(outcome):
     """Where it failed once and went on by another way: it ends, or loses an answer, at each point of that way."""
-    [(number, failure)] = outcome.case.failures.items()
+    [(place, failure)] = outcome.case.failures.items()
     if failure not in (Failure.REFUSED, Failure.REQUEST_LOST, Failure.ANSWER_LOST) or outcome.case.lasting:
         return
-    for point in outcome.points[number + 1 :]:
+    for point in outcome.points[min(outcome.struck) + 1 :]:
         for second in (Failure.KILLED_AFTER, Failure.ANSWER_LOST):
             if second in point.failures:
-                yield Case(outcome.case.story, outcome.case.strategy, {number: failure, point.number: second})
+                yield Case(outcome.case.story, outcome.case.strategy, {place: failure, point.place: second})
 
 
 def new_ways(outcomes, first):
     """Of the runs that a failure made come by other points than the run without: one for each way they went."""
     ways = {}
-    usual = tuple(point.call for point in first.points)
+    usual = {point.place for point in first.points}
     for outcome in outcomes:
-        way = tuple(point.call for point in outcome.points)
-        if way != usual:
+        way = frozenset(point.place for point in outcome.points)
+        if outcome.struck and way != usual:
             ways.setdefault((tuple(outcome.struck.values()), way), outcome)
     return list(ways.values())
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import itertools
+import json
 import os
 import pickle
 import random
@@ -23,10 +24,10 @@ ROOT = Path(__file__).parents[2]
 
 async def played_in_a_child(stage, case):
     """The case's outcome, of a process that was killed."""
-    [(number, failure)] = case.failures.items()
+    [(place, failure)] = case.failures.items()
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "tests.faults.killed", stage.mongo_uri, stage.database_url, stage.phase, case.story,
-        case.strategy.value if case.strategy else "default", str(number), failure.value,
+        case.strategy.value if case.strategy else "default", json.dumps(place), failure.value,
         cwd=ROOT, stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     said, _ = await child.communicate()
@@ -41,7 +42,7 @@ async def assert_a_killed_process_is_like_a_killed_worker(stage, strategy, stori
     for story in stories:
         first = await count(stage, story, strategy)
         kills = [
-            Case(story, strategy, {point.number: failure})
+            Case(story, strategy, {point.place: failure})
             for point in first.points
             for failure in (Failure.KILLED_BEFORE, Failure.KILLED_AFTER)
             if failure in point.failures

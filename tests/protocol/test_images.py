@@ -378,7 +378,7 @@ async def test_a_name_is_free_as_soon_as_its_delete_is_decided(open_world):
     points = FailurePoints(dying.cf)
     await points.run(lambda: dying.users.delete(other.id))
     decides = next(point for point in points.points if point.call.endswith("find_one_and_update"))
-    points.plan({decides.number: Failure.KILLED_AFTER})
+    points.plan({decides.place: Failure.KILLED_AFTER})
     with contextlib.suppress(Killed):
         await points.run(lambda: dying.users.delete(gone.id))
     points.end()

@@ -282,7 +282,7 @@ async def test_an_image_that_commits_late_does_not_outlive_its_undo(open_world):
     w = await open_world("dual_write", secondary_deadline=0.2)
     points = FailurePoints(w.cf)
     await points.run(lambda: w.users.insert({"username": "Ann"}, strategy=FailureStrategy.ROLLBACK_BOTH))
-    [commit] = [point.number for point in points.points if point.call == "COMMIT"]
+    [commit] = [point.place for point in points.points if point.call == "COMMIT"]
     await w.settle()  # what goes on behind it would be counted among the next one's calls
     points.plan({commit: Failure.REQUEST_LATE})
     with pytest.raises((Undone, UndoPending)):

@@ -9,10 +9,12 @@ Design
     transaction, and every COMMIT are points: a transaction that does not get to its COMMIT has not happened, whichever
     of its statements was the last.
 
-    ``first = await points.run(operation)`` gives the points of a run without failures; ``points.plan({7: ...})`` makes
-    the eighth fail in the next. Where what others do decides how often an operation looks, the same number is another
-    point in every run: there `Point.place` names it, and whoever runs the operation says which `FailurePoints.stage` it
-    has come to. A worker that was killed asks its stores for nothing any more.
+    After ``await points.run(operation)`` without failures `FailurePoints.points` is what can fail, and
+    ``points.plan({point.place: ...})`` makes one of them fail in the next run. `Point.place` finds it again: what an
+    operation does behind a commit runs beside its delivery, so the seventh await of one run is not the seventh of the
+    next; of one task the awaits keep their order. Where what others do decides how often an operation looks, whoever
+    runs it says which `FailurePoints.stage` it has come to. ``points.plan({7: ...})`` is for operations that only ever
+    do one thing at a time. A worker that was killed asks its stores for nothing any more.
 """
 
 from __future__ import annotations
@@ -75,8 +77,8 @@ class Failure(StrEnum):
 _CONNECTING = (Failure.REFUSED, Failure.ANSWER_LATE)
 
 
-#: The stage, the call, and which of its calls in that stage it is, from 0.
-Place = tuple[str, str, int]
+#: The stage, what the task that asks is running, the call, and which of its calls there it is, from 0.
+Place = tuple[str, str, str, int]
 
 
 class Killed(BaseException):
@@ -125,7 +127,7 @@ class FailurePoints:
     stage: str = ""
     _counting: bool = False
     _plan: Mapping[Any, Failure] = field(default_factory=dict)
-    _calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _calls: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     _lasting: bool = False
     _dead: str | None = None
     _late: set[asyncio.Task[None]] = field(default_factory=set)
@@ -196,7 +198,7 @@ class FailurePoints:
             len(self.points), store, call, _failures(store, connecting=connecting), self._place(call)
         )
         self.points.append(point)
-        self._calls[self.stage, call] += 1
+        self._calls[point.place[:3]] += 1
         failure = self._failure_at(point)
         if failure is None:
             answer = await act()
@@ -219,7 +221,10 @@ class FailurePoints:
         raise _exception(store, failure, connecting=connecting)
 
     def _place(self, call: str) -> Place:
-        return (self.stage, call, self._calls[self.stage, call])
+        task = asyncio.current_task()
+        assert task is not None
+        where = (self.stage, getattr(task.get_coro(), "__qualname__", ""), call)
+        return (*where, self._calls[where])
 
     def planned_next(self, call: str) -> Failure | None:
         """What is planned for the next point, if it is this call."""
