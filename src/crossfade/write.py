@@ -195,7 +195,8 @@ class Writer:
         assert_writable(entity, set_, removed)
         assert_values(entity.name, request.where)
         wrote = as_stored(set_)
-        request = replace(request, where=as_stored(request.where))
+        if request.where:
+            request = replace(request, where=as_stored(request.where))
 
         async def run(o: _Operation) -> Record:
             if o.control.phase.rules.primary == "mongo":
@@ -627,9 +628,8 @@ class Writer:
                 notes = await self.pair.mongo.notes(entity, id_, names, timeout=o.left())
             except errors.StoreUnavailable as cause:
                 if is_open and boot_clock() >= o.ends:
-                    raise _waits(
-                        entity, o
-                    ) from cause  # a look that has no time left says nothing of the store
+                    # A look that has no time left says nothing of the store.
+                    raise _waits(entity, o) from cause
                 self._say(o, f"MongoDB write failed: {cause}", warn=True)
                 raise
             cf = (notes or {}).get(CF) or {}
