@@ -4,7 +4,8 @@
 
 Users are put into MongoDB as a worker leaves them that cannot reach PostgreSQL: with their first revision, its
 operation and its debt. Then the reconcilers drain them, and the debts must be gone. Then all these users are deleted as
-behind such an outage. At last once more, while other users are written and read by a worker in the same process; beside
+behind such an outage, and, with PostgreSQL as the primary, half of them made and half of them changed behind one of
+MongoDB. At last once more, while other users are written and read by a worker in the same process; beside
 it the same traffic alone; and as many deletes of phase 0, which PostgreSQL has no rows of. Ends with a JSON line per
 figure; rates depend on the machine.
 
@@ -35,7 +36,7 @@ from bson.int64 import Int64
 
 from bench import two_databases
 from bench.write_latency import document
-from crossfade import Crossfade, Migration, Options, observe
+from crossfade import Crossfade, Migration, Options, Phase, observe
 from crossfade.entity import Entity
 from crossfade.record import CF, Debt, new_operation
 from crossfade.stores.mongo import TOMBSTONES
@@ -78,6 +79,29 @@ def owe_deletes(mongo_uri: str, ids: Iterable[ObjectId]) -> None:
                 for id_ in some
             )  # fmt: skip
             database[users.collection].delete_many({"_id": {"$in": some}})
+
+
+def owe_deliveries(mongo_uri: str, database_url: str, epoch: int) -> None:
+    """Write every row once more, with its outbox row, as behind an outage of MongoDB that has half of the records."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("UPDATE users SET cf_rev = cf_rev + 1, cf_op = gen_random_uuid()")
+        connection.execute(
+            "INSERT INTO crossfade.outbox (entity, id, rev, op, epoch, parts) "
+            "SELECT %s, id, cf_rev, cf_op, %s, '{}' FROM users",
+            [users.name, epoch],
+        )
+        connection.execute("ANALYZE crossfade.outbox")
+    ids = all_ids(mongo_uri)
+    with pymongo.MongoClient[dict[str, Any]](mongo_uri) as client:
+        for some in batched(ids[::2], 1000):
+            client.get_default_database()[users.collection].delete_many({"_id": {"$in": some}})
+
+
+async def set_phase(worker: Migration, phase: Phase) -> None:
+    """The next phase at once: nobody else is there to be asked."""
+    now = (await worker.board.refresh()).control
+    await worker.record.change(now, now.changed(by="bench", reason="bench", phase=phase), timeout=5.0)
+    await worker.board.refresh()
 
 
 def batched(items: Iterable[ObjectId], size: int) -> Iterator[list[ObjectId]]:
@@ -124,6 +148,13 @@ async def run(mongo_uri: str, database_url: str, debts: int) -> bool:
             await nothing_is_owed(workers[0])
             rates.append(debts / took)
             print(f"{reconcilers} reconciler(s): {debts:,} debts in {took:.1f} s", flush=True)
+        await set_phase(workers[0], Phase.POSTGRES_PRIMARY)
+        epoch = workers[0].board.control.epoch
+        await asyncio.to_thread(owe_deliveries, mongo_uri, database_url, epoch)
+        deliveries = debts / await drain(workers[:1])
+        await nothing_is_owed(workers[0])
+        print(f"{debts:,} deliveries: {deliveries:,.0f} a second", flush=True)
+        await set_phase(workers[0], Phase.DUAL_WRITE)
         await asyncio.to_thread(owe_deletes, mongo_uri, await asyncio.to_thread(all_ids, mongo_uri))
         deletes = debts / await drain(workers[:1])
         await nothing_is_owed(workers[0])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -29,7 +29,7 @@ from crossfade.part import Part, carried_by, digest_with, parts_of
 from crossfade.record import CF, Applied, Debt, DebtKey, Held, Image, new_operation
 from crossfade.steps import LARGEST_GROUP, Placed, Stepper
 from crossfade.stores.errors import Fenced, RuleBroken
-from crossfade.stores.mongo import Tombstone
+from crossfade.stores.mongo import Put, Tombstone
 from crossfade.stores.postgres import Ahead, Change, Delivery
 from crossfade.values import (
     Unmappable,
@@ -949,6 +949,105 @@ class Settler:
                 return settled
         return Settled.SUPERSEDED
 
+    async def deliver_many(
+        self, entity: Entity, ids: Sequence[Any], control: Control
+    ) -> tuple[set[str], set[str]]:
+        """Bring what the outbox owes of these records to MongoDB together; the id texts of those that were settled so,
+        and of those that others have settled meanwhile.
+
+        What owes nothing but its own row, and stands in MongoDB as it was left there. The others are `deliver`'s, which
+        decides what becomes of them: this only spares the many that an outage leaves five requests each.
+
+        Raises:
+            crossfade.errors.StoreUnavailable: the outbox rows stay.
+        """
+        pair = self.pair
+        timeout = pair.options.primary_deadline
+        owed = await pair.postgres.outbox_rows(entity, ids, timeout=timeout)
+        elsewhere = {id_to_text(id_) for id_ in ids} - owed.keys()
+        plain: list[Delivery] = []
+        room = MOST_TOGETHER
+        for now, size in owed.values():
+            if now.tentative is None and not now.parked and not now.parts and size <= room:
+                plain.append(now)
+                room -= size
+        rows = {
+            id_to_text(row.id): row
+            for row in await pair.postgres.read_many(
+                entity, [now.id for now in plain], timeout=timeout, small=bool(entity.parts)
+            )
+        }
+        standing = [
+            (now, row)
+            for now in plain
+            if (row := rows.get(id_to_text(now.id))) is not None
+            and (row.rev, row.op) == (now.rev, now.op)
+            and not row.unknown
+        ]
+        delivered: dict[str, Image] = {}
+        for small in (True, False):
+            some = [(now, row) for now, row in standing if bool(row.left_out) is small]
+            for row in await self._put_many(entity, some, control, small=small, timeout=timeout):
+                delivered[id_to_text(row.id)] = row
+        if not delivered:
+            return set(), elsewhere
+        settled = await pair.postgres.settle_many(
+            entity, [(key, row.rev, row.op) for key, row in delivered.items()], timeout=timeout
+        )
+        return settled, elsewhere
+
+    async def _put_many(
+        self,
+        entity: Entity,
+        owed: Sequence[tuple[Delivery, Image]],
+        control: Control,
+        *,
+        small: bool,
+        timeout: float,
+    ) -> list[Image]:
+        """The rows of these that stand in MongoDB now; ``small``: without their parts."""
+        if not owed:
+            return []
+        mongo, left_out = self.pair.mongo, entity.parts if small else ()
+        found, all_of_them = await mongo.read_raw_many(
+            entity, [row.id for _, row in owed], size=MOST_TOGETHER, timeout=timeout, without=left_out
+        )
+        puts: list[Put] = []
+        rows: list[Image] = []
+        for number, (now, row) in enumerate(owed):
+            if number % 16 == 0:
+                await asyncio.sleep(0)  # others in this process are waiting
+            raw = found.get(id_to_text(row.id))
+            if raw is None:
+                if small or not all_of_them:
+                    continue
+                # Marked as in `_put`.
+                sent = replace(row, debt=Debt(control.epoch, delivery=True, sending=new_operation()))
+            elif _as_left(now, row, raw, entity, left_out):
+                sent = row
+            else:
+                continue
+            notes = _delivered_notes(sent)
+            if sent.debt is not None:
+                notes["debt"] = sent.debt.to_document()
+            values = {
+                name: value for name, value in row.document.items() if not small or name not in row.parts
+            }
+            puts.append(Put(raw, {**values, CF: notes}, small))
+            rows.append(sent)
+        if not puts:
+            return []
+        put = await mongo.deliver_many(entity, puts, timeout=timeout)
+        stand = [row for row in rows if id_to_text(row.id) in put]
+        inserted = [row.id for row in stand if row.debt is not None]
+        buried = await mongo.buried_among(entity, inserted, timeout=timeout) if inserted else {}
+        return [
+            row
+            for row in stand
+            if row.debt is None
+            or await self._stays(entity, row, buried.get(id_to_text(row.id)), control, timeout=timeout)
+        ]
+
     async def _deliver_once(
         self, entity: Entity, owed: Delivery, control: Control, *, last: bool, timeout: float
     ) -> Settled | None:
@@ -1038,14 +1137,7 @@ class Settler:
         """Bring a row without its parts; None: the document does not hold just these, or is not as it was left."""
         mongo = self.pair.mongo
         raw = await mongo.read_raw(entity, row.id, timeout=timeout, without=entity.parts)
-        if raw is None:
-            return None
-        try:
-            there = Image.from_raw(raw, entity.parts, entity.parts)
-        except Unmappable:
-            return None
-        expected = (now.base_digest, there.delivered, row.digest)
-        if there.noted != row.parts or there.digest not in expected or there.rev > row.rev:
+        if raw is None or not _as_left(now, row, raw, entity, entity.parts):
             return None
         values = {name: value for name, value in row.document.items() if name not in row.parts}
         return await mongo.deliver_small(
@@ -1082,9 +1174,18 @@ class Settler:
         if raw is not None:
             return True
         # Whoever inserts looks for a tombstone afterwards: the delete may have found nothing to remove.
-        buried = await mongo.tombstone(entity, row.id, timeout=timeout)
-        if buried is None or buried.rev < row.rev:
-            self.erase_soon(entity, replace(row, debt=mark))
+        buried = await mongo.buried_among(entity, [row.id], timeout=timeout)
+        return await self._stays(
+            entity, replace(row, debt=mark), buried.get(id_to_text(row.id)), control, timeout=timeout
+        )
+
+    async def _stays(
+        self, entity: Entity, row: Image, buried: int | None, control: Control, *, timeout: float
+    ) -> bool:
+        """Whether a record that was inserted stays, with a tombstone at ``buried``; if not, it is removed."""
+        mongo = self.pair.mongo
+        if buried is None or buried < row.rev:
+            self.erase_soon(entity, row)
             return True
         mine = await mongo.read_raw(entity, row.id, timeout=timeout)
         if mine is not None and Image.from_raw(mine, entity.parts).op == row.op:
@@ -1092,7 +1193,7 @@ class Settler:
         held = await self.pair.postgres.held(entity, row.id, timeout=self.pair.options.primary_deadline)
         if held.rev == row.rev:
             # Not PostgreSQL's delete: a worker that slept through the switch has buried what stands.
-            await self._lift_row(entity, row.id, above=buried.rev, control=control)
+            await self._lift_row(entity, row.id, above=buried, control=control)
         return False
 
     async def _make_room(
@@ -1359,6 +1460,16 @@ class Settler:
                 entity, image.id, image.rev, image.op, cause, timeout=self.pair.options.primary_deadline
             )
         return Settled.PARKED
+
+
+def _as_left(now: Delivery, row: Image, raw: bytes, entity: Entity, left_out: Collection[str]) -> bool:
+    """Whether a document stands as a delivery left it, and holds just the parts that are ``left_out`` of the row."""
+    try:
+        there = Image.from_raw(raw, entity.parts, left_out)
+    except Unmappable:
+        return False
+    expected = (now.base_digest, there.delivered, row.digest)
+    return there.digest in expected and there.rev <= row.rev and (not left_out or there.noted == row.parts)
 
 
 def _delivered_notes(row: Image) -> dict[str, Any]:

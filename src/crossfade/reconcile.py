@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import random
 import traceback
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -352,7 +352,12 @@ class Reconciler:
                     return
 
     async def _work(
-        self, portions: list[list[Owed]], left: list[Any], claim: Claim, control: Control, done: Round
+        self,
+        portions: list[list[Owed | Delivery]],
+        left: list[Any],
+        claim: Claim,
+        control: Control,
+        done: Round,
     ) -> None:
         """Settle portion after portion; what is not settled so is ``left``."""
         while portions:
@@ -373,9 +378,9 @@ class Reconciler:
             left += [debt for debt in portion if id_to_text(debt.id) not in settled]
 
     async def _settle_portion(
-        self, entity: Entity, portion: Sequence[Owed], claim: Claim, control: Control
+        self, entity: Entity, portion: Sequence[Owed | Delivery], claim: Claim, control: Control
     ) -> tuple[set[str], set[str]]:
-        """`Settler.settle_many` or `Settler.settle_deletes`.
+        """Settle them together, as `_together` says.
 
         While callers are served here: little by little, in turn, and with rests between.
         """
@@ -388,13 +393,20 @@ class Reconciler:
             async with self._turn if beside else contextlib.nullcontext():
                 began = boot_clock()
                 await claim.stay()
-                settle = self.settler.settle_deletes if some[0].tombstone else self.settler.settle_many
-                done = await settle(entity, [debt.id for debt in some], control)
+                done = await self._together(some[0])(entity, [debt.id for debt in some], control)
                 if beside:
                     await asyncio.sleep((boot_clock() - began) * _REST)
             settled |= done[0]
             elsewhere |= done[1]
         return settled, elsewhere
+
+    def _together(
+        self, debt: Owed | Delivery
+    ) -> Callable[[Entity, Sequence[Any], Control], Awaitable[tuple[set[str], set[str]]]]:
+        """What settles many debts like this one."""
+        if isinstance(debt, Delivery):
+            return self.settler.deliver_many
+        return self.settler.settle_deletes if debt.tombstone else self.settler.settle_many
 
     def _rests(self, debt: Owed | Delivery) -> bool:
         """Whether a debt that was refused is left alone: tried again now and then, never in a hot loop."""
@@ -590,16 +602,16 @@ class Reconciler:
                 adopted += await self.settler.adopt_delete(entity, id_, rev, control)
 
 
-def _portions(debts: Iterable[Owed | Delivery]) -> tuple[list[list[Owed]], list[Owed | Delivery]]:
+def _portions(debts: Iterable[Owed | Delivery]) -> tuple[list[list[Owed | Delivery]], list[Owed | Delivery]]:
     """Plain debts that are many, by the hundred, and all the others; tombstones in portions of their own."""
-    plain: dict[tuple[str, bool], list[Owed]] = {}
+    plain: dict[tuple[str, bool], list[Owed | Delivery]] = {}
     others: list[Owed | Delivery] = []
     for debt in debts:
-        if isinstance(debt, Delivery) or debt.parked is not None or debt.tentative or debt.delivery:
+        if debt.parked is not None or debt.tentative or (isinstance(debt, Owed) and debt.delivery):
             others.append(debt)
         else:
-            plain.setdefault((debt.entity, debt.tombstone), []).append(debt)
-    portions: list[list[Owed]] = []
+            plain.setdefault((debt.entity, isinstance(debt, Owed) and debt.tombstone), []).append(debt)
+    portions: list[list[Owed | Delivery]] = []
     for owed in plain.values():
         if len(owed) < _MANY:
             others += owed

@@ -18,6 +18,7 @@ from crossfade import (
     reconcile,
 )
 from crossfade.record import CF, new_operation
+from crossfade.stores.errors import Unanswered
 from crossfade.values import id_to_text
 
 from .conftest import FAST, PATIENCE, World, create_tables, eventually, users_entity
@@ -648,3 +649,127 @@ async def test_nobody_sees_or_writes_upon_a_delivered_insert_that_a_delete_overt
         for read in (other.users.get(id_), other.users.find({"username": "Bob"})):
             with pytest.raises(StoreUnavailable):
                 await read
+
+
+# --- deliveries together ---------------------------------------------------------------------------------------------
+
+
+async def undelivered(w: World, proxy, monkeypatch, **fields):
+    """Records of which MongoDB has the first state, as many as are delivered together; the ids, and those of whatever
+    is delivered one by one from then on.
+    """
+    number, alone = 4, []
+    monkeypatch.setattr(reconcile, "_MANY", number)
+    ids = [(await w.users.insert({"username": f"user {n}", "n": 1, **fields})).id for n in range(number)]
+    await w.reconcile()
+    proxy.refuse()
+    for id_ in ids:
+        await w.users.update(id_, {"n": 2})
+    deliver = w.settler.deliver
+
+    async def noted(owed, control, **how):
+        alone.append(owed.id)
+        return await deliver(owed, control, **how)
+
+    monkeypatch.setattr(w.settler, "deliver", noted)
+    return ids, alone
+
+
+@pytest.mark.parametrize("fields", [{}, {"picture": b"p" * 5000}], ids=["whole", "without their parts"])
+async def test_the_deliveries_of_an_outage_are_made_together(open_world, mongo_proxy, monkeypatch, fields):
+    w = await open_world("postgres_primary", mongo=mongo_proxy, entity=users_entity(pictures=True))
+    one, other, gone = [(await w.users.insert({"username": name})).id for name in ("one", "other", "gone")]
+    ids, alone = await undelivered(w, mongo_proxy, monkeypatch, **fields)
+    ids.append((await w.users.insert({"username": "new"})).id)
+    # What must give way, what another application has written, what was deleted, and a part.
+    await w.users.update(one, {"username": "a third"})
+    await w.users.update(other, {"username": "one"})
+    await w.users.update(one, {"username": "other"})
+    await w.users.delete(gone)
+    foreign, pictured, *ids = ids
+    await w.users.update(pictured, {"picture": b"q" * 5000})
+    w.documents.update_one({"_id": foreign}, {"$set": {"n": 99}})
+    mongo_proxy.pass_through()
+    alone.clear()
+    await w.reconcile()
+    assert {gone, foreign, pictured} <= set(alone) <= {gone, foreign, pictured, one, other}
+    assert [document["n"] for _, document in w.conflicts()] == [99]
+    assert [w.document(id_)["n"] for id_ in ids[:-1]] == [2] * (len(ids) - 1)
+    await w.assert_equal()
+
+
+async def test_a_foreign_write_since_the_look_is_journaled_among_others_too(
+    open_world, mongo_proxy, monkeypatch
+):
+    w = await open_world("postgres_primary", mongo=mongo_proxy)
+    ids, alone = await undelivered(w, mongo_proxy, monkeypatch)
+    deliver_many = w.mongo.deliver_many
+
+    async def overtaken(*args, **how):
+        monkeypatch.setattr(w.mongo, "deliver_many", deliver_many)
+        w.documents.update_one({"_id": ids[0]}, {"$set": {"n": 99}})
+        return await deliver_many(*args, **how)
+
+    monkeypatch.setattr(w.mongo, "deliver_many", overtaken)
+    mongo_proxy.pass_through()
+    await w.reconcile()
+    assert alone == ids[:1]
+    assert [document["n"] for _, document in w.conflicts()] == [99]
+    await w.assert_equal()
+
+
+async def test_an_insert_that_a_delete_overtakes_does_not_stay_among_others(
+    open_world, mongo_proxy, monkeypatch
+):
+    w, other = await open_world("postgres_primary", mongo=mongo_proxy), await open_world("postgres_primary")
+    await undelivered(w, mongo_proxy, monkeypatch)
+    new = (await w.users.insert({"username": "new"})).id
+    deliver_many = w.mongo.deliver_many
+
+    async def overtaken(*args, **how):
+        monkeypatch.setattr(w.mongo, "deliver_many", deliver_many)
+        await other.users.delete(new)
+        return await deliver_many(*args, **how)
+
+    monkeypatch.setattr(w.mongo, "deliver_many", overtaken)
+    mongo_proxy.pass_through()
+    await w.reconcile()
+    assert w.document(new) is None
+    await w.assert_equal()
+
+
+async def test_an_insert_sent_among_others_that_arrives_after_its_delete_does_not_stay(
+    open_world, mongo_proxy, monkeypatch
+):
+    w, other = await open_world("postgres_primary", mongo=mongo_proxy), await open_world("postgres_primary")
+    await undelivered(w, mongo_proxy, monkeypatch)
+    new = (await w.users.insert({"username": "new"})).id
+    deliver_many, sent = w.mongo.deliver_many, []
+
+    async def under_way(*args, **how):
+        sent.append(lambda: deliver_many(*args, **how))
+        raise Unanswered("mongo", "on its way")
+
+    monkeypatch.setattr(w.mongo, "deliver_many", under_way)
+    mongo_proxy.pass_through()
+    await w.m.reconciler._settle_together((await w.m.board.refresh()).debts, w.control, reconcile.Round())
+    [arrive] = sent
+    await other.reconcile()
+    await other.users.delete(new)
+    await other.reconcile()
+    await arrive()
+    assert w.document(new) is not None
+    await other.reconcile()
+    assert w.document(new) is None
+    await other.assert_equal()
+
+
+async def test_an_open_write_is_not_delivered_among_others(open_world, mongo_proxy, monkeypatch):
+    w = await open_world("postgres_primary", mongo=mongo_proxy)
+    ids, _ = await undelivered(w, mongo_proxy, monkeypatch)
+    mongo_proxy.pass_through()
+    tentative = '{"kind": "update", "before": null}'
+    w.sql("UPDATE crossfade.outbox SET tentative = %s WHERE id = %s", tentative, id_to_text(ids[0]))
+    settled, _ = await w.settler.deliver_many(w.entity, ids, w.control)
+    assert settled == {id_to_text(id_) for id_ in ids[1:]}
+    assert [w.document(id_)["n"] for id_ in ids] == [1, 2, 2, 2]

@@ -25,7 +25,7 @@ import pymongo.lock
 from bson.errors import BSONError
 from bson.int64 import Int64
 from bson.raw_bson import RawBSONDocument
-from pymongo import AsyncMongoClient, ReturnDocument, UpdateOne
+from pymongo import AsyncMongoClient, InsertOne, ReplaceOne, ReturnDocument, UpdateOne
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import (
@@ -126,6 +126,18 @@ class Unstamped:
 
     taken: list[tuple[Any, Any, str]] = field(default_factory=list)
     no_room: list[tuple[Any, Any, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """A document that is to stand where exactly ``before`` stands, None: nothing.
+
+    ``small``: both without their parts.
+    """
+
+    before: bytes | None
+    document: Mapping[str, Any]
+    small: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +322,30 @@ class MongoStore:
             raw = await self._raw_documents(entity).find_one({"_id": id_}, _all_but(without))
         return None if raw is None else bytes(raw.raw)
 
+    async def read_raw_many(
+        self,
+        entity: Entity,
+        ids: Sequence[Any],
+        *,
+        size: int,
+        timeout: float,
+        without: Collection[str] = (),
+    ) -> tuple[dict[str, bytes], bool]:
+        """The bytes of these documents, ``size`` of them at most, by id text; whether that is all. See `read_raw`."""
+        found: dict[str, bytes] = {}
+        cursor = self._raw_documents(entity).find({"_id": {"$in": list(ids)}}, _all_but(without))
+        async with self._asking(timeout):
+            try:
+                async for raw in cursor:
+                    size -= len(raw.raw)
+                    if size < 0 and found:
+                        return found, False
+                    # Not raw["_id"], which decodes the whole.
+                    found[id_to_text(id_of(bytes(raw.raw)))] = bytes(raw.raw)
+            finally:
+                await cursor.close()
+        return found, True
+
     async def owing(
         self, entity: Entity, ids: Sequence[Any], *, size: int, timeout: float
     ) -> tuple[list[Image], bool]:
@@ -481,35 +517,57 @@ class MongoStore:
                     return False
                 raise
             return True
+        filter_, change = _over(before, document)
         async with self._asking(timeout):
-            if any(name.startswith("$") for name in document):
-                # Old documents have such fields; a server takes them of a pipeline, and of no replacement. The id stays
-                # where it is: DocumentDB 1.0 would write a second one.
-                content = {name: value for name, value in document.items() if name != "_id"}
-                change = [{"$replaceWith": {"$literal": content}}]
-                result = await self._documents(entity).update_one(_exactly(before), change)
+            if isinstance(change, list):
+                result = await self._documents(entity).update_one(filter_, change)
             else:
-                result = await self._documents(entity).replace_one(_exactly(before), dict(document))
+                result = await self._documents(entity).replace_one(filter_, change)
         return result.matched_count == 1
 
     async def deliver_small(
         self, entity: Entity, before: Mapping[str, Any], document: Mapping[str, Any], *, timeout: float
     ) -> bool | None:
         """The same of documents without their parts, which stay as they are; None: an update cannot do that."""
-        names, wanted = ([name for name in one if name != CF] for one in (before, document))
-        new = [name for name in wanted if name not in before]
-        gone = [name for name in names if name not in document]
-        stay = [name for name in names if name in document]
-        if stay + new != wanted or len(new) > 1 or not all(map(_is_path, {*names, *wanted})):
-            return None  # an update puts new fields to the end, several of them in an order of its own
-        seen = {name: {"$eq": value, "$exists": True} for name, value in before.items()}
-        update: dict[str, Any] = {"$set": {name: value for name, value in document.items() if name != "_id"}}
-        if gone:
-            update["$unset"] = dict.fromkeys(gone, "")
-        filter_ = {**seen, **{name: {"$exists": False} for name in new}, "_id": before["_id"]}
+        small = _over_small(before, document)
+        if small is None:
+            return None
         async with self._asking(timeout):
-            result = await self._documents(entity).update_one(filter_, update)
+            result = await self._documents(entity).update_one(*small)
         return result.matched_count == 1
+
+    async def deliver_many(self, entity: Entity, puts: Sequence[Put], *, timeout: float) -> set[str]:
+        """`deliver`, or `deliver_small`, of many; the id texts of those that stand now as they were to be put.
+
+        Of the others a rule of MongoDB keeps some from it, and others were written since they were seen.
+        """
+        requests: list[Any] = []
+        for put in puts:
+            if put.before is None:
+                requests.append(InsertOne(dict(put.document)))
+            elif put.small:
+                small = _over_small(decode_document(put.before), put.document)
+                if small is not None:
+                    requests.append(UpdateOne(*small))
+            else:
+                filter_, change = _over(put.before, put.document)
+                requests.append(
+                    UpdateOne(filter_, change) if isinstance(change, list) else ReplaceOne(filter_, change)
+                )
+        if not requests:
+            return set()
+        async with self._asking(timeout):
+            try:
+                await self._documents(entity).bulk_write(requests, ordered=False)
+            except BulkWriteError as cause:
+                if cause.details["writeConcernErrors"]:
+                    raise
+            # A count does not say which. Of each sending the notes are its own.
+            ids = [put.document["_id"] for put in puts]
+            found = await self._documents(entity).find({"_id": {"$in": ids}}, {CF: 1}).to_list()
+        notes = {id_to_text(document["_id"]): document.get(CF) for document in found}
+        delivered = {id_to_text(put.document["_id"]): put.document[CF] for put in puts}
+        return {key for key, wanted in delivered.items() if notes.get(key) == wanted}
 
     async def deliver_removal(self, entity: Entity, before: bytes, *, timeout: float) -> bool:
         """Remove the document if it is exactly ``before``."""
@@ -722,15 +780,17 @@ class MongoStore:
         self, entity: Entity, confirmed: Sequence[tuple[Any, int, str]], *, timeout: float
     ) -> None:
         """Erase the debts of tombstones that still stand at these revisions and operations: (id, rev, op) of each."""
-        requests = [
-            UpdateOne(
-                {"_id": {"entity": entity.name, "id": id_to_text(id_)}, "rev": Int64(rev), "op": op},
-                {"$unset": {"debt": "", "group": ""}},
-            )
+        still = [
+            {"_id": {"entity": entity.name, "id": id_to_text(id_)}, "rev": Int64(rev), "op": op}
             for id_, rev, op in confirmed
         ]
-        async with self._asking(timeout):
-            await self.database[TOMBSTONES].bulk_write(requests, ordered=False)
+        for at in range(0, len(still), _PAIRS):  # as in `settle`
+            portion = still[at : at + _PAIRS]
+            async with self._asking(timeout):
+                await self.database[TOMBSTONES].update_many(
+                    {"_id": {"$in": [each["_id"] for each in portion]}, "$or": portion},
+                    {"$unset": {"debt": "", "group": ""}},
+                )
 
     # --- sweeping for foreign writes ---------------------------------------------------------------------
 
@@ -1131,6 +1191,33 @@ def _noting(key: DebtKey) -> dict[str, Any]:
 def _is_path(name: str) -> bool:
     """Whether a field's name can be said in a filter and an update."""
     return bool(name) and "." not in name and not name.startswith("$")
+
+
+def _over(before: bytes, document: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """A filter for just the document that was seen, and what replaces it: a document, or a pipeline."""
+    if any(name.startswith("$") for name in document):
+        # Old documents have such fields; a server takes them of a pipeline, and of no replacement. The id stays where
+        # it is: DocumentDB 1.0 would write a second one.
+        content = {name: value for name, value in document.items() if name != "_id"}
+        return _exactly(before), [{"$replaceWith": {"$literal": content}}]
+    return _exactly(before), dict(document)
+
+
+def _over_small(
+    before: Mapping[str, Any], document: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The same of documents without their parts, which stay as they are; None: an update cannot do that."""
+    names, wanted = ([name for name in one if name != CF] for one in (before, document))
+    new = [name for name in wanted if name not in before]
+    gone = [name for name in names if name not in document]
+    stay = [name for name in names if name in document]
+    if stay + new != wanted or len(new) > 1 or not all(map(_is_path, {*names, *wanted})):
+        return None  # an update puts new fields to the end, several of them in an order of its own
+    seen = {name: {"$eq": value, "$exists": True} for name, value in before.items()}
+    update: dict[str, Any] = {"$set": {name: value for name, value in document.items() if name != "_id"}}
+    if gone:
+        update["$unset"] = dict.fromkeys(gone, "")
+    return {**seen, **{name: {"$exists": False} for name in new}, "_id": before["_id"]}, update
 
 
 def _exactly(seen: bytes) -> dict[str, Any]:

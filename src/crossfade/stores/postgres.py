@@ -1154,13 +1154,20 @@ class PostgresStore:
     async def outbox_row(self, entity: Entity, id_: Any, *, timeout: float) -> Delivery | None:
         """What is owed of one record."""
         rows = await self._ask("outbox_row", timeout, entity=entity.name, id=id_to_text(id_))
-        if not rows:
-            return None
-        rev, op, base, tentative, parked, parts = rows[0]
-        return Delivery(
-            entity.name, id_, rev, op.hex, None if base is None else bytes(base),
-            None if tentative is None else orjson.loads(tentative), parked, tuple(parts),
-        )  # fmt: skip
+        return _delivery(entity, id_, rows[0]) if rows else None
+
+    async def outbox_rows(
+        self, entity: Entity, ids: Sequence[Any], *, timeout: float
+    ) -> dict[str, tuple[Delivery, int]]:
+        """What is owed of these records, by id text, and how many bytes their parent rows have."""
+        by_text = {id_to_text(id_): id_ for id_ in ids}
+        query = sql.SQL(
+            "SELECT o.id, coalesce(pg_column_size(r.*), 0), o.rev, o.op, o.base_digest, o.tentative, o.parked, "
+            "o.parts FROM crossfade.outbox AS o LEFT JOIN {} AS r ON r.id = o.id "
+            "WHERE o.entity = %s AND o.id = ANY(%s::text[])"
+        ).format(self.statements(entity).table)
+        rows = await self._rows(query, [entity.name, list(by_text)], timeout)
+        return {key: (_delivery(entity, by_text[key], columns), size) for key, size, *columns in rows}
 
     async def settle(self, entity: Entity, id_: Any, rev: int, op: str, *, timeout: float) -> bool:
         """Remove the outbox row if it is still at this revision and operation."""
@@ -1168,6 +1175,17 @@ class PostgresStore:
             "outbox_settle", timeout, entity=entity.name, id=id_to_text(id_), rev=rev, op=op
         )
         return done == 1
+
+    async def settle_many(
+        self, entity: Entity, delivered: Sequence[tuple[str, int, str | None]], *, timeout: float
+    ) -> set[str]:
+        """Remove outbox rows that are still at these revisions and operations, (id text, rev, op) of each.
+
+        The id texts of those that were removed; one that is being written is left.
+        """
+        ids, revs, ops = (list(column) for column in zip(*delivered, strict=True))
+        rows = await self._ask("outbox_settle_many", timeout, entity=entity.name, ids=ids, revs=revs, ops=ops)
+        return {key for (key,) in rows}
 
     async def park(self, entity: Entity, id_: Any, rev: int, op: str, cause: str, *, timeout: float) -> None:
         """Note in the outbox why MongoDB refuses this revision."""
@@ -1548,6 +1566,14 @@ def _by_entity(records: Iterable[tuple[Entity, str]]) -> list[tuple[Entity, list
     for entity, key in records:
         keys.setdefault(entity.name, (entity, []))[1].append(key)
     return list(keys.values())
+
+
+def _delivery(entity: Entity, id_: Any, columns: Sequence[Any]) -> Delivery:
+    rev, op, base, tentative, parked, parts = columns
+    return Delivery(
+        entity.name, id_, rev, op.hex, None if base is None else bytes(base),
+        None if tentative is None else orjson.loads(tentative), parked, tuple(parts),
+    )  # fmt: skip
 
 
 def _bury(

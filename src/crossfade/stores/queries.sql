@@ -130,6 +130,19 @@ WHERE entity = %(entity)s AND id = %(id)s AND rev = %(rev)s AND op = %(op)s::uui
 DELETE FROM crossfade.outbox
 WHERE entity = %(entity)s AND id = %(id)s AND rev = %(rev)s AND op = %(op)s::uuid AND tentative IS NULL
 
+-- name: outbox_settle_many
+-- One that is being written is left out: to wait for it here could be a deadlock with who writes several at once.
+DELETE FROM crossfade.outbox AS gone
+USING (
+    SELECT o.id FROM crossfade.outbox AS o
+    JOIN unnest(%(ids)s::text[], %(revs)s::bigint[], %(ops)s::uuid[]) AS s (id, rev, op)
+        ON o.id = s.id AND o.rev = s.rev AND o.op = s.op
+    WHERE o.entity = %(entity)s AND o.tentative IS NULL
+    FOR UPDATE OF o SKIP LOCKED
+) AS settled
+WHERE gone.entity = %(entity)s AND gone.id = settled.id
+RETURNING gone.id
+
 -- name: outbox_park
 UPDATE crossfade.outbox SET parked = %(cause)s
 WHERE entity = %(entity)s AND id = %(id)s AND rev = %(rev)s AND op = %(op)s::uuid
