@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -127,24 +127,44 @@ class Stage:
         ``kill`` ends the process where the case says so; ``begins`` hears of the records before the story is told;
         ``mongo``, ``postgres``: a proxy to go through.
         """
+        telling = await self.prepared(case)
+        begins(telling)
+        told, points = await self.fail(
+            telling.tell, case.failures, lasting=case.lasting, kill=kill, **proxies
+        )
+        return Outcome(case, telling, told, points.points, points.struck)
+
+    async def prepared(self, case: Case) -> Telling:
+        """A telling of the story with records of its own, which both stores hold."""
         telling = await STORIES[case.story](self.healthy.m, f"u{os.getpid()}-{next(_numbers)}", case.strategy)
         await self.healthy.settle()
-        hurried = case.lasting or any(failure.waits for failure in case.failures.values())
+        return telling
+
+    async def fail(
+        self,
+        tell: Callable[[Any], Awaitable[Any]],
+        failures: Mapping[Place, Failure],
+        *,
+        lasting: bool = False,
+        kill: Callable[[], None] = lambda: None,
+        **proxies: Any,
+    ) -> tuple[str, FailurePoints]:
+        """Do something by a worker of its own that fails so, and is gone afterwards; what was told, and the points."""
+        hurried = lasting or any(failure.waits for failure in failures.values())
         cf, migration = self._crossfade(board_age=2.0, **proxies)
         points = FailurePoints(cf, kill)
         await cf.__aenter__()
         await migration.board.obtain_lease()
-        # It was opened with patience, and need not wait long for the others. A board's age bounds its looks, too.
-        deadlines = {"primary_deadline": 0.3, "secondary_deadline": 0.1} if hurried else {}
+        # It was opened with patience, and need not wait long for the others. A board's age and lease bound its looks.
+        deadlines = {"primary_deadline": 0.3, "secondary_deadline": 0.1, "lease": 4.0} if hurried else {}
         migration.pair.options = replace(cf.options, **deadlines)
         migration.board.options = replace(migration.pair.options, board_age=0.1)
-        begins(telling)
         told = "killed"
 
         async def operation() -> None:
             nonlocal told
             try:
-                await telling.tell(migration)
+                await tell(migration)
                 told = "acknowledged"
             except CrossfadeError as cause:
                 told = type(cause).__name__
@@ -155,16 +175,18 @@ class Stage:
             await asyncio.wait({joined, migration.settler._task}, return_when=asyncio.FIRST_COMPLETED)
             joined.cancel()
 
-        points.plan(case.failures, lasting=case.lasting)
-        with contextlib.suppress(Killed):
+        points.plan(failures, lasting=lasting)
+        try:
             await asyncio.wait_for(points.run(operation), PATIENCE)
+        except* Killed:
+            pass  # alone, or of several tasks
         await points.deliver_late()
         points.end()
         await _drop(cf, migration)
-        await self._clear_flag()
-        return Outcome(case, telling, told, points.points, points.struck)
+        await self.clear_flag()
+        return told, points
 
-    async def _clear_flag(self) -> None:
+    async def clear_flag(self) -> None:
         """The next case is not to begin with what this one has found out about a store."""
         board, record = self.healthy.m.board, self.healthy.m.record
         now = (await board.refresh()).control
