@@ -1023,10 +1023,12 @@ class Settler:
                     continue
                 # Marked as in `_put`.
                 sent = replace(row, debt=Debt(control.epoch, delivery=True, sending=new_operation()))
-            elif _as_left(now, row, raw, entity, left_out):
-                sent = row
             else:
-                continue
+                there = _as_left(now, row, raw, entity, left_out)
+                # Where an earlier delivery left these very notes, they do not tell whether this one was made.
+                if there is None or there.op == row.op:
+                    continue
+                sent = row
             notes = _delivered_notes(sent)
             if sent.debt is not None:
                 notes["debt"] = sent.debt.to_document()
@@ -1137,7 +1139,7 @@ class Settler:
         """Bring a row without its parts; None: the document does not hold just these, or is not as it was left."""
         mongo = self.pair.mongo
         raw = await mongo.read_raw(entity, row.id, timeout=timeout, without=entity.parts)
-        if raw is None or not _as_left(now, row, raw, entity, entity.parts):
+        if raw is None or _as_left(now, row, raw, entity, entity.parts) is None:
             return None
         values = {name: value for name, value in row.document.items() if name not in row.parts}
         return await mongo.deliver_small(
@@ -1462,14 +1464,17 @@ class Settler:
         return Settled.PARKED
 
 
-def _as_left(now: Delivery, row: Image, raw: bytes, entity: Entity, left_out: Collection[str]) -> bool:
-    """Whether a document stands as a delivery left it, and holds just the parts that are ``left_out`` of the row."""
+def _as_left(
+    now: Delivery, row: Image, raw: bytes, entity: Entity, left_out: Collection[str]
+) -> Image | None:
+    """A document that stands as a delivery left it, and holds just the parts that are ``left_out`` of the row."""
     try:
         there = Image.from_raw(raw, entity.parts, left_out)
     except Unmappable:
-        return False
+        return None
     expected = (now.base_digest, there.delivered, row.digest)
-    return there.digest in expected and there.rev <= row.rev and (not left_out or there.noted == row.parts)
+    stands = there.digest in expected and there.rev <= row.rev and (not left_out or there.noted == row.parts)
+    return there if stands else None
 
 
 def _delivered_notes(row: Image) -> dict[str, Any]:

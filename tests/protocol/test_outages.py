@@ -773,3 +773,25 @@ async def test_an_open_write_is_not_delivered_among_others(open_world, mongo_pro
     settled, _ = await w.settler.deliver_many(w.entity, ids, w.control)
     assert settled == {id_to_text(id_) for id_ in ids[1:]}
     assert [w.document(id_)["n"] for id_ in ids] == [1, 2, 2, 2]
+
+
+async def test_a_foreign_write_upon_what_was_delivered_and_not_yet_settled_is_journaled_among_others_too(
+    open_world, mongo_proxy, monkeypatch
+):
+    w = await open_world("postgres_primary", mongo=mongo_proxy)
+    ids, _ = await undelivered(w, mongo_proxy, monkeypatch)
+    mongo_proxy.pass_through()
+    with monkeypatch.context() as dies:  # whoever delivers it, before it is settled
+        dies.setattr(w.postgres, "settle_many", lambda *_, **_how: asyncio.sleep(0, set()))
+        await w.settler.deliver_many(w.entity, ids[:1], w.control)
+    deliver_many = w.mongo.deliver_many
+
+    async def overtaken(*args, **how):
+        monkeypatch.setattr(w.mongo, "deliver_many", deliver_many)
+        w.documents.update_one({"_id": ids[0]}, {"$set": {"n": 99}})
+        return await deliver_many(*args, **how)
+
+    monkeypatch.setattr(w.mongo, "deliver_many", overtaken)
+    await w.reconcile()
+    assert [document["n"] for _, document in w.conflicts()] == [99]
+    await w.assert_equal()
