@@ -47,6 +47,8 @@ _MANY = 50
 _BATCH = 1000
 #: Rounds of a drain: what one leaves open, because it changed meanwhile, the next one takes.
 _DRAINS = 20
+#: What one record raises that cannot be settled: of rows that give no document, it is a ValueError.
+_ONE_RECORDS = (errors.CrossfadeError, Unmappable, ValueError)
 #: Seconds between two questions whether others are done: looking what is left would take time from them.
 _PAUSE = 0.25
 
@@ -274,7 +276,7 @@ class Reconciler:
                     done.failed += 1
                     done.cause = str(cause)
                     continue
-                except (errors.CrossfadeError, Unmappable) as cause:
+                except _ONE_RECORDS as cause:
                     # One record that cannot be settled must not keep the others from it.
                     self._parked[_parked_key(debt)] = boot_clock() + self.pair.options.parked_retry
                     done.parked += 1
@@ -373,8 +375,8 @@ class Reconciler:
             except (errors.StoreUnavailable, Fenced):
                 left += [debt for each in portions for debt in each]
                 portions.clear()
-            except errors.CrossfadeError:
-                pass  # what stands in its way is for `settle_one` to find out
+            except _ONE_RECORDS:
+                pass  # what stands in its way is found out one by one
             left += [debt for debt in portion if id_to_text(debt.id) not in settled]
 
     async def _settle_portion(

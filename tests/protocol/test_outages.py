@@ -795,3 +795,15 @@ async def test_a_foreign_write_upon_what_was_delivered_and_not_yet_settled_is_jo
     await w.reconcile()
     assert [document["n"] for _, document in w.conflicts()] == [99]
     await w.assert_equal()
+
+
+async def test_a_row_that_cannot_be_read_keeps_no_others_from_being_delivered(
+    open_world, mongo_proxy, monkeypatch
+):
+    w = await open_world("postgres_primary", mongo=mongo_proxy)
+    ids, _ = await undelivered(w, mongo_proxy, monkeypatch)
+    mongo_proxy.pass_through()
+    w.sql("UPDATE users SET extra = '5' WHERE id = %s", id_to_text(ids[0]))
+    done = await w.m.reconciler.reconcile()
+    assert [w.document(id_)["n"] for id_ in ids] == [1, 2, 2, 2]
+    assert done.parked == 1
