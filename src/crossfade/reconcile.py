@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import random
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -304,7 +304,7 @@ class Reconciler:
         self, debts: Sequence[Owed | Delivery], control: Control, done: Round
     ) -> list[Owed | Delivery]:
         """Settle the plain debts of an outage by the hundred; what is left, for one by one."""
-        portions, left = _portions(debts)
+        portions, left = _portions(debts, self._parked)
         if not portions:
             return left
         try:
@@ -321,7 +321,7 @@ class Reconciler:
                     if look is None or not look.overflown or done.settled == before:
                         break
                     # The board shows only so many at a time; whoever has the claim goes on.
-                    portions, _ = _portions((await self.pair.board.refresh()).debts)
+                    portions, _ = _portions((await self.pair.board.refresh()).debts, self._parked)
         except (errors.StoreUnavailable, Fenced):
             pass
         return left + [debt for portion in portions for debt in portion]
@@ -604,12 +604,18 @@ class Reconciler:
                 adopted += await self.settler.adopt_delete(entity, id_, rev, control)
 
 
-def _portions(debts: Iterable[Owed | Delivery]) -> tuple[list[list[Owed | Delivery]], list[Owed | Delivery]]:
-    """Plain debts that are many, by the hundred, and all the others; tombstones in portions of their own."""
+def _portions(
+    debts: Iterable[Owed | Delivery], refused: Collection[tuple[str, str, int]]
+) -> tuple[list[list[Owed | Delivery]], list[Owed | Delivery]]:
+    """Plain debts that are many, by the hundred, and all the others; tombstones in portions of their own.
+
+    ``refused``: those that were tried in vain, by `_parked_key`. A tombstone has no note of it.
+    """
     plain: dict[tuple[str, bool], list[Owed | Delivery]] = {}
     others: list[Owed | Delivery] = []
     for debt in debts:
-        if debt.parked is not None or debt.tentative or (isinstance(debt, Owed) and debt.delivery):
+        alone = debt.parked is not None or debt.tentative or (isinstance(debt, Owed) and debt.delivery)
+        if alone or _parked_key(debt) in refused:
             others.append(debt)
         else:
             plain.setdefault((debt.entity, isinstance(debt, Owed) and debt.tombstone), []).append(debt)

@@ -807,3 +807,25 @@ async def test_a_row_that_cannot_be_read_keeps_no_others_from_being_delivered(
     done = await w.m.reconciler.reconcile()
     assert [w.document(id_)["n"] for id_ in ids] == [1, 2, 2, 2]
     assert done.parked == 1
+
+
+async def test_deletes_that_postgres_refuses_are_not_tried_with_every_round(open_world, monkeypatch):
+    w = await open_world()
+    ids, _ = await buried_together(w, monkeypatch)
+    w.sql("CREATE TABLE orders (user_id text REFERENCES users (id))")
+    for id_ in ids:
+        w.sql("INSERT INTO orders VALUES (%s)", id_to_text(id_))
+    asked, apply = [], w.postgres.apply_deletes
+
+    async def noted(entity, deletes, **how):
+        asked.append(len(deletes))
+        return await apply(entity, deletes, **how)
+
+    monkeypatch.setattr(w.postgres, "apply_deletes", noted)
+    for _ in range(3):
+        look = await w.m.board.refresh()
+        await w.m.reconciler._settle(look.debts, look.control, retry_parked=False)
+    assert asked == [4, 1, 1, 1, 1]
+    w.sql("DROP TABLE orders")
+    await w.reconcile()
+    await w.assert_equal()
