@@ -314,9 +314,14 @@ class Reconciler:
                     return left
                 while portions:
                     before = done.settled
-                    async with asyncio.TaskGroup() as two:
-                        for _ in range(2):
-                            two.create_task(self._work(portions, left, claim, control, done))
+                    # Apart: a delete locks the rows of others that name what goes, and their images lock them in
+                    # another order. It comes first: an image may take a name that it frees.
+                    buried = [one for one in portions if isinstance(one[0], Owed) and one[0].tombstone]
+                    portions = [one for one in portions if one not in buried]
+                    for some in (buried, portions):
+                        async with asyncio.TaskGroup() as two:
+                            for _ in range(2):
+                                two.create_task(self._work(some, left, claim, control, done))
                     look = self.pair.board.look
                     if look is None or not look.overflown or done.settled == before:
                         break

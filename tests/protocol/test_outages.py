@@ -6,6 +6,7 @@ import time
 
 import pytest
 from bson import ObjectId
+from bson.int64 import Int64
 
 from crossfade import (
     Crossfade,
@@ -278,6 +279,33 @@ async def test_what_is_made_again_while_deletes_are_settled_together_stays(open_
     assert alone == [again]
     assert (await w.row(again)).rev > 2
     assert [await w.row(id_) for id_ in gone] == [None] * len(gone)
+    await w.assert_equal()
+
+
+async def test_deletes_are_not_settled_together_beside_images_whose_rows_they_lock(open_world, monkeypatch):
+    monkeypatch.setattr(reconcile, "_CALLERS", 0)
+    w = await open_world()
+    kept = [(await w.users.insert({"username": f"kept {n}"})).id for n in range(4)]
+    gone, _ = await buried_together(w, monkeypatch)
+    for id_ in kept:
+        owed = {f"{CF}.rev": Int64(2), f"{CF}.op": new_operation(), f"{CF}.debt": {"epoch": w.control.epoch}}
+        w.documents.update_one({"_id": id_}, {"$set": {"friends": gone, **owed}})
+    under_way, most = [0], [0]
+
+    def counted(settle):
+        async def counting(*args):
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+            settled = await settle(*args)
+            under_way[0] -= 1
+            return settled
+
+        return counting
+
+    for name in ("settle_many", "settle_deletes"):
+        monkeypatch.setattr(w.settler, name, counted(getattr(w.settler, name)))
+    await w.reconcile()
+    assert most == [1]
     await w.assert_equal()
 
 
