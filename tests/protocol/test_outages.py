@@ -16,6 +16,7 @@ from crossfade import (
     StoreUnavailable,
     Undone,
     board,
+    debt,
     reconcile,
 )
 from crossfade.record import CF, new_operation
@@ -856,4 +857,24 @@ async def test_deletes_that_postgres_refuses_are_not_tried_with_every_round(open
     assert asked == [4, 1, 1, 1, 1]
     w.sql("DROP TABLE orders")
     await w.reconcile()
+    await w.assert_equal()
+
+
+async def test_records_of_many_rows_are_not_all_read_at_once(open_world, mongo_proxy, monkeypatch):
+    w = await open_world("postgres_primary", mongo=mongo_proxy)
+    friends = [ObjectId() for _ in range(500)]
+    _, alone = await undelivered(w, mongo_proxy, monkeypatch, friends=friends)
+    mongo_proxy.pass_through()
+    monkeypatch.setattr(debt, "MOST_TOGETHER", 2 * len(friends) * len(id_to_text(ObjectId())))
+    read_many, read = w.postgres.read_many, []
+
+    async def noted(*args, **how):
+        found = await read_many(*args, **how)
+        read.append(sum(len(image.document["friends"]) for image in found))
+        return found
+
+    monkeypatch.setattr(w.postgres, "read_many", noted)
+    await w.reconcile()
+    assert max(read) <= 2 * len(friends)
+    assert alone
     await w.assert_equal()

@@ -1159,13 +1159,20 @@ class PostgresStore:
     async def outbox_rows(
         self, entity: Entity, ids: Sequence[Any], *, timeout: float
     ) -> dict[str, tuple[Delivery, int]]:
-        """What is owed of these records, by id text, and how many bytes their parent rows have."""
+        """What is owed of these records, by id text, and how many bytes their rows have without their parts."""
         by_text = {id_to_text(id_): id_ for id_ in ids}
+        children = [
+            sql.SQL(
+                " + (SELECT coalesce(sum(pg_column_size(c.*)), 0) FROM {} AS c WHERE c.{} = o.id)"
+            ).format(identifier(child.table), sql.Identifier(child.columns[0]))
+            for child in entity.children
+            if not child.is_part
+        ]
         query = sql.SQL(
-            "SELECT o.id, coalesce(pg_column_size(r.*), 0), o.rev, o.op, o.base_digest, o.tentative, o.parked, "
+            "SELECT o.id, coalesce(pg_column_size(r.*), 0){}, o.rev, o.op, o.base_digest, o.tentative, o.parked, "
             "o.parts FROM crossfade.outbox AS o LEFT JOIN {} AS r ON r.id = o.id "
             "WHERE o.entity = %s AND o.id = ANY(%s::text[])"
-        ).format(self.statements(entity).table)
+        ).format(sql.Composed(children), self.statements(entity).table)
         rows = await self._rows(query, [entity.name, list(by_text)], timeout)
         return {key: (_delivery(entity, by_text[key], columns), size) for key, size, *columns in rows}
 
