@@ -88,10 +88,11 @@ class Breaker:
     async def close(self) -> None:
         """Ask no more."""
         asking = {task for task in (self._probing, self._doubting) if task is not None}
-        for task in asking:
-            task.cancel()
-        if asking:
-            await asyncio.wait(asking)
+        # Once is not enough, as in `board.end`: a driver makes a failure of its own of a cancellation.
+        while asking := {task for task in asking if not task.done()}:
+            for task in asking:
+                task.cancel()
+            await asyncio.wait(asking, timeout=0.1)
 
     async def _doubt(self) -> None:
         try:

@@ -158,7 +158,7 @@ async def test_a_breaker_opens_after_failures_in_a_row_and_not_after_scattered_o
 
 async def test_an_open_breaker_asks_the_store_itself_and_lets_no_call_find_out():
     store = _Store()
-    breaker = Breaker(store.ping, failures_to_open=1, rest=0)
+    breaker = Breaker(store.ping, failures_to_open=1, rest=0.5)
     breaker.failed()
     for _ in range(3):
         await store.questions.get()
@@ -175,7 +175,7 @@ async def test_a_question_that_ends_by_an_unforeseen_error_is_asked_again():
         if (end := ends.pop(0)) is not None:
             raise end
 
-    breaker = Breaker(ping, failures_to_open=1, rest=0)
+    breaker = Breaker(ping, failures_to_open=1, rest=0.5)
     breaker.failed()
     await _closed(breaker)
     assert ends == []
@@ -185,7 +185,7 @@ async def test_a_question_that_ends_by_an_unforeseen_error_is_asked_again():
 async def test_an_open_breaker_whose_question_was_cancelled_asks_anew_after_the_next_failure():
     store = _Store()
     store.there = True
-    breaker = Breaker(store.ping, failures_to_open=1, rest=0)
+    breaker = Breaker(store.ping, failures_to_open=1, rest=0.5)
     breaker.failed()
     await breaker.close()
     assert not breaker.allows()
@@ -232,3 +232,23 @@ async def test_a_caller_that_gives_up_says_nothing_and_the_store_is_asked():
     assert store.questions.qsize() == 4
     assert not breaker._probing.done()
     await breaker.close()
+
+
+async def test_a_breaker_is_closed_by_a_driver_that_loses_a_cancellation_too():
+    asked = asyncio.Event()
+
+    async def probe():
+        asked.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise StoreUnavailable("mongo", "the connection failed") from None
+
+    breaker = Breaker(probe, failures_to_open=1, rest=0.5)
+    breaker.failed()
+    await asked.wait()
+    closing = asyncio.create_task(breaker.close())
+    _, waiting = await asyncio.wait({closing}, timeout=5)
+    breaker.is_open = False  # ends it, however it was closed
+    breaker._probing.cancel()
+    assert not waiting
