@@ -742,17 +742,10 @@ class Settler:
         alone = [one for one in owed.values() if not one.group]
         if not alone:
             return set(), elsewhere
-        answers = await pair.postgres.apply_deletes(
-            entity, [(one.id, one.rev, one.op) for one in alone],
-            migration=pair.name, epoch=control.epoch, timeout=timeout,
-        )  # fmt: skip
+        covered = await self._delete_many(entity, alone, control, timeout=timeout)
         # The second look: what has been made again since must win over its tombstone.
-        present = await pair.mongo.present(entity, [one.id for one in alone], timeout=timeout)
-        settled = [
-            one
-            for one, (verdict, _) in zip(alone, answers, strict=True)
-            if verdict is not Applied.BEHIND and present.isdisjoint(id_texts(one.id))
-        ]
+        present = await pair.mongo.present(entity, [one.id for one in covered], timeout=timeout)
+        settled = [one for one in covered if present.isdisjoint(id_texts(one.id))]
         if settled:
             await pair.mongo.settle_tombstones(
                 entity, [(one.id, one.rev, one.op) for one in settled], timeout=timeout
@@ -760,6 +753,29 @@ class Settler:
             with contextlib.suppress(errors.CrossfadeError):
                 await pair.postgres.release(entity, [one.id for one in settled], timeout=timeout)
         return {id_to_text(one.id) for one in settled}, elsewhere
+
+    async def _delete_many(
+        self, entity: Entity, tombstones: Sequence[Tombstone], control: Control, *, timeout: float
+    ) -> list[Tombstone]:
+        """Bring them together; where PostgreSQL refuses that, halves of them. Those that it has no row above."""
+        try:
+            answers = await self.pair.postgres.apply_deletes(
+                entity, [(one.id, one.rev, one.op) for one in tombstones],
+                migration=self.pair.name, epoch=control.epoch, timeout=timeout,
+            )  # fmt: skip
+        except (RuleBroken, errors.Quarantined):
+            if len(tombstones) == 1:
+                return []
+            half = len(tombstones) // 2
+            return [
+                *await self._delete_many(entity, tombstones[:half], control, timeout=timeout),
+                *await self._delete_many(entity, tombstones[half:], control, timeout=timeout),
+            ]
+        return [
+            one
+            for one, (verdict, _) in zip(tombstones, answers, strict=True)
+            if verdict is not Applied.BEHIND
+        ]
 
     async def _apply_many(
         self, images: Sequence[tuple[Entity, Image, Rows]], control: Control, *, timeout: float

@@ -316,9 +316,9 @@ class Reconciler:
                     before = done.settled
                     # Apart: a delete locks the rows of others that name what goes, and their images lock them in
                     # another order. It comes first: an image may take a name that it frees.
-                    buried = [one for one in portions if isinstance(one[0], Owed) and one[0].tombstone]
-                    portions = [one for one in portions if one not in buried]
-                    for some in (buried, portions):
+                    deletes = [one for one in portions if _is_tombstone(one[0])]
+                    portions = [one for one in portions if not _is_tombstone(one[0])]
+                    for some in (deletes, portions):
                         async with asyncio.TaskGroup() as two:
                             for _ in range(2):
                                 two.create_task(self._work(some, left, claim, control, done))
@@ -413,7 +413,7 @@ class Reconciler:
         """What settles many debts like this one."""
         if isinstance(debt, Delivery):
             return self.settler.deliver_many
-        return self.settler.settle_deletes if debt.tombstone else self.settler.settle_many
+        return self.settler.settle_deletes if _is_tombstone(debt) else self.settler.settle_many
 
     def _rests(self, debt: Owed | Delivery) -> bool:
         """Whether a debt that was refused is left alone: tried again now and then, never in a hot loop."""
@@ -623,7 +623,7 @@ def _portions(
         if alone or _parked_key(debt) in refused:
             others.append(debt)
         else:
-            plain.setdefault((debt.entity, isinstance(debt, Owed) and debt.tombstone), []).append(debt)
+            plain.setdefault((debt.entity, _is_tombstone(debt)), []).append(debt)
     portions: list[list[Owed | Delivery]] = []
     for owed in plain.values():
         if len(owed) < _MANY:
@@ -632,6 +632,10 @@ def _portions(
         owed.sort(key=lambda debt: id_to_text(debt.id))
         portions += [owed[at : at + _TOGETHER] for at in range(0, len(owed), _TOGETHER)]
     return portions, others
+
+
+def _is_tombstone(debt: Owed | Delivery) -> bool:
+    return isinstance(debt, Owed) and debt.tombstone
 
 
 def _parked_key(debt: Owed | Delivery) -> tuple[str, str, int]:

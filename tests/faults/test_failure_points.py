@@ -63,10 +63,16 @@ def new_ways(outcomes, first):
 
 
 async def count(stage, story, strategy):
-    first = await stage.play(Case(story, strategy))
-    assert first.told == "acknowledged"
-    assert len(first.points) >= FEWEST.get(story, 3)
-    return first
+    """A run without failures, of the way that two of them went: a busy machine may make one go by another."""
+    ways = {}
+    while True:
+        first = await stage.play(Case(story, strategy))
+        assert first.told == "acknowledged"
+        assert len(first.points) >= FEWEST.get(story, 3)
+        way = frozenset(point.place for point in first.points)
+        if way in ways:
+            return ways[way]
+        ways[way] = first
 
 
 async def play_all(stage, cases, violations):

@@ -539,7 +539,8 @@ class MongoStore:
     async def deliver_many(self, entity: Entity, puts: Sequence[Put], *, timeout: float) -> set[str]:
         """`deliver`, or `deliver_small`, of many; the id texts of those that stand now as they were to be put.
 
-        Of the others a rule of MongoDB keeps some from it, and others were written since they were seen.
+        Of the others a rule of MongoDB keeps some from it, and others were written since they were seen. They are told
+        apart by their notes, so those of what is put must not be there yet.
         """
         requests: list[Any] = []
         for put in puts:
@@ -556,17 +557,19 @@ class MongoStore:
                 )
         if not requests:
             return set()
+        delivered = {id_to_text(put.document["_id"]): put.document[CF] for put in puts}
         async with self._asking(timeout):
             try:
-                await self._documents(entity).bulk_write(requests, ordered=False)
+                done = await self._documents(entity).bulk_write(requests, ordered=False)
+                if done.matched_count + done.inserted_count == len(puts):
+                    return set(delivered)
             except BulkWriteError as cause:
                 if cause.details["writeConcernErrors"]:
                     raise
-            # A count does not say which. Of each sending the notes are its own.
+            # A count does not say which.
             ids = [put.document["_id"] for put in puts]
             found = await self._documents(entity).find({"_id": {"$in": ids}}, {CF: 1}).to_list()
         notes = {id_to_text(document["_id"]): document.get(CF) for document in found}
-        delivered = {id_to_text(put.document["_id"]): put.document[CF] for put in puts}
         return {key for key, wanted in delivered.items() if notes.get(key) == wanted}
 
     async def deliver_removal(self, entity: Entity, before: bytes, *, timeout: float) -> bool:
