@@ -128,9 +128,13 @@ class Stage:
         ``mongo``, ``postgres``: a proxy to go through.
         """
         telling = await self.prepared(case)
-        begins(telling)
         told, points = await self.fail(
-            telling.tell, case.failures, lasting=case.lasting, kill=kill, **proxies
+            telling.tell,
+            case.failures,
+            lasting=case.lasting,
+            kill=kill,
+            begins=lambda: begins(telling),
+            **proxies,
         )
         return Outcome(case, telling, told, points.points, points.struck)
 
@@ -147,9 +151,13 @@ class Stage:
         *,
         lasting: bool = False,
         kill: Callable[[], None] = lambda: None,
+        begins: Callable[[], None] = lambda: None,
         **proxies: Any,
     ) -> tuple[str, FailurePoints]:
-        """Do something by a worker of its own that fails so, and is gone afterwards; what was told, and the points."""
+        """Do something by a worker of its own that fails so, and is gone afterwards; what was told, and the points.
+
+        ``begins`` is called once the worker is open.
+        """
         hurried = lasting or any(failure.waits for failure in failures.values())
         cf, migration = self._crossfade(board_age=2.0, **proxies)
         points = FailurePoints(cf, kill)
@@ -159,6 +167,7 @@ class Stage:
         deadlines = {"primary_deadline": 0.3, "secondary_deadline": 0.1, "lease": 4.0} if hurried else {}
         migration.pair.options = replace(cf.options, **deadlines)
         migration.board.options = replace(migration.pair.options, board_age=0.1)
+        begins()
         told = "killed"
 
         async def operation() -> None:
