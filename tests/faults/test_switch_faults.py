@@ -214,7 +214,7 @@ async def lose_a_store(phase: str, steps: str, uris: tuple[str, str], proxies: d
                     proxy.pass_through()
                     with contextlib.suppress(CrossfadeError):
                         await switching
-                    await answers(worker)
+                    await answers(worker, w)
                     await stage.judge(w, worker)
                     played += 1
             await worker.settle()
@@ -224,15 +224,16 @@ async def lose_a_store(phase: str, steps: str, uris: tuple[str, str], proxies: d
     return played
 
 
-async def answers(w: World) -> None:
-    """Wait until both stores are back for this worker, and a write of its is acknowledged."""
+async def answers(w: World, other: World) -> None:
+    """Wait until both stores are back for these workers, and a write of the first one is acknowledged."""
 
     async def is_acknowledged() -> bool:
         try:
             await w.users.insert({"username": f"u{ObjectId()}"})
         except CrossfadeError:
             return False
-        return all(up for up, _ in (await w.cf.health()).values())
+        healths = [await each.cf.health() for each in (w, other)]
+        return all(up for health in healths for up, _ in health.values())
 
     await eventually(is_acknowledged)
 
