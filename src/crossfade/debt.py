@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from bson.int64 import Int64
 
@@ -41,6 +41,9 @@ from crossfade.values import (
     id_to_text,
     text_to_id,
 )
+
+_Given = TypeVar("_Given")
+_Taken = TypeVar("_Taken")
 
 #: Inserts of deliveries that are seen to at once.
 MOST_DELIVERIES = 1_000
@@ -757,49 +760,31 @@ class Settler:
     async def _delete_many(
         self, entity: Entity, tombstones: Sequence[Tombstone], control: Control, *, timeout: float
     ) -> list[Tombstone]:
-        """Bring them together; where PostgreSQL refuses that, halves of them. Those that it has no row above."""
-        try:
+        """Bring tombstones together; those that PostgreSQL has no row above."""
+
+        async def bring(some: Sequence[Tombstone]) -> list[Tombstone]:
             answers = await self.pair.postgres.apply_deletes(
-                entity, [(one.id, one.rev, one.op) for one in tombstones],
+                entity, [(one.id, one.rev, one.op) for one in some],
                 migration=self.pair.name, epoch=control.epoch, timeout=timeout,
             )  # fmt: skip
-        except (RuleBroken, errors.Quarantined):
-            if len(tombstones) == 1:
-                return []
-            half = len(tombstones) // 2
-            return [
-                *await self._delete_many(entity, tombstones[:half], control, timeout=timeout),
-                *await self._delete_many(entity, tombstones[half:], control, timeout=timeout),
-            ]
-        return [
-            one
-            for one, (verdict, _) in zip(tombstones, answers, strict=True)
-            if verdict is not Applied.BEHIND
-        ]
+            answered = zip(some, answers, strict=True)
+            return [one for one, (verdict, _) in answered if verdict is not Applied.BEHIND]
+
+        return await _halved(tombstones, bring)
 
     async def _apply_many(
         self, images: Sequence[tuple[Entity, Image, Rows]], control: Control, *, timeout: float
     ) -> list[Image]:
-        """Apply them together; where PostgreSQL refuses that, halves of them. Those that it holds now."""
-        if not images:
-            return []
-        try:
+        """Apply images together; those that PostgreSQL holds now."""
+
+        async def bring(some: Sequence[tuple[Entity, Image, Rows]]) -> list[Image]:
             answers = await self.pair.postgres.apply(
-                images, migration=self.pair.name, epoch=control.epoch, timeout=timeout
+                some, migration=self.pair.name, epoch=control.epoch, timeout=timeout
             )
-        except (RuleBroken, errors.Quarantined):
-            if len(images) == 1:
-                return []
-            half = len(images) // 2
-            return [
-                *await self._apply_many(images[:half], control, timeout=timeout),
-                *await self._apply_many(images[half:], control, timeout=timeout),
-            ]
-        return [
-            image
-            for (_, image, _), (verdict, _) in zip(images, answers, strict=True)
-            if verdict is not Applied.BEHIND
-        ]
+            answered = zip(some, answers, strict=True)
+            return [image for (_, image, _), (verdict, _) in answered if verdict is not Applied.BEHIND]
+
+        return await _halved(images, bring)
 
     async def _settle_open(self, entity: Entity, image: Image, control: Control, *, undo: bool) -> Settled:
         """Settle an open write; ``undo``: it is past its deadline. Of a step, another record decides."""
@@ -1478,6 +1463,21 @@ class Settler:
                 entity, image.id, image.rev, image.op, cause, timeout=self.pair.options.primary_deadline
             )
         return Settled.PARKED
+
+
+async def _halved(
+    items: Sequence[_Given], bring: Callable[[Sequence[_Given]], Awaitable[list[_Taken]]]
+) -> list[_Taken]:
+    """``bring`` them together; where PostgreSQL refuses that, halves of them, until each refused one is alone."""
+    if not items:
+        return []
+    try:
+        return await bring(items)
+    except (RuleBroken, errors.Quarantined):
+        if len(items) == 1:
+            return []
+    half = len(items) // 2
+    return [*await _halved(items[:half], bring), *await _halved(items[half:], bring)]
 
 
 def _as_left(

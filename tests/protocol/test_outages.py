@@ -704,6 +704,25 @@ async def undelivered(w: World, proxy, monkeypatch, **fields):
     return ids, alone
 
 
+def just_before_it_is_sent(w: World, monkeypatch, happens):
+    """Let something happen between the look at the stores and the next request that delivers together."""
+    deliver_many = w.mongo.deliver_many
+
+    async def overtaken(*args, **how):
+        monkeypatch.setattr(w.mongo, "deliver_many", deliver_many)
+        await happens()
+        return await deliver_many(*args, **how)
+
+    monkeypatch.setattr(w.mongo, "deliver_many", overtaken)
+
+
+def written_by_another(w: World, id_):
+    async def happens():
+        w.documents.update_one({"_id": id_}, {"$set": {"n": 99}})
+
+    return happens
+
+
 @pytest.mark.parametrize("fields", [{}, {"picture": b"p" * 5000}], ids=["whole", "without their parts"])
 async def test_the_deliveries_of_an_outage_are_made_together(open_world, mongo_proxy, monkeypatch, fields):
     w = await open_world("postgres_primary", mongo=mongo_proxy, entity=users_entity(pictures=True))
@@ -732,14 +751,7 @@ async def test_a_foreign_write_since_the_look_is_journaled_among_others_too(
 ):
     w = await open_world("postgres_primary", mongo=mongo_proxy)
     ids, alone = await undelivered(w, mongo_proxy, monkeypatch)
-    deliver_many = w.mongo.deliver_many
-
-    async def overtaken(*args, **how):
-        monkeypatch.setattr(w.mongo, "deliver_many", deliver_many)
-        w.documents.update_one({"_id": ids[0]}, {"$set": {"n": 99}})
-        return await deliver_many(*args, **how)
-
-    monkeypatch.setattr(w.mongo, "deliver_many", overtaken)
+    just_before_it_is_sent(w, monkeypatch, written_by_another(w, ids[0]))
     mongo_proxy.pass_through()
     await w.reconcile()
     assert alone == ids[:1]
@@ -753,14 +765,7 @@ async def test_an_insert_that_a_delete_overtakes_does_not_stay_among_others(
     w, other = await open_world("postgres_primary", mongo=mongo_proxy), await open_world("postgres_primary")
     await undelivered(w, mongo_proxy, monkeypatch)
     new = (await w.users.insert({"username": "new"})).id
-    deliver_many = w.mongo.deliver_many
-
-    async def overtaken(*args, **how):
-        monkeypatch.setattr(w.mongo, "deliver_many", deliver_many)
-        await other.users.delete(new)
-        return await deliver_many(*args, **how)
-
-    monkeypatch.setattr(w.mongo, "deliver_many", overtaken)
+    just_before_it_is_sent(w, monkeypatch, lambda: other.users.delete(new))
     mongo_proxy.pass_through()
     await w.reconcile()
     assert w.document(new) is None
@@ -813,14 +818,7 @@ async def test_a_foreign_write_upon_what_was_delivered_and_not_yet_settled_is_jo
     with monkeypatch.context() as dies:  # whoever delivers it, before it is settled
         dies.setattr(w.postgres, "settle_many", lambda *_, **_how: asyncio.sleep(0, set()))
         await w.settler.deliver_many(w.entity, ids[:1], w.control)
-    deliver_many = w.mongo.deliver_many
-
-    async def overtaken(*args, **how):
-        monkeypatch.setattr(w.mongo, "deliver_many", deliver_many)
-        w.documents.update_one({"_id": ids[0]}, {"$set": {"n": 99}})
-        return await deliver_many(*args, **how)
-
-    monkeypatch.setattr(w.mongo, "deliver_many", overtaken)
+    just_before_it_is_sent(w, monkeypatch, written_by_another(w, ids[0]))
     await w.reconcile()
     assert [document["n"] for _, document in w.conflicts()] == [99]
     await w.assert_equal()
