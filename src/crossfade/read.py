@@ -12,10 +12,11 @@ them; a foreign writer's change before the sweep has found it (`Options.sweep`).
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from crossfade import errors, observe
@@ -40,6 +41,10 @@ class Reader:
 
     pair: Pair
     shadow: Shadow
+    #: (entity, how it was asked for) of what PostgreSQL lacked when it was asked last: of the next, MongoDB is asked at
+    #: the same time. Many lack there before a backfill, and who registers looks for a name that nobody has.
+    _lacked: set[tuple[str, str]] = field(default_factory=set)
+    _unwanted: set[asyncio.Task[Any]] = field(default_factory=set)
 
     async def get(self, entity: Entity, id_: Any, *, parts: bool = True) -> Record | None:
         """The record with this id, or None; without its ``parts`` where they are not asked for.
@@ -224,7 +229,7 @@ class Reader:
                     found = await self._postgres_primary(entity, control, mongo, postgres, deadline, ids)
                 else:
                     found = await self._mongo_primary(
-                        entity, control, mongo, postgres, deadline, ids, query, missing
+                        entity, control, question, mongo, postgres, deadline, ids, query, missing
                     )
                     if self.shadow.is_on(control) and self._has_columns(entity, query):
                         limit = 0 if query is None else query.limit
@@ -250,6 +255,7 @@ class Reader:
         self,
         entity: Entity,
         control: Control,
+        question: str,
         mongo: Callable[[float], Awaitable[_T]],
         postgres: Callable[[float], Awaitable[_T]],
         deadline: float,
@@ -258,18 +264,24 @@ class Reader:
         missing: Callable[[_T], bool] | None,
     ) -> tuple[_T, str, bool]:
         reason = self._not_postgres(entity, control, ids, query)
-        if reason is None:
-            try:
-                answer = await self._guarded(postgres, query)
-            except _FAILED:
-                reason = "postgres failed"
-            else:
-                if missing is None or not missing(answer) or self._absence_is_final(entity, control):
-                    self._count(entity, "postgres", "first")
-                    return answer, "postgres", False
-                reason = "absent in postgres"
+        asked: asyncio.Task[_T] | None = None
         try:
-            answer = await mongo(deadline)
+            if reason is None:
+                if missing is not None and (entity.name, question) in self._lacked:
+                    asked = asyncio.create_task(_answer(mongo, deadline))
+                    await asyncio.sleep(0)  # MongoDB first: it is what takes longer
+                try:
+                    answer = await self._guarded(postgres, query)
+                except _FAILED:
+                    reason = "postgres failed"
+                else:
+                    if missing is None or not missing(answer) or self._absence_is_final(entity, control):
+                        self._lacked.discard((entity.name, question))
+                        self._count(entity, "postgres", "first")
+                        return answer, "postgres", False
+                    self._lacked.add((entity.name, question))
+                    reason = "absent in postgres"
+            answer = await (asked or mongo(deadline))
         except _FAILED:
             if not control.postgres_first or control.unreadable or self._on_board(entity, ids):
                 raise
@@ -280,6 +292,9 @@ class Reader:
                 raise
             self._count(entity, "postgres", "mongo failed")
             return answer, "postgres", True
+        finally:
+            if asked is not None:
+                self._nobody_waits_for(asked)
         self._count(entity, "mongo", reason)
         return answer, "mongo", False
 
@@ -358,8 +373,23 @@ class Reader:
         with self.pair.postgres_breaker.hears(bounded=query is None):
             return await postgres(self.pair.options.secondary_deadline)
 
+    def _nobody_waits_for(self, asked: asyncio.Task[Any]) -> None:
+        """Let a question to MongoDB end by itself, within its deadline: to cancel it would cost its connection."""
+
+        def ended(task: asyncio.Task[Any]) -> None:
+            self._unwanted.discard(task)
+            if not task.cancelled():
+                task.exception()  # seen here, so that asyncio does not complain
+
+        self._unwanted.add(asked)
+        asked.add_done_callback(ended)
+
     def _count(self, entity: Entity, source: str, reason: str | None) -> None:
         observe.of(observe.READS, self.pair.name, entity.name, source, reason or "first").inc()
+
+
+async def _answer(ask: Callable[[float], Awaitable[_T]], deadline: float) -> _T:
+    return await ask(deadline)
 
 
 def _can_be_marked(answer: object) -> bool:

@@ -10,7 +10,7 @@ has taken, ``born`` the insert that made it, ``parts`` the large fields that the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from bson.int64 import Int64
 
 from crossfade import errors
 from crossfade.part import Part, digest_with, left_out_of, noted_parts, parts_of, with_left_out
-from crossfade.values import decode_document, encode_document
+from crossfade.values import decode_canonical, decode_document, encode_document
 
 #: The sub-document that holds Crossfade's notes.
 CF = "_cf"
@@ -285,14 +285,17 @@ class Image:
         sending = None if self.debt is None else self.debt.sending
         return None if self.op is None else DebtKey(self.id, self.rev, self.op, sending)
 
-    def copy(self) -> Image:
-        """The same image, none of whose values anybody else can change."""
-        values = {name: value for name, value in self.document.items() if not isinstance(value, Part)}
-        return self.with_values(decode_document(encode_document(values)))
+    def kept(self) -> Callable[[], Image]:
+        """What gives this image as it is now, whatever becomes of its values; to be made when it is needed."""
+        left_out = {name: value for name, value in self.document.items() if isinstance(value, Part)}
+        names = list(self.document)
+        values = encode_document({n: v for n, v in self.document.items() if n not in left_out})
 
-    def with_values(self, values: Mapping[str, Any]) -> Image:
-        """The same image with equal values of its fields, the parts that were left out apart."""
-        return replace(self, document={n: values.get(n, value) for n, value in self.document.items()})
+        def image() -> Image:
+            there = decode_canonical(values) | left_out
+            return replace(self, document={name: there[name] for name in names})
+
+        return image
 
     @classmethod
     def from_raw(cls, raw: bytes, parts: Sequence[str] = (), left_out: Iterable[str] = ()) -> Image:

@@ -14,7 +14,7 @@ from typing import Any
 from crossfade.entity import Entity
 from crossfade.part import Part, digest_with
 from crossfade.record import Image, Record
-from crossfade.values import Unmappable, decode_document, digest_of_bytes, encode_document, id_to_text
+from crossfade.values import Unmappable, decode_canonical, digest_of_bytes, encode_document, id_to_text
 
 
 class Seen:
@@ -56,7 +56,8 @@ class Seen:
             return None
         if own != image.digest:
             return None  # the application has changed its copy
-        return image.with_values(decode_document(there))
+        values = decode_canonical(there)
+        return replace(image, document={n: values.get(n, part) for n, part in image.document.items()})
 
 
 def _small(image: Image) -> Image:

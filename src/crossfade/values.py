@@ -179,6 +179,11 @@ def decode_document(raw: bytes) -> Document:
     return _decode_by_walking(raw)
 
 
+def decode_canonical(canonical: bytes) -> Document:
+    """The document of which `encode_document` gave these bytes, if `decode_document` or `normal_form` gave that."""
+    return bson.decode(canonical, CODEC_OPTIONS)
+
+
 def normal_form(document: Mapping[str, Any]) -> Document:
     """The document as MongoDB would give it back, without `_cf`: dates in UTC cut to milliseconds, tuples as
     lists, integers past 32 bits as `Int64`.

@@ -560,7 +560,9 @@ class Writer:
                 *(f"{CF}.keys.{rule}" for rule in nameless if not o.rollback),
                 *(f"{CF}.parts.{name}" for name in carried.erased),
             ]
-            foreseen = None if seen is None else _foreseen(entity, seen, wrote, removed, carried, o)
+            foreseen = None
+            if seen is not None and not o.asynchronous:
+                foreseen = _foreseen(entity, seen, wrote, removed, carried, o)
             with self._ahead(entity, foreseen, o) as ahead:
                 image = await self._set_until_decided(
                     entity, id_, rev, set_, gone, also, future, o, left_out=carried.left_out
@@ -775,7 +777,7 @@ class Writer:
         if o.asynchronous:
             if len(self._background) < self.pair.options.background:
                 # The caller may change what it is given while this one is on its way.
-                task = asyncio.create_task(self._quietly(entity, image.copy(), o))
+                task = asyncio.create_task(self._quietly(entity, image.kept(), o))
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
             return record
@@ -809,10 +811,10 @@ class Writer:
             ) from cause
         return together
 
-    async def _quietly(self, entity: Entity, image: Image, o: _Operation) -> None:
+    async def _quietly(self, entity: Entity, image: Callable[[], Image], o: _Operation) -> None:
         await asyncio.sleep(_ANSWER_FIRST)
         with contextlib.suppress(errors.CrossfadeError):
-            await self._try_postgres(entity, image, o)
+            await self._try_postgres(entity, image(), o)
 
     async def _try_postgres(
         self,

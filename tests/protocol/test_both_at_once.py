@@ -79,6 +79,47 @@ async def test_a_stopped_worker_leaves_nothing_open_in_postgres(open_world, mong
     mongo_proxy.delay(0)
 
 
+async def asked(points, operation):
+    """Which stores an operation asked, in the order in which it began to."""
+    await points.run(operation)
+    return list(dict.fromkeys(point.store for point in points.points))
+
+
+async def test_of_what_postgres_lacked_last_both_are_asked_at_once(open_world):
+    w = await open_world("dual_write")
+    await w.cf.mongo.ping()  # its first connection takes turns of its own
+    points = FailurePoints(w.cf)
+    assert await asked(points, lambda: w.users.find_by_key("username", "nobody")) == ["postgres", "mongo"]
+    assert await asked(points, lambda: w.users.find_by_key("username", "nobody")) == ["mongo", "postgres"]
+    # That a name was asked for says nothing of ids.
+    assert await asked(points, lambda: w.users.get(ObjectId())) == ["postgres", "mongo"]
+
+
+async def test_asked_at_once_what_postgres_has_is_answered_by_it_and_asked_of_it_alone_from_then_on(
+    open_world,
+):
+    w = await open_world("dual_write")
+    made = await w.users.insert({"username": "Bob"})
+    assert await w.users.find_by_key("username", "nobody") is None
+    await w.owed()
+    await w.m.board.refresh()
+    found = await w.users.find_by_key("username", "BOB")
+    assert (found.id, found.source) == (made.id, "postgres")
+    points = FailurePoints(w.cf)
+    assert await asked(points, lambda: w.users.find_by_key("username", "BOB")) == ["postgres"]
+
+
+async def test_asked_at_once_mongos_failure_is_nothing_to_what_postgres_has(open_world, mongo_proxy):
+    w = await open_world("dual_write", mongo=mongo_proxy, board_age=30.0, primary_deadline=0.5)
+    made = await w.users.insert({"username": "Bob"})
+    assert await w.users.find_by_key("username", "nobody") is None
+    await w.owed()
+    await w.m.board.refresh()
+    mongo_proxy.refuse()
+    assert (await w.users.find_by_key("username", "BOB")).id == made.id
+    mongo_proxy.pass_through()
+
+
 async def test_a_record_that_is_held_is_written_without_being_asked_for_again(open_world):
     w = await open_world()
     made = await w.users.insert({"username": "Bob", "n": 1})

@@ -16,8 +16,8 @@ import re
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import pymongo
@@ -184,6 +184,25 @@ def _rev_filter(rev: int) -> dict[str, Any]:
     return {f"{CF}.rev": Int64(rev)} if rev else {f"{CF}.rev": {"$exists": False}}
 
 
+class _Asking:
+    """See `MongoStore._asking`. A class, because a generator's turn costs a write as much as its own work does."""
+
+    __slots__ = ("_bound", "_store")
+
+    def __init__(self, store: MongoStore, timeout: float | None) -> None:
+        self._store, self._bound = store, pymongo.timeout(timeout)
+
+    def __enter__(self) -> None:
+        self._bound.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, cause: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bound.__exit__(kind, cause, trace)
+        if isinstance(cause, PyMongoError | BSONError | OverflowError | UnicodeEncodeError):
+            raise self._store._translated(cause) from cause
+
+
 class MongoStore:
     """One MongoDB database.
 
@@ -224,6 +243,7 @@ class MongoStore:
             read_concern=ReadConcern("local"),
         )
         self._raw: AsyncDatabase[RawBSONDocument] = self.database.with_options(codec_options=_RAW)
+        self._opened: dict[str, tuple[AsyncCollection[dict[str, Any]], AsyncCollection[RawBSONDocument]]] = {}
         nodes = pymongo.uri_parser.parse_uri(uri, validate=False)["nodelist"] if "+srv" not in uri else []
         #: Whether the server joins collections in one request, as far as is known.
         self._unites = True
@@ -233,33 +253,33 @@ class MongoStore:
         """Close every connection."""
         await self._client.close()
 
-    @asynccontextmanager
-    async def _asking(self, timeout: float | None) -> AsyncIterator[None]:
-        """Bound a call in seconds, and translate what the driver raises."""
-        try:
-            with pymongo.timeout(timeout):
-                yield
-        except DuplicateKeyError as cause:
-            raise self._rule_broken(cause) from cause
-        except (ServerSelectionTimeoutError, WaitQueueTimeoutError) as cause:
-            raise errors.StoreUnavailable(STORE, self._unreachable("no server answers")) from cause
-        except (DocumentTooLarge, BSONError, OverflowError, UnicodeEncodeError) as cause:
-            raise errors.Quarantined(f"MongoDB cannot hold this document: {cause}") from cause
-        except OperationFailure as cause:
-            if _VIOLATION.search(str(cause)):
-                raise self._rule_broken(cause) from cause
-            if cause.code in _AUTHENTICATION:
-                raise errors.StoreUnavailable(
+    def _asking(self, timeout: float | None) -> _Asking:
+        """Bound what is asked within the block in seconds, and translate what the driver raises."""
+        return _Asking(self, timeout)
+
+    def _translated(self, cause: PyMongoError | BSONError | OverflowError | UnicodeEncodeError) -> Exception:
+        match cause:
+            case DuplicateKeyError():
+                return self._rule_broken(cause)
+            case ServerSelectionTimeoutError() | WaitQueueTimeoutError():
+                return errors.StoreUnavailable(STORE, self._unreachable("no server answers"))
+            case DocumentTooLarge() | BSONError() | OverflowError() | UnicodeEncodeError():
+                return errors.Quarantined(f"MongoDB cannot hold this document: {cause}")
+            case OperationFailure() if _VIOLATION.search(str(cause)):
+                return self._rule_broken(cause)
+            case OperationFailure() if cause.code in _AUTHENTICATION:
+                return errors.StoreUnavailable(
                     STORE, self._unreachable("it refuses the user or password in MONGO_URI")
-                ) from cause
-            if _TOO_LARGE.search(str(cause)):
-                raise errors.Quarantined(f"MongoDB cannot hold this document: {cause}") from cause
-            # Compatible services report their engine's failure as an ordinary command error.
-            raise Unanswered(STORE, self._unreachable(f"error {cause.code}")) from cause
-        except (AutoReconnect, InvalidOperation) as cause:
-            raise Unanswered(STORE, self._unreachable("the connection failed")) from cause
-        except PyMongoError as cause:
-            raise Unanswered(STORE, self._unreachable(type(cause).__name__)) from cause
+                )
+            case OperationFailure() if _TOO_LARGE.search(str(cause)):
+                return errors.Quarantined(f"MongoDB cannot hold this document: {cause}")
+            case OperationFailure():
+                # Compatible services report their engine's failure as an ordinary command error.
+                return Unanswered(STORE, self._unreachable(f"error {cause.code}"))
+            case AutoReconnect() | InvalidOperation():
+                return Unanswered(STORE, self._unreachable("the connection failed"))
+            case _:
+                return Unanswered(STORE, self._unreachable(type(cause).__name__))
 
     def _unreachable(self, cause: str) -> str:
         return f"cannot reach MongoDB at {self.address} ({cause}). Is it running? MONGO_URI sets the address."
@@ -277,7 +297,7 @@ class MongoStore:
             crossfade.errors.StoreUnavailable: no answer within ``timeout`` seconds.
         """
         began = time.monotonic()
-        async with self._asking(timeout):
+        with self._asking(timeout):
             # A read, because a compatible gateway answers `ping` while its engine is down.
             await self.database[CONTROL].find_one({"_id": "-"})
         return time.monotonic() - began
@@ -285,10 +305,18 @@ class MongoStore:
     # --- documents ---------------------------------------------------------------------------------------
 
     def _documents(self, entity: Entity) -> AsyncCollection[dict[str, Any]]:
-        return self.database[entity.collection]
+        return self._collections(entity)[0]
 
     def _raw_documents(self, entity: Entity) -> AsyncCollection[RawBSONDocument]:
-        return self._raw[entity.collection]
+        return self._collections(entity)[1]
+
+    def _collections(
+        self, entity: Entity
+    ) -> tuple[AsyncCollection[dict[str, Any]], AsyncCollection[RawBSONDocument]]:
+        name = entity.collection
+        if name not in self._opened:
+            self._opened[name] = (self.database[name], self._raw[name])
+        return self._opened[name]
 
     async def read(
         self, entity: Entity, id_: Any, *, timeout: float, without: Collection[str] = ()
@@ -300,7 +328,7 @@ class MongoStore:
         Raises:
             crossfade.values.Unmappable: the document holds bytes that cannot be carried back unchanged.
         """
-        async with self._asking(timeout):
+        with self._asking(timeout):
             raw = await self._raw_documents(entity).find_one({"_id": id_}, _all_but(without))
         return None if raw is None else Image.from_raw(bytes(raw.raw), entity.parts, without)
 
@@ -308,7 +336,7 @@ class MongoStore:
         """The record's image without its parts if PostgreSQL has confirmed them all, else whole; see `read`."""
         if entity.parts:
             small = {"_id": id_, **_confirmed(entity)}
-            async with self._asking(timeout):
+            with self._asking(timeout):
                 raw = await self._raw_documents(entity).find_one(small, _all_but(entity.parts))
             if raw is not None:
                 return Image.from_raw(bytes(raw.raw), entity.parts, entity.parts)
@@ -318,7 +346,7 @@ class MongoStore:
         self, entity: Entity, id_: Any, *, timeout: float, without: Collection[str] = ()
     ) -> bytes | None:
         """The document's bytes, as stored; ``without`` these parts."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             raw = await self._raw_documents(entity).find_one({"_id": id_}, _all_but(without))
         return None if raw is None else bytes(raw.raw)
 
@@ -334,7 +362,7 @@ class MongoStore:
         """The bytes of these documents, ``size`` of them at most, by id text; whether that is all. See `read_raw`."""
         found: dict[str, bytes] = {}
         cursor = self._raw_documents(entity).find({"_id": {"$in": list(ids)}}, _all_but(without))
-        async with self._asking(timeout):
+        with self._asking(timeout):
             try:
                 async for raw in cursor:
                     size -= len(raw.raw)
@@ -359,7 +387,7 @@ class MongoStore:
         query = {"_id": {"$in": list(ids)}, f"{CF}.debt": {"$exists": True}}
         for more, without in _small_first(entity):
             cursor = self._raw_documents(entity).find({**query, **more}, _all_but(without))
-            async with self._asking(timeout):
+            with self._asking(timeout):
                 try:
                     async for raw in cursor:
                         size -= len(raw.raw)
@@ -381,7 +409,7 @@ class MongoStore:
     ) -> dict[str, Any] | None:
         """``_cf`` and these top-level fields of a document, which may be many megabytes larger."""
         projection = dict.fromkeys((CF, *fields), 1)
-        async with self._asking(timeout):
+        with self._asking(timeout):
             return await self._documents(entity).find_one({"_id": id_}, projection)
 
     async def read_many(
@@ -389,7 +417,7 @@ class MongoStore:
     ) -> list[Image]:
         """Images of the records of these ids that there are, deleted ones left out, in no order; see `read`."""
         query = {"_id": {"$in": list(ids)}, f"{CF}.deleted": {"$ne": True}}
-        async with self._asking(timeout):
+        with self._asking(timeout):
             found = await self._raw_documents(entity).find(query, _all_but(without)).to_list()
         return [Image.from_raw(bytes(raw.raw), entity.parts, without) for raw in found]
 
@@ -402,7 +430,7 @@ class MongoStore:
         cursor = (
             self._raw_documents(entity).find({"$and": parts}, _all_but(without)).sort(as_sort(query.order))
         )
-        async with self._asking(timeout):
+        with self._asking(timeout):
             found = await cursor.skip(query.skip).limit(query.limit).to_list()
         return [Image.from_raw(bytes(raw.raw), entity.parts, without) for raw in found]
 
@@ -419,14 +447,14 @@ class MongoStore:
         In no order: sorting by ``_id`` would tempt a server into walking that index. ``without``: see `read`.
         """
         query = {"$or": list(alternatives), f"{CF}.deleted": {"$ne": True}}
-        async with self._asking(timeout):
+        with self._asking(timeout):
             found = await self._raw_documents(entity).find(query, _all_but(without)).limit(4).to_list()
         return [Image.from_raw(bytes(raw.raw), entity.parts, without) for raw in found]
 
     async def count(self, entity: Entity, where: Sequence[Mapping[str, Any]], *, timeout: float) -> int:
         """How many records match these conditions, deleted ones left out."""
         query = {"$and": [as_filter(entity, where), {f"{CF}.deleted": {"$ne": True}}]}
-        async with self._asking(timeout):
+        with self._asking(timeout):
             return await self._documents(entity).count_documents(query)
 
     async def insert(self, entity: Entity, document: Mapping[str, Any], *, timeout: float) -> None:
@@ -435,7 +463,7 @@ class MongoStore:
         Raises:
             RuleBroken: a unique index, ``_id`` included.
         """
-        async with self._asking(timeout):
+        with self._asking(timeout):
             await self._documents(entity).insert_one(dict(document))
 
     async def compare_and_set(
@@ -467,7 +495,7 @@ class MongoStore:
             gone[f"{CF}.digest"] = ""
         if gone:
             update["$unset"] = gone
-        async with self._asking(timeout):
+        with self._asking(timeout):
             raw = await self._raw_documents(entity).find_one_and_update(
                 {"_id": id_, **_rev_filter(rev), **noted, **(also or {})},
                 update,
@@ -478,7 +506,7 @@ class MongoStore:
 
     async def remove(self, entity: Entity, id_: Any, *, rev: int, op: str, timeout: float) -> bool:
         """Remove a document whose delete was decided at this revision by this operation."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             done = await self._documents(entity).delete_one(
                 {
                     "_id": id_,
@@ -493,7 +521,7 @@ class MongoStore:
 
     async def remove_echo(self, entity: Entity, id_: Any, *, op: str, timeout: float) -> bool:
         """Remove a document that is still as this insert made it; whether it was."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             done = await self._documents(entity).delete_one({"_id": id_, f"{CF}.op": op, f"{CF}.born": op})
         return done.deleted_count == 1
 
@@ -511,14 +539,14 @@ class MongoStore:
             try:
                 await self.insert(entity, document, timeout=timeout)
             except RuleBroken:
-                async with self._asking(timeout):
+                with self._asking(timeout):
                     there = await self._documents(entity).count_documents({"_id": document["_id"]}, limit=1)
                 if there:
                     return False
                 raise
             return True
         filter_, change = _over(before, document)
-        async with self._asking(timeout):
+        with self._asking(timeout):
             if isinstance(change, list):
                 result = await self._documents(entity).update_one(filter_, change)
             else:
@@ -532,7 +560,7 @@ class MongoStore:
         small = _over_small(before, document)
         if small is None:
             return None
-        async with self._asking(timeout):
+        with self._asking(timeout):
             result = await self._documents(entity).update_one(*small)
         return result.matched_count == 1
 
@@ -558,7 +586,7 @@ class MongoStore:
         if not requests:
             return set()
         delivered = {id_to_text(put.document["_id"]): put.document[CF] for put in puts}
-        async with self._asking(timeout):
+        with self._asking(timeout):
             try:
                 done = await self._documents(entity).bulk_write(requests, ordered=False)
                 if done.matched_count + done.inserted_count == len(puts):
@@ -574,7 +602,7 @@ class MongoStore:
 
     async def deliver_removal(self, entity: Entity, before: bytes, *, timeout: float) -> bool:
         """Remove the document if it is exactly ``before``."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             result = await self._documents(entity).delete_one(_exactly(before))
         return result.deleted_count == 1
 
@@ -582,7 +610,7 @@ class MongoStore:
 
     async def close_step(self, entity: Entity, id_: Any, *, op: str, timeout: float) -> None:
         """Turn a tentative step of this operation into a plain debt."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             await self._documents(entity).update_one(
                 {"_id": id_, f"{CF}.op": op, f"{CF}.debt.tentative.anchor.op": op},
                 {"$unset": {f"{CF}.debt.tentative": ""}},
@@ -590,14 +618,14 @@ class MongoStore:
 
     async def erase_steps(self, entity: Entity, id_: Any, *, op: str, timeout: float) -> None:
         """Erase what a record owes to others of this operation."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             await self._documents(entity).update_one(
                 {"_id": id_, f"{CF}.steps.op": op}, {"$unset": {f"{CF}.steps": ""}}
             )
 
     async def erase_mark(self, entity: Entity, id_: Any, *, op: str, timeout: float) -> None:
         """Erase the mark that a record has taken its step of this operation."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             await self._documents(entity).update_one(
                 {"_id": id_, f"{CF}.done.op": op}, {"$pull": {f"{CF}.done": {"op": op}}}
             )
@@ -616,10 +644,10 @@ class MongoStore:
                 "$or": [_still_owed(key) for key in portion],
                 **_CLOSED,
             }
-            async with self._asking(timeout):
+            with self._asking(timeout):
                 await self._documents(entity).update_many(still, {"$unset": {f"{CF}.debt": ""}})
         if noting:
-            async with self._asking(timeout):
+            with self._asking(timeout):
                 await self._documents(entity).bulk_write(noting, ordered=False)
 
     async def owe(self, entity: Entity, id_: Any, rev: int, debt: Debt, *, timeout: float) -> None:
@@ -628,7 +656,7 @@ class MongoStore:
         update: dict[str, Any] = {"$set": {f"{CF}.{name}": value for name, value in marks.items()}}
         if entity.parts:
             update["$unset"] = {f"{CF}.parts": ""}  # whoever mends it may mend a part
-        async with self._asking(timeout):
+        with self._asking(timeout):
             await self._documents(entity).update_one(
                 {"_id": id_, **_rev_filter(rev), f"{CF}.debt": {"$exists": False}}, update
             )
@@ -640,7 +668,7 @@ class MongoStore:
         query: dict[str, Any] = {"_id": id_, **_rev_filter(rev), f"{CF}.debt": {"$exists": True}}
         if op is not None:
             query[f"{CF}.op"] = op
-        async with self._asking(timeout):
+        with self._asking(timeout):
             await self._documents(entity).update_one(query, {"$set": {f"{CF}.debt.parked": cause}})
 
     async def debts(
@@ -651,7 +679,7 @@ class MongoStore:
         ``parked=False``: of those that are not parked, which many that are would hide otherwise.
         """
         found: list[Owed] = []
-        async with self._asking(timeout):
+        with self._asking(timeout):
             async for note in self._owing(list(entities), limit=limit, parked=parked):
                 if len(found) % 100 == 99:
                     await asyncio.sleep(0)  # what has come is decoded without a pause otherwise
@@ -661,7 +689,7 @@ class MongoStore:
     async def count_debts(self, entities: Iterable[Entity], *, timeout: float) -> int:
         """How many debts these entities have, those of tombstones among them."""
         of, number = list(entities), 0
-        async with self._asking(timeout):
+        with self._asking(timeout):
             for entity in of:
                 number += await self._documents(entity).count_documents({f"{CF}.debt": {"$exists": True}})
             buried = {"_id.entity": {"$in": [entity.name for entity in of]}, "debt": {"$exists": True}}
@@ -729,7 +757,7 @@ class MongoStore:
             note["debt"] = True
             if group:
                 note["group"] = [list(member) for member in group]
-        async with self._asking(timeout):
+        with self._asking(timeout):
             try:
                 await self.database[TOMBSTONES].insert_one(
                     {"_id": key, **note, **({"born": [born]} if born else {})}
@@ -745,7 +773,7 @@ class MongoStore:
     async def tombstone(self, entity: Entity, id_: Any, *, timeout: float) -> Tombstone | None:
         """The record's tombstone."""
         key = {"entity": entity.name, "id": id_to_text(id_)}
-        async with self._asking(timeout):
+        with self._asking(timeout):
             note = await self.database[TOMBSTONES].find_one({"_id": key})
         return None if note is None else _tombstone(note, id_)
 
@@ -753,14 +781,14 @@ class MongoStore:
         """The tombstones of those of ``ids`` that have one."""
         by_text = {id_to_text(id_): id_ for id_ in ids}
         query = {"_id": {"$in": [{"entity": entity.name, "id": text} for text in by_text]}}
-        async with self._asking(timeout):
+        with self._asking(timeout):
             notes = await self.database[TOMBSTONES].find(query).to_list()
         return [_tombstone(note, by_text[note["_id"]["id"]]) for note in notes]
 
     async def buried_among(self, entity: Entity, ids: Sequence[Any], *, timeout: float) -> dict[str, int]:
         """Revisions of the tombstones of those of ``ids`` that have one, by id text."""
         keys = [{"entity": entity.name, "id": id_to_text(id_)} for id_ in ids]
-        async with self._asking(timeout):
+        with self._asking(timeout):
             found = await self.database[TOMBSTONES].find({"_id": {"$in": keys}}, {"rev": 1}).to_list()
         return {note["_id"]["id"]: int(note["rev"]) for note in found}
 
@@ -789,7 +817,7 @@ class MongoStore:
         ]
         for at in range(0, len(still), _PAIRS):  # as in `settle`
             portion = still[at : at + _PAIRS]
-            async with self._asking(timeout):
+            with self._asking(timeout):
                 await self.database[TOMBSTONES].update_many(
                     {"_id": {"$in": [each["_id"] for each in portion]}, "$or": portion},
                     {"$unset": {"debt": "", "group": ""}},
@@ -826,7 +854,7 @@ class MongoStore:
         # The limit is on each round trip, not on the whole: a full pass takes as long as it takes.
         cursor = self._raw_documents(entity).find(query, _all_but(without), batch_size=batch)
         while True:
-            async with self._asking(timeout):
+            with self._asking(timeout):
                 try:
                     raw = await cursor.next()
                 except StopAsyncIteration:
@@ -852,13 +880,13 @@ class MongoStore:
 
     async def present(self, entity: Entity, ids: Sequence[Any], *, timeout: float) -> set[str]:
         """Id texts of those of ``ids`` that have a document."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             found = await self._documents(entity).find({"_id": {"$in": list(ids)}}, {"_id": 1}).to_list()
         return {id_to_text(document["_id"]) for document in found}
 
     async def is_empty(self, entities: Iterable[Entity], *, timeout: float) -> bool:
         """Whether none of the entities' collections has a document."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             for entity in entities:
                 if await self._documents(entity).find_one({}, {"_id": 1}) is not None:
                     return False
@@ -870,7 +898,7 @@ class MongoStore:
         """(revision, digest) by id text, of those of ``ids`` that have a document that is not being deleted."""
         query = {"_id": {"$in": list(ids)}, f"{CF}.deleted": {"$ne": True}}
         held: dict[str, tuple[int, bytes]] = {}
-        async with self._asking(timeout):
+        with self._asking(timeout):
             # One by one: parts are large.
             async for raw in self._raw_documents(entity).find(query):
                 with contextlib.suppress(Unmappable):  # in quarantine, or about to be
@@ -898,7 +926,7 @@ class MongoStore:
                 await asyncio.sleep(random.uniform(0.05, 0.3))
 
     async def _create_indexes(self, entities: Sequence[Entity], *, timeout: float) -> None:
-        async with self._asking(timeout):
+        with self._asking(timeout):
             await self.database[TOMBSTONES].create_index("debt", sparse=True)
             for entity in entities:
                 documents = self._documents(entity)
@@ -916,7 +944,7 @@ class MongoStore:
     async def missing_indexes(self, entities: Iterable[Entity], *, timeout: float) -> list[str]:
         """The indexes of `prepare` that are not there, as ``collection.path``."""
         missing = []
-        async with self._asking(timeout):
+        with self._asking(timeout):
             for entity in entities:
                 there = {
                     tuple(path for path, _ in index["key"])
@@ -934,7 +962,7 @@ class MongoStore:
         filter_ = {"$or": [{f"{CF}.deleted": True}, *({f"{CF}.{note}": {"$exists": True}} for note in notes)]}
         cursor = self._raw_documents(entity).find(filter_, {"_id": 1})
         while True:
-            async with self._asking(timeout):
+            with self._asking(timeout):
                 found = await cursor.to_list(100)
             if not found:
                 return
@@ -954,7 +982,7 @@ class MongoStore:
             .sort("_id", 1)
         )
         while True:
-            async with self._asking(timeout):
+            with self._asking(timeout):
                 found = await cursor.to_list(batch)
             if not found:
                 return
@@ -985,7 +1013,7 @@ class MongoStore:
         if not requests:
             return Unstamped()
         unstamped = Unstamped()
-        async with self._asking(timeout):
+        with self._asking(timeout):
             try:
                 # Each on its own in order: of two that want one key the older must get it.
                 await self._documents(entity).bulk_write(requests, ordered=False)
@@ -1004,7 +1032,7 @@ class MongoStore:
 
     async def control(self, migration: str, *, timeout: float) -> dict[str, Any] | None:
         """The copy of the control record that MongoDB holds."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             return await self.database[CONTROL].find_one({"_id": migration})
 
     async def change_control(
@@ -1016,7 +1044,7 @@ class MongoStore:
         timeout: float,
     ) -> bool:
         """Replace the control record that is at version ``expected`` (None: where there is none)."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             if expected is None:
                 try:
                     await self.database[CONTROL].insert_one({"_id": migration, **record})
@@ -1030,7 +1058,7 @@ class MongoStore:
 
     async def copy_control(self, migration: str, record: Mapping[str, Any], *, timeout: float) -> bool:
         """Copy a record that PostgreSQL decided; an older one never replaces a newer one."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             done = await self.database[CONTROL].replace_one(
                 {"_id": migration, "version": {"$lt": record["version"]}}, {"_id": migration, **record}
             )
@@ -1043,7 +1071,7 @@ class MongoStore:
 
     async def marked(self, entity: Entity, *, timeout: float) -> int:
         """How many documents carry Crossfade's notes."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             return await self._documents(entity).count_documents({CF: {"$exists": True}})
 
     async def unmark(self, entity: Entity, *, batch: int, timeout: float) -> AsyncIterator[int]:
@@ -1053,7 +1081,7 @@ class MongoStore:
         try:
             while True:
                 ids: list[Any] = []
-                async with self._asking(timeout):
+                with self._asking(timeout):
                     while len(ids) < batch and (note := await anext(cursor, None)) is not None:
                         ids.append(note["_id"])
                     if not ids:
@@ -1065,7 +1093,7 @@ class MongoStore:
 
     async def own_indexes(self, entity: Entity, *, timeout: float) -> list[str]:
         """Names of the indexes on Crossfade's notes."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             there = await self._documents(entity).index_information()
         return [
             name
@@ -1075,18 +1103,18 @@ class MongoStore:
 
     async def drop_indexes(self, entity: Entity, names: Iterable[str], *, timeout: float) -> None:
         """Drop these indexes."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             for name in names:
                 await self._documents(entity).drop_index(name)
 
     async def count_tombstones(self, entities: Iterable[str], *, timeout: float) -> int:
         """How many tombstones there are."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             return await self.database[TOMBSTONES].count_documents({"_id.entity": {"$in": list(entities)}})
 
     async def forget(self, migration: str, entities: Iterable[str], *, timeout: float) -> None:
         """Remove a migration's tombstones and its control record, and the collections that are empty then."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             await self.database[TOMBSTONES].delete_many({"_id.entity": {"$in": list(entities)}})
             await self.database[CONTROL].delete_one({"_id": migration})
             await self.database[HISTORY].delete_many({"_id.migration": migration})
@@ -1099,7 +1127,7 @@ class MongoStore:
         self, migration: str, entries: Sequence[Mapping[str, Any]], *, timeout: float
     ) -> None:
         """Keep who changed the control record, and why; what is kept already stays as it is."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             for entry in entries:
                 with contextlib.suppress(DuplicateKeyError):
                     key = {"migration": migration, "version": Int64(entry["version"])}
@@ -1108,7 +1136,7 @@ class MongoStore:
     async def history(self, migration: str, *, after: int, timeout: float) -> list[dict[str, Any]]:
         """What `note_history` kept of later versions than ``after``, the oldest first."""
         query = {"_id.migration": migration, "_id.version": {"$gt": after}}
-        async with self._asking(timeout):
+        with self._asking(timeout):
             found = await self.database[HISTORY].find(query, {"_id": 0}).to_list()
         return sorted(found, key=lambda entry: int(entry["version"]))
 
@@ -1119,18 +1147,18 @@ class MongoStore:
     ) -> None:
         """Write a worker's entry in the registry, new or again."""
         change = {"$set": {"migration": migration, "entry": dict(entry)}, "$currentDate": {"seen_at": True}}
-        async with self._asking(timeout):
+        with self._asking(timeout):
             await self.database[WORKERS].update_one({"_id": f"{migration}/{worker}"}, change, upsert=True)
 
     async def workers(self, migration: str, *, timeout: float) -> list[tuple[str, dict[str, Any]]]:
         """(worker, entry) of everybody in the registry."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             found = await self.database[WORKERS].find({"migration": migration}).to_list()
         return [(note["_id"].rpartition("/")[2], note["entry"]) for note in found]
 
     async def silent_for(self, migration: str, *, timeout: float) -> dict[str, float]:
         """Seconds since each worker's entry was written, by this store's own clock."""
-        async with self._asking(timeout):
+        with self._asking(timeout):
             found = await self.database[WORKERS].find({"migration": migration}, {"seen_at": 1}).to_list()
             now = (await self.database.command("hello", codec_options=CODEC_OPTIONS))["localTime"]
         return {
@@ -1143,7 +1171,7 @@ class MongoStore:
         query: dict[str, Any] = {"_id": f"{migration}/{worker}"}
         if beat is not None:
             query["entry.beat"] = beat
-        async with self._asking(timeout):
+        with self._asking(timeout):
             await self.database[WORKERS].delete_one(query)
 
 

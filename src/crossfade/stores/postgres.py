@@ -19,6 +19,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from types import TracebackType
 from typing import Any, TypeVar
 
 import orjson
@@ -208,41 +209,33 @@ class PostgresStore:
 
     async def _bounded(self, work: Coroutine[Any, Any, _T], timeout: float) -> _T:
         """Run ``work``, wait at most ``timeout`` seconds, and translate what the driver raises."""
-        task = asyncio.ensure_future(work)
-        try:
-            done, _ = await asyncio.wait({task}, timeout=timeout)
-        except asyncio.CancelledError:
-            self._abandon(task)
-            raise
-        if not done:
-            self._abandon(task)
-            raise Unanswered(STORE, self._unreachable(f"no answer within {timeout:g} s"))
-        with self._translated():
-            return task.result()
+        answer: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+        await self._wait_for(answer, asyncio.create_task(_answering(answer, work)), timeout)
+        return answer.result()
 
-    async def _until(
-        self,
-        reached: asyncio.Future[Any],
-        work: Coroutine[Any, Any, None] | asyncio.Task[None],
-        timeout: float,
-    ) -> asyncio.Task[None]:
-        """The same until ``work`` has set ``reached``; the task, which goes on behind the caller's back."""
-        task = asyncio.ensure_future(work)
-        try:
-            # One wait for both: a further task would put a turn of the loop between the answer and the caller.
-            await asyncio.wait({task, reached}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:
-            self._abandon(task)
-            raise
-        if not reached.done():
-            if not task.done():
-                self._abandon(task)
-                raise Unanswered(STORE, self._unreachable(f"no answer within {timeout:g} s"))
-            with self._translated():
-                task.result()
+    async def _until(self, reached: asyncio.Future[Any], task: asyncio.Task[None], timeout: float) -> None:
+        """The same until the task, one of `_reaching`, has set ``reached``; it goes on behind the caller's back."""
+        await self._wait_for(reached, task, timeout)
         self.behind.add(task)
         task.add_done_callback(self._forget)
-        return task
+
+    async def _wait_for(self, answer: asyncio.Future[Any], task: asyncio.Task[None], timeout: float) -> None:
+        """Wait for an answer that a task gives, in a turn of the loop: each turn lies between it and the caller.
+
+        The task is one of its own because what the driver does when it is cancelled takes its time, too.
+        """
+        timer = asyncio.get_running_loop().call_later(timeout, _give_up, answer)
+        try:
+            with self._translated():
+                await answer
+        except asyncio.CancelledError:
+            self._abandon(task)
+            raise
+        except _NoAnswer:
+            self._abandon(task)
+            raise Unanswered(STORE, self._unreachable(f"no answer within {timeout:g} s")) from None
+        finally:
+            timer.cancel()
 
     def _abandon(self, task: asyncio.Task[Any]) -> None:
         task.cancel()
@@ -296,23 +289,9 @@ class PostgresStore:
             "DATABASE_URL sets the address."
         )
 
-    @contextlib.asynccontextmanager
-    async def _connection(self, timeout: float) -> AsyncIterator[AsyncConnection[Any]]:
-        async with self._pool.connection(timeout=timeout) as connection:
-            try:
-                yield connection
-            except psycopg.Error:
-                if connection.broken and (self._weeding is None or self._weeding.done()):
-                    # The server went away: the idle connections of that time are dead, too.
-                    self._weeding = asyncio.create_task(self._pool.check())
-                raise
-            finally:
-                if connection.info.transaction_status not in (
-                    TransactionStatus.IDLE,
-                    TransactionStatus.UNKNOWN,
-                ):
-                    with contextlib.suppress(psycopg.Error):
-                        await connection.rollback()
+    def _connection(self, timeout: float) -> _Connection:
+        """A connection of the pool, to be had within ``timeout`` seconds; given back outside any transaction."""
+        return _Connection(self, timeout)
 
     async def _ask(self, name: str, timeout: float, **parameters: Any) -> list[tuple[Any, ...]]:
         """One named query outside any transaction; its rows, [] for one that gives none."""
@@ -394,7 +373,9 @@ class PostgresStore:
         if behind is None:
             await self._bounded(work, timeout)
         else:
-            behind.append(await self._until(committed, work, timeout))
+            task = asyncio.create_task(_reaching(committed, work))
+            await self._until(committed, task, timeout)
+            behind.append(task)
         return [
             (_verdict(image, *held(answer), deleted=rows is None), held(answer)[0])
             for (_, image, rows), answer in zip(images, committed.result(), strict=True)
@@ -431,7 +412,7 @@ class PostgresStore:
             self._waiting_for_primary -= 1
 
         self._waiting_for_primary += 1
-        task = asyncio.create_task(work())
+        task = asyncio.create_task(_reaching(committed, work()))
         task.add_done_callback(ended)
         return Ahead(self, image, task, decided, committed, timeout)
 
@@ -462,7 +443,8 @@ class PostgresStore:
                     await connection.execute(b"ROLLBACK")
                     return
                 await connection.execute(b"COMMIT")
-            committed.set_result(answers)
+            if not committed.done():
+                committed.set_result(answers)
             if prompt:
                 await asyncio.sleep(_CALLER_FIRST)
             async with asyncio.timeout(timeout):
@@ -640,11 +622,13 @@ class PostgresStore:
                 await connection.execute(b"BEGIN")
                 cursor = await connection.execute(QUERIES["claim"], {"work": work})
                 [(mine,)] = await cursor.fetchall()
-                got.set_result((connection, bool(mine)))
+                if not got.done():
+                    got.set_result((connection, bool(mine)))
                 await over.wait()
 
         # A task of its own: a server that stands still must not keep whoever lets go of the claim.
-        task = await self._until(got, hold(), timeout)
+        task = asyncio.create_task(_reaching(got, hold()))
+        await self._until(got, task, timeout)
         connection, mine = got.result()
         try:
             yield Claim(mine, lambda: self._bounded(_executed(connection, b"SELECT"), timeout))
@@ -1459,6 +1443,37 @@ class PostgresStore:
         await self._count("worker_drop", timeout, migration=migration, worker=worker, beat=beat)
 
 
+class _Connection:
+    """See `PostgresStore._connection`. A class, because generators' turns cost a write as much as its own work does."""
+
+    __slots__ = ("_connection", "_store", "_timeout")
+
+    def __init__(self, store: PostgresStore, timeout: float) -> None:
+        self._store, self._timeout = store, timeout
+
+    async def __aenter__(self) -> AsyncConnection[Any]:
+        self._connection: AsyncConnection[Any] = await self._store._pool.getconn(self._timeout)
+        return self._connection
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, cause: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        store, connection = self._store, self._connection
+        try:
+            if (
+                isinstance(cause, psycopg.Error)
+                and connection.broken
+                and (store._weeding is None or store._weeding.done())
+            ):
+                # The server went away: the idle connections of that time are dead, too.
+                store._weeding = asyncio.create_task(store._pool.check())
+            if connection.info.transaction_status not in (TransactionStatus.IDLE, TransactionStatus.UNKNOWN):
+                with contextlib.suppress(psycopg.Error):
+                    await connection.rollback()
+        finally:
+            await store._pool.putconn(connection)
+
+
 class Ahead:
     """An image that PostgreSQL is given while the primary is still being asked: caller and stores wait at once.
 
@@ -1492,8 +1507,8 @@ class Ahead:
 
         Raises: as `PostgresStore.apply`, and what stood in the way before.
         """
-        task = self._task
-        if task.done() and not task.cancelled() and isinstance(task.exception(), PoolTimeout):
+        task, committed = self._task, self._committed
+        if committed.done() and not committed.cancelled() and isinstance(committed.exception(), PoolTimeout):
             # The others that waited for the primary had all connections: nothing is wrong with the server.
             self._decided.set_result(False)
             return None
@@ -1501,11 +1516,12 @@ class Ahead:
         # Its time began when PostgreSQL was asked, not now: a caller waits for a server that stands still no longer
         # because the primary has answered meanwhile. A commit gets its share in any case.
         waited = time.monotonic() - self._began
-        await self._store._until(self._committed, task, max(self._timeout - waited, self._timeout / 2))
-        if not self._committed.done():
+        try:
+            await self._store._until(self._committed, task, max(self._timeout - waited, self._timeout / 2))
+        except _NotReached:
             return None
         behind.append(task)
-        [answer] = self._committed.result()
+        [answer] = committed.result()
         return _verdict(self._image, *held(answer)), held(answer)[0]
 
     def drop(self) -> None:
@@ -1530,6 +1546,55 @@ async def _decision(decided: asyncio.Future[bool], timeout: float) -> bool:
         return await decided
     finally:
         timer.cancel()
+
+
+class _NoAnswer(Exception):
+    """Nothing was answered in time."""
+
+
+class _NotReached(Exception):
+    """What was waited for is not going to be reached, and nothing failed."""
+
+
+def _give_up(answer: asyncio.Future[Any]) -> None:
+    if not answer.done():
+        answer.set_exception(_NoAnswer())
+
+
+async def _answering(answer: asyncio.Future[_T], work: Coroutine[Any, Any, _T]) -> None:
+    """Do it, and answer with what it gives or raises."""
+    try:
+        found = await work
+    except BaseException as cause:
+        _fail(answer, cause)
+        if not isinstance(cause, Exception):
+            raise
+    else:
+        if not answer.done():
+            answer.set_result(found)
+
+
+async def _reaching(reached: asyncio.Future[Any], work: Coroutine[Any, Any, None]) -> None:
+    """Do it; who waits for ``reached``, which it sets on its way, hears what failed. Raises what fails behind that."""
+    try:
+        await work
+    except BaseException as cause:
+        behind = reached.done()
+        _fail(reached, cause)
+        if behind or not isinstance(cause, Exception):
+            raise
+    else:
+        _fail(reached, _NotReached())
+
+
+def _fail(answer: asyncio.Future[Any], cause: BaseException) -> None:
+    if answer.done():
+        return
+    if isinstance(cause, asyncio.CancelledError):
+        answer.cancel()
+        return
+    answer.set_exception(cause)
+    answer.exception()  # perhaps nobody waits for it any more; seen here, so that asyncio does not complain
 
 
 async def _executed(connection: AsyncConnection[Any], statement: bytes) -> None:

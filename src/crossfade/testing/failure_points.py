@@ -138,6 +138,7 @@ class FailurePoints:
         # Whatever the stores call from here on goes through a point: the types are only seemingly the drivers'.
         mongo.database = _Database(mongo.database, self)  # type: ignore[assignment]
         mongo._raw = _Database(mongo._raw, self)  # type: ignore[assignment]
+        mongo._opened.clear()
         postgres._pool = _Pool(postgres._pool, self)  # type: ignore[assignment]
 
     def plan(
@@ -391,17 +392,15 @@ class _Pool:
     def __init__(self, inner: Any, points: FailurePoints) -> None:
         self._inner, self._points = inner, points
 
-    @contextlib.asynccontextmanager
-    async def connection(self, timeout: float | None = None) -> AsyncIterator[_Connection]:
+    async def getconn(self, timeout: float | None = None) -> _Connection:
         taken = await self._points.at(
             "postgres", "connect", lambda: self._inner.getconn(timeout=timeout), connecting=True
         )
-        connection = _Connection(taken, self._points)
-        try:
-            yield connection
-        finally:
-            if not connection.held:
-                await self._inner.putconn(taken)
+        return _Connection(taken, self._points)
+
+    async def putconn(self, connection: _Connection) -> None:
+        if not connection.held:
+            await self._inner.putconn(connection._inner)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
