@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -33,6 +34,8 @@ from crossfade.values import Unmappable, can_be_id, id_texts, is_unicode
 
 _T = TypeVar("_T")
 _FAILED = (errors.StoreUnavailable, Fenced)
+#: Times in a row after which PostgreSQL is not asked for what it is going to lack, and the reason that is counted then.
+_LACKED_FOR_LONG, _LACKED = 8, "lacked in postgres so far"
 
 
 @dataclass
@@ -41,9 +44,10 @@ class Reader:
 
     pair: Pair
     shadow: Shadow
-    #: (entity, how it was asked for) of what PostgreSQL lacked when it was asked last: of the next, MongoDB is asked at
-    #: the same time. Many lack there before a backfill, and who registers looks for a name that nobody has.
-    _lacked: set[tuple[str, str]] = field(default_factory=set)
+    #: How often in a row PostgreSQL lacked what was asked for, by (entity, how it was asked for). Many are not there
+    #: before a backfill, and who registers looks for a name that nobody has: MongoDB, which is the primary and would be
+    #: asked then, is asked for the next at the same time, and in the end alone, until it has one.
+    _lacked: Counter[tuple[str, str]] = field(default_factory=Counter)
     _unwanted: set[asyncio.Task[Any]] = field(default_factory=set)
 
     async def get(self, entity: Entity, id_: Any, *, parts: bool = True) -> Record | None:
@@ -264,10 +268,14 @@ class Reader:
         missing: Callable[[_T], bool] | None,
     ) -> tuple[_T, str, bool]:
         reason = self._not_postgres(entity, control, ids, query)
+        kind = (entity.name, question)
+        lacked = 0 if self._absence_is_final(entity, control) else self._lacked[kind]
+        if reason is None and lacked >= _LACKED_FOR_LONG:
+            reason = _LACKED
         asked: asyncio.Task[_T] | None = None
         try:
             if reason is None:
-                if missing is not None and (entity.name, question) in self._lacked:
+                if lacked:
                     asked = asyncio.create_task(_answer(mongo, deadline))
                     await asyncio.sleep(0)  # MongoDB first: it is what takes longer
                 try:
@@ -276,13 +284,18 @@ class Reader:
                     reason = "postgres failed"
                 else:
                     if missing is None or not missing(answer) or self._absence_is_final(entity, control):
-                        self._lacked.discard((entity.name, question))
+                        self._lacked[kind] = 0
                         self._count(entity, "postgres", "first")
                         return answer, "postgres", False
-                    self._lacked.add((entity.name, question))
+                    self._lacked[kind] += 1
                     reason = "absent in postgres"
             answer = await (asked or mongo(deadline))
         except _FAILED:
+            if reason == _LACKED:
+                self._lacked[kind] = 0
+                return await self._mongo_primary(
+                    entity, control, question, mongo, postgres, deadline, ids, query, missing
+                )
             if not control.postgres_first or control.unreadable or self._on_board(entity, ids):
                 raise
             if not self._has_columns(entity, query):
@@ -295,6 +308,8 @@ class Reader:
         finally:
             if asked is not None:
                 self._nobody_waits_for(asked)
+        if reason == _LACKED and missing is not None and not missing(answer):
+            self._lacked[kind] = 0
         self._count(entity, "mongo", reason)
         return answer, "mongo", False
 

@@ -20,7 +20,7 @@ from bson.int64 import Int64
 
 from crossfade import errors
 from crossfade.part import Part, digest_with, left_out_of, noted_parts, parts_of, with_left_out
-from crossfade.values import decode_canonical, decode_document, encode_document
+from crossfade.values import decode_canonical, decode_document, encode_document, notes_beside
 
 #: The sub-document that holds Crossfade's notes.
 CF = "_cf"
@@ -317,8 +317,29 @@ class Image:
     ) -> Image:
         """Like `from_raw`, of a decoded document; takes the document over."""
         notes = document.pop(CF, None)
-        if not isinstance(notes, Mapping):
-            notes = {}
+        return cls._noted(document, notes if isinstance(notes, Mapping) else {}, parts, left_out)
+
+    def in_raw(self, raw: bytes, parts: Sequence[str]) -> Image | None:
+        """What `from_raw` makes of bytes that hold this image's document, whole; None: they hold another.
+
+        To compare bytes costs a tenth of what it takes to decode them and to be sure of it.
+        """
+        if self.parts:
+            return None
+        notes = notes_beside(encode_document(self.document), raw)
+        if notes is None:
+            return None
+        return self._noted(self.document, decode_document(notes), parts, (), self.digest)
+
+    @classmethod
+    def _noted(
+        cls,
+        document: dict[str, Any],
+        notes: Mapping[str, Any],
+        parts: Sequence[str],
+        left_out: Iterable[str],
+        digest: bytes | None = None,
+    ) -> Image:
         rev = int(notes.get("rev", 0))
         noted = noted_parts(notes, parts)
         missing = {name: noted.get(name) for name in left_out}
@@ -330,7 +351,7 @@ class Image:
             rev=rev,
             op=notes.get("op"),
             keys=stamped_keys(notes),
-            digest=digest_with(document, its_parts),
+            digest=digest or digest_with(document, its_parts),
             debt=Debt.from_document(notes.get("debt")),
             deleted=bool(notes.get("deleted", False)),
             delivered=bytes(notes["digest"]) if "digest" in notes else None,

@@ -66,6 +66,9 @@ DIGEST_SIZE: Final = 16
 BOOKKEEPING: Final = "_cf"
 """The field of a document that holds its revision, operation id and debt; never part of its content."""
 
+_NOTES: Final = b"\x03" + BOOKKEEPING.encode() + b"\0"
+"""How its element begins in BSON."""
+
 MAX_DEPTH: Final = 200
 """Levels of documents and arrays in one another. MongoDB's own limit for a stored document is 180-200; three
 JSON levels for each stay below the 1,024 that parsers accept."""
@@ -182,6 +185,15 @@ def decode_document(raw: bytes) -> Document:
 def decode_canonical(canonical: bytes) -> Document:
     """The document of which `encode_document` gave these bytes, if `decode_document` or `normal_form` gave that."""
     return bson.decode(canonical, CODEC_OPTIONS)
+
+
+def notes_beside(canonical: bytes, raw: bytes) -> bytes | None:
+    """The `_cf` of a stored document that holds these canonical bytes and `_cf` behind them; None: it does not."""
+    end = len(canonical) - 1
+    notes = raw[end + len(_NOTES) : -1]
+    if raw[4:end] != canonical[4:end] or raw[end : end + len(_NOTES)] != _NOTES or raw[-1:] != b"\0":
+        return None
+    return notes if len(notes) >= 5 and _int32(notes, 0)[0] == len(notes) else None
 
 
 def normal_form(document: Mapping[str, Any]) -> Document:

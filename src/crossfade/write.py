@@ -565,7 +565,16 @@ class Writer:
                 foreseen = _foreseen(entity, seen, wrote, removed, carried, o)
             with self._ahead(entity, foreseen, o) as ahead:
                 image = await self._set_until_decided(
-                    entity, id_, rev, set_, gone, also, future, o, left_out=carried.left_out
+                    entity,
+                    id_,
+                    rev,
+                    set_,
+                    gone,
+                    also,
+                    future,
+                    o,
+                    left_out=carried.left_out,
+                    foreseen=foreseen,
                 )
                 if image is not None:
                     self._say(o, "MongoDB write successful")
@@ -696,6 +705,7 @@ class Writer:
         o: _Operation,
         *,
         left_out: Mapping[str, Part | None],
+        foreseen: Image | None = None,
     ) -> Image | None:
         """One compare-and-set, repeated until it is decided; None: another write was first."""
         unknown = False
@@ -707,7 +717,7 @@ class Writer:
             try:
                 image = await self.pair.mongo.compare_and_set(
                     entity, id_, rev=rev, set_=set_, unset=unset, also=guard, left_out=left_out,
-                    timeout=o.left(),
+                    foreseen=foreseen, timeout=o.left(),
                 )  # fmt: skip
             except Unanswered as cause:
                 unknown = o.fate.unanswered = True

@@ -95,6 +95,33 @@ async def test_of_what_postgres_lacked_last_both_are_asked_at_once(open_world):
     assert await asked(points, lambda: w.users.get(ObjectId())) == ["postgres", "mongo"]
 
 
+async def test_what_postgres_lacked_eight_times_in_a_row_is_asked_of_mongo_alone_until_it_has_one(open_world):
+    w = await open_world("dual_write")
+    made = await w.users.insert({"username": "Bob"})
+    for n in range(8):
+        assert await w.users.find_by_key("username", f"nobody {n}") is None
+    await w.owed()
+    await w.m.board.refresh()
+    points = FailurePoints(w.cf)
+    assert await asked(points, lambda: w.users.find_by_key("username", "nobody")) == ["mongo"]
+    assert (await w.users.find_by_key("username", "BOB")).source == "mongo"
+    found = await w.users.find_by_key("username", "BOB")
+    assert (found.id, found.source) == (made.id, "postgres")
+
+
+async def test_asked_of_mongo_alone_its_failure_is_nothing_to_what_postgres_has(open_world, mongo_proxy):
+    w = await open_world("dual_write", mongo=mongo_proxy, board_age=30.0, primary_deadline=0.5)
+    made = await w.users.insert({"username": "Bob"})
+    for n in range(8):
+        assert await w.users.find_by_key("username", f"nobody {n}") is None
+    await w.owed()
+    await w.m.board.refresh()
+    mongo_proxy.refuse()
+    found = await w.users.find_by_key("username", "BOB")
+    assert (found.id, found.source, found.stale) == (made.id, "postgres", False)
+    mongo_proxy.pass_through()
+
+
 async def test_asked_at_once_what_postgres_has_is_answered_by_it_and_asked_of_it_alone_from_then_on(
     open_world,
 ):

@@ -6,6 +6,7 @@ import json
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
@@ -18,6 +19,7 @@ from bson import Code, DatetimeMS, DBRef, Decimal128, Int64, ObjectId, Regex
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from crossfade.record import CF, Image
 from crossfade.testing import bson_strategies as bs
 from crossfade.values import (
     CODEC_OPTIONS,
@@ -134,6 +136,36 @@ def test_a_decoded_document_encodes_to_the_bytes_it_came_from(document: dict[str
     assert raw_of(decode_document(raw)) == raw
     assert digest(document) == digest_of_bytes(raw)
     assert len(digest(document)) == 16
+
+
+@unhurried
+@given(bs.bson_documents(), bs.bson_documents())
+@example({"_id": 1, "a": 1}, {"_id": 1, "a": 2})
+@example({"_id": 1}, {"_id": 1, "a": 2})
+def test_a_document_is_known_again_by_its_bytes_alone_and_no_other_is(
+    foreseen: dict[str, Any], other: dict[str, Any]
+) -> None:
+    image = Image.from_raw(raw_of(foreseen))
+    notes = {"rev": 7, "op": "a", "keys": {"r": "k"}, "born": "b", "debt": {"epoch": 3}}
+    for stored in (
+        {**foreseen, CF: notes},
+        {**other, CF: notes},
+        {CF: notes, **foreseen},
+        foreseen,
+        {"_id": 1, CF: 5},
+    ):
+        raw = raw_of(stored)
+        try:
+            read = Image.from_raw(raw)
+        except Unmappable:
+            continue
+        known = image.in_raw(raw, ())
+        if known is None:
+            assert raw != raw_of({**foreseen, CF: notes})
+            continue
+        # By bytes, and the rest by value: a NaN is not equal to itself.
+        assert encode_document(known.document) == encode_document(read.document)
+        assert replace(known, document={}, id=None) == replace(read, document={}, id=None)
 
 
 @unhurried

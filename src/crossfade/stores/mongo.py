@@ -477,12 +477,14 @@ class MongoStore:
         push: Mapping[str, Any] | None = None,
         also: Mapping[str, Any] | None = None,
         left_out: Mapping[str, Part | None] | None = None,
+        foreseen: Image | None = None,
         timeout: float,
     ) -> Image | None:
         """Change a document that is at revision ``rev``, and return its image after; None: no match.
 
         ``set_``, ``unset`` and ``push`` (one value to the end of an array) name paths; ``also`` narrows the filter
         further. ``left_out`` are parts that the image does not need; the document must note them so, None: or not.
+        ``foreseen``: what the document is going to hold, if nobody has changed it without a revision.
         """
         without = left_out or {}
         noted = {f"{CF}.parts.{n}.rev": Int64(part.rev) for n, part in without.items() if part is not None}
@@ -502,7 +504,11 @@ class MongoStore:
                 _all_but(without),
                 return_document=ReturnDocument.AFTER,
             )
-        return None if raw is None else Image.from_raw(bytes(raw.raw), entity.parts, without)
+        if raw is None:
+            return None
+        after = bytes(raw.raw)
+        expected = None if foreseen is None or without else foreseen.in_raw(after, entity.parts)
+        return expected or Image.from_raw(after, entity.parts, without)
 
     async def remove(self, entity: Entity, id_: Any, *, rev: int, op: str, timeout: float) -> bool:
         """Remove a document whose delete was decided at this revision by this operation."""

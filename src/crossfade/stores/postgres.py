@@ -38,7 +38,7 @@ from crossfade.record import CF, Applied, Held, Image, new_operation
 from crossfade.stores.conditions import Clause, as_clause, as_clauses_behind, as_order, can_order
 from crossfade.stores.errors import Fenced, RuleBroken, Unanswered
 from crossfade.stores.references import PORTION, identifier, references_of
-from crossfade.stores.rows import RowStatements, Statement, held
+from crossfade.stores.rows import NoRows, NoRowsDumper, RowStatements, Statement, held
 from crossfade.stores.shadow_notes import ShadowNotes
 from crossfade.values import decode_document, encode_document, id_texts, id_to_text, text_to_id
 
@@ -76,6 +76,7 @@ class _RawJson(Loader):
 async def _configure(connection: AsyncConnection[Any]) -> None:
     connection.adapters.register_loader("jsonb", _RawJson)
     connection.adapters.register_loader("json", _RawJson)
+    connection.adapters.register_dumper(NoRows, NoRowsDumper)
     # Every statement of every entity stays prepared: there are a few dozen.
     connection.prepared_max = 1000
 

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from psycopg import sql
+from psycopg.abc import AdaptContext
+from psycopg.adapt import Dumper
+from psycopg.pq import Format
 from sqlalchemy import ARRAY, Column, Table
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Dialect
@@ -83,6 +86,29 @@ class _ChildStatements:
     drop_covered: bytes
     drop_now: bytes
     part: str | None
+
+
+class NoRows:
+    """A column of no rows: an array that is empty, whatever its type."""
+
+
+NO_ROWS = NoRows()
+
+
+class NoRowsDumper(Dumper):
+    """`NoRows` as a parameter. Most records have no children, and a list takes psycopg ten calls, each column anew."""
+
+    format = (
+        Format.BINARY
+    )  # what is asked for, and, of an array without a type, not what PostgreSQL can be given
+
+    def __init__(self, cls: type, context: AdaptContext | None = None) -> None:
+        super().__init__(cls, context)
+        self.format = Format.TEXT
+
+    def dump(self, obj: NoRows) -> bytes:  # noqa: ARG002 - as psycopg calls it
+        """An empty array, as text."""
+        return b"{}"
 
 
 class RowStatements:
@@ -433,8 +459,10 @@ class RowStatements:
         return put, (self._replace_many, [*parameters, self.entity.name, migration, epoch])
 
     @staticmethod
-    def _child_arrays(child: _ChildStatements, rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    def _child_arrays(child: _ChildStatements, rows: Sequence[Sequence[Any]]) -> list[Any]:
         """Child rows by column: those of the key, then all."""
+        if not rows:
+            return [NO_ROWS] * (len(child.key) + len(child.columns))
         arrays = [
             [row[i].decode() if json and isinstance(row[i], bytes) else row[i] for row in rows]
             for i, json in enumerate(child.json)
