@@ -25,6 +25,7 @@ from crossfade.values import (
     CODEC_OPTIONS,
     MAX_DEPTH,
     Unmappable,
+    decode_canonical,
     decode_document,
     digest,
     digest_of_bytes,
@@ -131,9 +132,11 @@ def print_json(tree: Any) -> Iterator[str]:
 
 @unhurried
 @given(bs.bson_documents())
+@example({"_id": 1, "like a reference": {"$id": 1, "$ref": "users"}})
 def test_a_decoded_document_encodes_to_the_bytes_it_came_from(document: dict[str, Any]) -> None:
     raw = raw_of(document)
     assert raw_of(decode_document(raw)) == raw
+    assert raw_of(decode_canonical(raw)) == raw
     assert digest(document) == digest_of_bytes(raw)
     assert len(digest(document)) == 16
 
