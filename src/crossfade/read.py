@@ -284,23 +284,26 @@ class Reader:
                     reason = "postgres failed"
                 else:
                     if missing is None or not missing(answer) or self._absence_is_final(entity, control):
-                        self._lacked[kind] = 0
+                        del self._lacked[kind]
                         self._count(entity, "postgres", "first")
                         return answer, "postgres", False
                     self._lacked[kind] += 1
                     reason = "absent in postgres"
             answer = await (asked or mongo(deadline))
         except _FAILED:
+            in_order = False
             if reason == _LACKED:
-                self._lacked[kind] = 0
-                return await self._mongo_primary(
-                    entity, control, question, mongo, postgres, deadline, ids, query, missing
-                )
+                # PostgreSQL was left out, not doubted: what it has is the answer, if it may still be asked first.
+                del self._lacked[kind]
+                in_order = self._not_postgres(entity, self.pair.board.control, ids, query) is None
             if not control.postgres_first or control.unreadable or self._on_board(entity, ids):
                 raise
             if not self._has_columns(entity, query):
                 raise
             answer = await self._guarded(postgres, query)
+            if in_order and missing is not None and not missing(answer):
+                self._count(entity, "postgres", "first")
+                return answer, "postgres", False
             if not _can_be_marked(answer):
                 raise
             self._count(entity, "postgres", "mongo failed")
@@ -309,7 +312,7 @@ class Reader:
             if asked is not None:
                 self._nobody_waits_for(asked)
         if reason == _LACKED and missing is not None and not missing(answer):
-            self._lacked[kind] = 0
+            del self._lacked[kind]
         self._count(entity, "mongo", reason)
         return answer, "mongo", False
 

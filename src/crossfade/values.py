@@ -185,7 +185,7 @@ def decode_document(raw: bytes) -> Document:
 def decode_canonical(canonical: bytes) -> Document:
     """The document of which `encode_document` gave these bytes, if `decode_document` or `normal_form` gave that."""
     if b"$ref" in canonical:
-        return decode_document(canonical)  # PyMongo may make a `DBRef` of what is none, see `_decode_by_walking`
+        return decode_document(canonical)  # PyMongo may take for a `DBRef` what is none
     return bson.decode(canonical, CODEC_OPTIONS)
 
 

@@ -1,11 +1,12 @@
 """PostgreSQL gets what the document is going to be while MongoDB is asked, and shows it only once that is decided."""
 
 import asyncio
+import time
 
 import pytest
 from bson import ObjectId
 
-from crossfade import DuplicateKey, FailureStrategy, Undone
+from crossfade import DuplicateKey, FailureStrategy, StoreUnavailable, Undone
 from crossfade.testing.failure_points import FailurePoints
 
 from .conftest import eventually
@@ -120,6 +121,19 @@ async def test_asked_of_mongo_alone_its_failure_is_nothing_to_what_postgres_has(
     found = await w.users.find_by_key("username", "BOB")
     assert (found.id, found.source, found.stale) == (made.id, "postgres", False)
     mongo_proxy.pass_through()
+
+
+async def test_asked_of_mongo_alone_nobody_waits_for_it_longer_than_its_deadline(open_world, mongo_proxy):
+    w = await open_world("dual_write", mongo=mongo_proxy, primary_deadline=1.0)
+    for n in range(8):
+        assert await w.users.find_by_key("username", f"nobody {n}") is None
+    await w.m.board.refresh()
+    mongo_proxy.delay(10.0)
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable):
+        await w.users.find_by_key("username", "nobody")
+    assert time.monotonic() - began < 1.7
+    mongo_proxy.delay(0)
 
 
 async def test_asked_at_once_what_postgres_has_is_answered_by_it_and_asked_of_it_alone_from_then_on(
