@@ -1,7 +1,9 @@
 """PostgreSQL gets what the document is going to be while MongoDB is asked, and shows it only once that is decided."""
 
 import asyncio
+import gc
 import time
+import warnings
 
 import pytest
 from bson import ObjectId
@@ -78,6 +80,30 @@ async def test_a_stopped_worker_leaves_nothing_open_in_postgres(open_world, mong
     await eventually(lambda: nothing_open(w))
     assert w.sql("SELECT id FROM users") == []
     mongo_proxy.delay(0)
+
+
+@pytest.mark.parametrize("way", ["ask", "insert"])
+async def test_a_loop_that_ends_leaves_nothing_of_postgres_that_was_never_awaited(open_world, way):
+    w = await open_world()
+    with warnings.catch_warnings(record=True) as complaints:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", RuntimeWarning)
+        for turns in range(12):
+            there = asyncio.all_tasks()
+            caller = asyncio.create_task(
+                w.postgres.ping() if way == "ask" else w.users.insert({"username": "Bob"})
+            )
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            # As `asyncio.run` does it, whatever has had its first turn by then.
+            begun = asyncio.all_tasks() - there
+            for task in begun:
+                task.cancel()
+            await asyncio.gather(caller, *begun, return_exceptions=True)
+            task = caller = begun = None
+        await asyncio.sleep(0.6)  # a timer of the secondary's deadline knows it until then
+        gc.collect()
+    assert [str(complaint.message) for complaint in complaints] == []
 
 
 async def asked(points, operation):

@@ -211,7 +211,7 @@ class PostgresStore:
     async def _bounded(self, work: Coroutine[Any, Any, _T], timeout: float) -> _T:
         """Run ``work``, wait at most ``timeout`` seconds, and translate what the driver raises."""
         answer: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
-        await self._wait_for(answer, asyncio.create_task(_answering(answer, work)), timeout)
+        await self._wait_for(answer, _begin(_answering(answer, work), work), timeout)
         return answer.result()
 
     async def _until(self, reached: asyncio.Future[Any], task: asyncio.Task[None], timeout: float) -> None:
@@ -374,7 +374,7 @@ class PostgresStore:
         if behind is None:
             await self._bounded(work, timeout)
         else:
-            task = asyncio.create_task(_reaching(committed, work))
+            task = _begin(_reaching(committed, work), work)
             await self._until(committed, task, timeout)
             behind.append(task)
         return [
@@ -413,7 +413,8 @@ class PostgresStore:
             self._waiting_for_primary -= 1
 
         self._waiting_for_primary += 1
-        task = asyncio.create_task(_reaching(committed, work()))
+        applying = work()
+        task = _begin(_reaching(committed, applying), applying)
         task.add_done_callback(ended)
         return Ahead(self, image, task, decided, committed, timeout)
 
@@ -628,7 +629,8 @@ class PostgresStore:
                 await over.wait()
 
         # A task of its own: a server that stands still must not keep whoever lets go of the claim.
-        task = asyncio.create_task(_reaching(got, hold()))
+        holding = hold()
+        task = _begin(_reaching(got, holding), holding)
         await self._until(got, task, timeout)
         connection, mine = got.result()
         try:
@@ -1560,6 +1562,13 @@ class _NotReached(Exception):
 def _give_up(answer: asyncio.Future[Any]) -> None:
     if not answer.done():
         answer.set_exception(_NoAnswer())
+
+
+def _begin(task_of: Coroutine[Any, Any, None], work: Coroutine[Any, Any, Any]) -> asyncio.Task[None]:
+    """A task that does ``work``; where the loop ends before its first turn, nobody complains that it never was."""
+    task = asyncio.create_task(task_of)
+    task.add_done_callback(lambda _: work.close())
+    return task
 
 
 async def _answering(answer: asyncio.Future[_T], work: Coroutine[Any, Any, _T]) -> None:

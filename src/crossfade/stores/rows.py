@@ -98,9 +98,8 @@ NO_ROWS = NoRows()
 class NoRowsDumper(Dumper):
     """`NoRows` as a parameter. Most records have no children, and a list takes psycopg ten calls, each column anew."""
 
-    format = (
-        Format.BINARY
-    )  # what is asked for, and, of an array without a type, not what PostgreSQL can be given
+    #: What is asked for; and, of an array without a type, what PostgreSQL cannot be given: it gets text.
+    format = Format.BINARY
 
     def __init__(self, cls: type, context: AdaptContext | None = None) -> None:
         super().__init__(cls, context)
