@@ -109,6 +109,7 @@ def drivers_alone(
 ) -> tuple[Way, Way]:
     found = client[NAME].get_collection("bare", write_concern=WriteConcern(w="majority", j=True))
     way = BARE_ASYNC if asynchronous else BARE
+    running: set[asyncio.Task[None]] = set()
 
     async def look_up(name: str) -> tuple[Any, ...] | None:
         async with pool.connection() as connection:
@@ -160,7 +161,6 @@ def drivers_alone(
             [now, there[0]],
         )
 
-    running: set[asyncio.Task[None]] = set()
     return (way, register), (way, log_in)
 
 

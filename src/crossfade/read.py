@@ -276,7 +276,7 @@ class Reader:
         try:
             if reason is None:
                 if lacked:
-                    asked = asyncio.create_task(_answer(mongo, deadline))
+                    asked = asyncio.ensure_future(mongo(deadline))
                     await asyncio.sleep(0)  # MongoDB first: it is what takes longer
                 try:
                     answer = await self._guarded(postgres, query)
@@ -404,10 +404,6 @@ class Reader:
 
     def _count(self, entity: Entity, source: str, reason: str | None) -> None:
         observe.of(observe.READS, self.pair.name, entity.name, source, reason or "first").inc()
-
-
-async def _answer(ask: Callable[[float], Awaitable[_T]], deadline: float) -> _T:
-    return await ask(deadline)
 
 
 def _can_be_marked(answer: object) -> bool:

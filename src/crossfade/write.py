@@ -565,17 +565,9 @@ class Writer:
                 foreseen = _foreseen(entity, seen, wrote, removed, carried, o)
             with self._ahead(entity, foreseen, o) as ahead:
                 image = await self._set_until_decided(
-                    entity,
-                    id_,
-                    rev,
-                    set_,
-                    gone,
-                    also,
-                    future,
-                    o,
-                    left_out=carried.left_out,
+                    entity, id_, rev, set_, gone, also, future, o, left_out=carried.left_out,
                     foreseen=foreseen,
-                )
+                )  # fmt: skip
                 if image is not None:
                     self._say(o, "MongoDB write successful")
                     return await self._then_postgres(entity, image, o, ahead)

@@ -1506,7 +1506,7 @@ class Ahead:
         return same and not self._decided.done()
 
     async def commit(self, behind: list[asyncio.Task[None]]) -> tuple[Applied, Held] | None:
-        """Commit it, as `PostgresStore.apply` does; None: the primary took too long, and nothing is there.
+        """Commit it, as `PostgresStore.apply` does; None: it never got a connection, and nothing is there.
 
         Raises: as `PostgresStore.apply`, and what stood in the way before.
         """
@@ -1519,10 +1519,7 @@ class Ahead:
         # Its time began when PostgreSQL was asked, not now: a caller waits for a server that stands still no longer
         # because the primary has answered meanwhile. A commit gets its share in any case.
         waited = time.monotonic() - self._began
-        try:
-            await self._store._until(self._committed, task, max(self._timeout - waited, self._timeout / 2))
-        except _NotReached:
-            return None
+        await self._store._until(committed, task, max(self._timeout - waited, self._timeout / 2))
         behind.append(task)
         [answer] = committed.result()
         return _verdict(self._image, *held(answer)), held(answer)[0]
@@ -1551,12 +1548,12 @@ async def _decision(decided: asyncio.Future[bool], timeout: float) -> bool:
         timer.cancel()
 
 
+#: What ends a task, or the loop, beside whoever waits for its answer.
+_ENDS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)
+
+
 class _NoAnswer(Exception):
     """Nothing was answered in time."""
-
-
-class _NotReached(Exception):
-    """What was waited for is not going to be reached, and nothing failed."""
 
 
 def _give_up(answer: asyncio.Future[Any]) -> None:
@@ -1577,7 +1574,7 @@ async def _answering(answer: asyncio.Future[_T], work: Coroutine[Any, Any, _T]) 
         found = await work
     except BaseException as cause:
         _fail(answer, cause)
-        if not isinstance(cause, Exception):
+        if isinstance(cause, _ENDS):
             raise
     else:
         if not answer.done():
@@ -1591,10 +1588,8 @@ async def _reaching(reached: asyncio.Future[Any], work: Coroutine[Any, Any, None
     except BaseException as cause:
         behind = reached.done()
         _fail(reached, cause)
-        if behind or not isinstance(cause, Exception):
+        if behind or isinstance(cause, _ENDS):
             raise
-    else:
-        _fail(reached, _NotReached())
 
 
 def _fail(answer: asyncio.Future[Any], cause: BaseException) -> None:
