@@ -287,6 +287,10 @@ class Image:
 
     def kept(self) -> Callable[[], Image]:
         """What gives this image as it is now, whatever becomes of its values; to be made when it is needed."""
+        return self.kept_in_bytes()[0]
+
+    def kept_in_bytes(self) -> tuple[Callable[[], Image], bytes]:
+        """`kept`, and the canonical bytes of the document that it is made of, parts that were left out apart."""
         left_out = {name: value for name, value in self.document.items() if isinstance(value, Part)}
         names = list(self.document)
         values = encode_document({n: v for n, v in self.document.items() if n not in left_out})
@@ -295,7 +299,7 @@ class Image:
             there = decode_canonical(values) | left_out
             return replace(self, document={name: there[name] for name in names})
 
-        return image
+        return image, values
 
     @classmethod
     def from_raw(cls, raw: bytes, parts: Sequence[str] = (), left_out: Iterable[str] = ()) -> Image:

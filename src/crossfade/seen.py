@@ -7,14 +7,14 @@ what is there. Nothing is kept for it: a record that the application has let go 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
 from crossfade.entity import Entity
-from crossfade.part import Part, digest_with
+from crossfade.part import digest_with
 from crossfade.record import Image, Record
-from crossfade.values import Unmappable, decode_canonical, digest_of_bytes, encode_document, id_to_text
+from crossfade.values import Unmappable, digest_of_bytes, id_to_text
 
 
 class Seen:
@@ -43,21 +43,24 @@ class Seen:
             self._records[entity.name, id_to_text(image.id)] = record
         return record
 
-    def last(self, entity: Entity, id_: Any) -> Image | None:
-        """The image of the record with this id that was read or written last, if it is held still; a copy."""
+    def last(self, entity: Entity, id_: Any) -> tuple[Image, Callable[[], Image]] | None:
+        """The image of the record with this id that was read or written last, if it is held still.
+
+        Its values are the application's, which may change them as soon as it has its turn; see `Image.kept` for the
+        second, which gives a copy.
+        """
         record = self._records.get((entity.name, id_to_text(id_)))
         if record is None or record.image is None:
             return None
         image = record.image
         try:
-            there = encode_document({n: v for n, v in image.document.items() if not isinstance(v, Part)})
+            kept, there = image.kept_in_bytes()
             own = digest_with(image.document, image.parts) if image.parts else digest_of_bytes(there)
         except Unmappable:
             return None
         if own != image.digest:
             return None  # the application has changed its copy
-        values = decode_canonical(there)
-        return replace(image, document={n: values.get(n, part) for n, part in image.document.items()})
+        return image, kept
 
 
 def _small(image: Image) -> Image:

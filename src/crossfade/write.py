@@ -21,10 +21,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import bson
 from bson.int64 import Int64
@@ -63,6 +64,7 @@ from crossfade.values import (
     text_to_id,
 )
 
+_T = TypeVar("_T")
 _FAILED = (errors.StoreUnavailable, Fenced)
 #: What is raised of a write that may stand; and what only a primary that has answered decides: it was not made.
 _SAY_WHAT_BECAME = (errors.OutcomeUnknown, errors.Undone, errors.UndoPending)
@@ -145,6 +147,14 @@ class _Operation:
     def left(self) -> float:
         """Seconds until the deadline; never less than a hundredth."""
         return max(0.01, self.ends - boot_clock())
+
+
+class _Made(NamedTuple):
+    """What a write has made of a record: its image, and the caller's; of an async one what gives PostgreSQL's."""
+
+    image: Image
+    record: Record
+    behind: Callable[[], Image] | None
 
 
 @dataclass
@@ -350,13 +360,18 @@ class Writer:
             rev = 1 if buried is None else buried.rev + 1
             its_parts = tuple(name for name in entity.parts if document.get(name) is not None)
             marks = self._marks(entity, document["_id"], o, rev, keys, {"kind": "insert"}, parts=its_parts)
+            if "debt" in marks:
+                marks["debt"]["sending"] = new_operation()
             stored = {**document, CF: marks | {"born": o.op}}
-            image = Image.from_document(dict(stored), entity.parts)
+            image = functools.cache(functools.partial(Image.from_document, dict(stored), entity.parts))
+            making = _meanwhile(functools.partial(self._made_of, entity, image, o))
             with self._ahead(entity, image, o) as ahead:
-                made = await self._insert_until_decided(entity, stored, image, o)
+                made = await self._insert_until_decided(entity, stored, making, o)
                 if made is not None:
                     if id_given and await self._was_buried_meanwhile(entity, stored, o):
                         continue
+                    if ahead is not None:
+                        await ahead.decide(made.image)
                     self._say(o, "MongoDB write successful")
                     return await self._then_postgres(entity, made, o, ahead)
         raise errors.Busy(f"[{o.context}] this record of {entity.name} is being deleted again and again")
@@ -382,14 +397,22 @@ class Writer:
             ) from cause
         raise _written_since(entity, o)
 
+    def _made_of(self, entity: Entity, image: Callable[[], Image], o: _Operation) -> _Made:
+        return self._made(entity, image(), o)
+
+    def _made(self, entity: Entity, image: Image, o: _Operation) -> _Made:
+        # The caller may change what it is given while PostgreSQL's part of it is on its way behind the answer.
+        behind = image.kept() if o.asynchronous and o.control.phase.rules.dual else None
+        return _Made(image, self.pair.seen.record(entity, image, "mongo"), behind)
+
     async def _insert_until_decided(
-        self, entity: Entity, stored: dict[str, Any], image: Image, o: _Operation
-    ) -> Image | None:
-        """Insert, repeated until it is decided: the image that was made; None: a decided delete stood in the way."""
+        self, entity: Entity, stored: dict[str, Any], making: Callable[[], _Made], o: _Operation
+    ) -> _Made | None:
+        """Insert, repeated until it is decided: what was made; None: a decided delete stood in the way."""
         unknown = False
         debt = stored[CF].get("debt")
         while True:
-            if debt is not None:
+            if unknown and debt is not None:
                 debt["sending"] = new_operation()
             try:
                 await self.pair.mongo.insert(entity, stored, timeout=o.left())
@@ -420,12 +443,12 @@ class Writer:
                 # An earlier sending has made it.
                 if debt is not None:
                     debt["sending"] = None if mine.debt is None else mine.debt.sending
-            made = replace(image, debt=Debt.from_document(debt))
             if not unknown:
-                return made
+                return making()
+            made = self._made(entity, replace(making().image, debt=Debt.from_document(debt)), o)
             # Somebody may have deleted what a request that was not answered had made.
             try:
-                echo = await self.settler.is_echo(entity, made)
+                echo = await self.settler.is_echo(entity, made.image)
             except errors.StoreUnavailable as cause:
                 await self._again(o, cause)
                 continue
@@ -508,7 +531,7 @@ class Writer:
         where = o.request.where
         looked_at = {*unique_fields, *where, *((*wrote, *removed) if o.rollback else ())}
         self._say(o, "Writing to MongoDB...")
-        seen = self._seen(entity, id_, {*wrote, *removed}, if_revision, o)
+        seen, kept = self._seen(entity, id_, {*wrote, *removed}, if_revision, o) or (None, None)
         for _ in range(ATTEMPTS * 4):
             if seen is not None:
                 debt = None if seen.debt is None else seen.debt.to_document()
@@ -560,44 +583,59 @@ class Writer:
                 *(f"{CF}.keys.{rule}" for rule in nameless if not o.rollback),
                 *(f"{CF}.parts.{name}" for name in carried.erased),
             ]
-            foreseen = None
-            if seen is not None and not o.asynchronous:
-                foreseen = _foreseen(entity, seen, wrote, removed, carried, o)
-            with self._ahead(entity, foreseen, o) as ahead:
+            foreseen = upon = None
+            if seen is not None and kept is not None:
+                foreseen = _foreseen(entity, kept, seen.left_out, wrote, removed, carried, o)
+                if not any(child.field in wrote or child.field in removed for child in entity.children):
+                    upon = seen
+            with self._ahead(entity, foreseen, o, upon=upon) as ahead:
                 image = await self._set_until_decided(
                     entity, id_, rev, set_, gone, also, future, o, left_out=carried.left_out,
                     foreseen=foreseen,
                 )  # fmt: skip
                 if image is not None:
+                    if ahead is not None:
+                        await ahead.decide(image)
                     self._say(o, "MongoDB write successful")
-                    return await self._then_postgres(entity, image, o, ahead)
-            seen = None
+                    return await self._then_postgres(entity, self._made(entity, image, o), o, ahead)
+            seen = kept = None
         raise errors.Busy(f"[{o.context}] other writers kept changing this record of {entity.name}")
 
     def _seen(
         self, entity: Entity, id_: Any, changed: set[str], if_revision: int | None, o: _Operation
-    ) -> Image | None:
+    ) -> tuple[Image, Callable[[], Image]] | None:
         """What the record was when it was read last, if this write can be made upon that; None: ask for it.
 
-        A write that needs to know more of it than a revision stands for is made upon what is there.
+        See `Seen.last`. A write that needs to know more of it than a revision stands for is made upon what is there.
         """
         ruled = {rule.field for rule in entity.unique}
         if o.rollback or o.request.steps or o.request.where or ruled & changed:
             return None
         if entity.name in self._quarantined():
             return None
-        seen = self.pair.seen.last(entity, id_)
-        if seen is None or if_revision not in (None, seen.rev) or keys_to_stamp(entity, seen):
+        last = self.pair.seen.last(entity, id_)
+        if last is None:
+            return None
+        seen, _ = last
+        if if_revision not in (None, seen.rev) or keys_to_stamp(entity, seen):
             return None
         if seen.parts != seen.noted:
             return None  # what has been confirmed of its parts since need not travel again
-        return seen
+        return last
 
     @contextlib.contextmanager
-    def _ahead(self, entity: Entity, image: Image | None, o: _Operation) -> Iterator[Ahead | None]:
+    def _ahead(
+        self,
+        entity: Entity,
+        image: Callable[[], Image] | None,
+        o: _Operation,
+        *,
+        upon: Image | None = None,
+    ) -> Iterator[Ahead | None]:
         """Write to PostgreSQL meanwhile what the document is going to be, where that is known; see `Ahead`.
 
-        An open write is not told before its outcome, and one that goes with others goes in their transaction.
+        ``upon``: what it is now, if its children stay. An open write is not told before its outcome, and one that goes
+        with others goes in their transaction.
         """
         control = self.pair.board.control
         alone = not (o.rollback or o.asynchronous or o.request.steps)
@@ -606,7 +644,7 @@ class Writer:
             yield None
             return
         ahead = self.pair.postgres.apply_ahead(
-            entity, image, lambda: entity.to_rows(image.document, image.keys),
+            entity, image, upon,
             migration=self.pair.name, epoch=o.control.epoch, timeout=self.pair.options.secondary_deadline,
         )  # fmt: skip
         try:
@@ -697,7 +735,7 @@ class Writer:
         o: _Operation,
         *,
         left_out: Mapping[str, Part | None],
-        foreseen: Image | None = None,
+        foreseen: Callable[[], Image] | None = None,
     ) -> Image | None:
         """One compare-and-set, repeated until it is decided; None: another write was first."""
         unknown = False
@@ -757,16 +795,16 @@ class Writer:
             if image is None:
                 continue
             self._say(o, "MongoDB delete decided")
-            return await self._then_postgres(entity, image, o)
+            return await self._then_postgres(entity, self._made(entity, image, o), o)
         raise errors.Busy(f"[{o.context}] other writers kept changing this record of {entity.name}")
 
     # --- MongoDB primary: the second step -----------------------------------------------------------------------
 
     async def _then_postgres(
-        self, entity: Entity, image: Image, o: _Operation, ahead: Ahead | None = None
+        self, entity: Entity, made: _Made, o: _Operation, ahead: Ahead | None = None
     ) -> Record:
         o.fate.made = True
-        record = self.pair.seen.record(entity, image, "mongo")
+        image, record, behind = made
         together: list[Placed] = []
         if o.request.steps and not o.rollback:
             together = await self._take_steps(entity, image, o)
@@ -776,10 +814,9 @@ class Writer:
                 await self.settler.bury(entity, image)
         if not o.control.phase.rules.dual:
             return record
-        if o.asynchronous:
+        if behind is not None:
             if len(self._background) < self.pair.options.background:
-                # The caller may change what it is given while this one is on its way.
-                task = asyncio.create_task(self._quietly(entity, image.kept(), o))
+                task = asyncio.create_task(self._quietly(entity, behind, o))
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
             return record
@@ -1460,26 +1497,42 @@ class _AlreadyWritten(Exception):
     """The record in PostgreSQL carries our operation id: the unanswered write had committed."""
 
 
+def _meanwhile(make: Callable[[], _T]) -> Callable[[], _T]:
+    """What ``make`` gives; made while the primary is being asked, or sooner where it is needed sooner."""
+    made = functools.cache(make)
+    asyncio.get_running_loop().call_soon(made)
+    return made
+
+
 def _foreseen(
     entity: Entity,
-    seen: Image,
+    kept: Callable[[], Image],
+    left_out: Iterable[str],
     wrote: Mapping[str, Any],
-    removed: Iterable[str],
+    removed: Collection[str],
     carried: Carried,
     o: _Operation,
-) -> Image | None:
-    """What an update makes of the record, if nobody changes it meanwhile; None: a part of it is not at hand."""
-    after = {**seen.document, **wrote}
-    for name in removed:
-        after.pop(name, None)
-    left_out = {name: carried.left_out.get(name) for name in seen.left_out if name in after}
-    if None in left_out.values():
+) -> Callable[[], Image] | None:
+    """What an update makes of the record, if nobody changes it meanwhile; None: a part of it is not at hand.
+
+    ``kept``: what it is, ``left_out``: the parts that are left out of that.
+    """
+    its_parts = {name: carried.left_out.get(name) for name in left_out if name not in (*wrote, *removed)}
+    if None in its_parts.values():
         return None
-    notes = {
-        "rev": seen.rev + 1, "op": o.op, "keys": seen.keys,
-        "parts": {name: part.to_document() for name, part in carried.left_out.items()},
-    }  # fmt: skip
-    return Image.from_document({**after, **left_out, CF: notes}, entity.parts)
+
+    def after() -> Image:
+        seen = kept()
+        document = {**seen.document, **wrote}
+        for name in removed:
+            document.pop(name, None)
+        notes = {
+            "rev": seen.rev + 1, "op": o.op, "keys": seen.keys,
+            "parts": {name: part.to_document() for name, part in carried.left_out.items()},
+        }  # fmt: skip
+        return Image.from_document({**document, **its_parts, CF: notes}, entity.parts)
+
+    return _meanwhile(after)
 
 
 def _still(entity: Entity, seen: Image) -> dict[str, Any]:

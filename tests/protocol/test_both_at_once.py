@@ -10,7 +10,7 @@ from bson import ObjectId
 from crossfade import DuplicateKey, FailureStrategy, StoreUnavailable, Undone
 from crossfade.testing.failure_points import FailurePoints
 
-from .conftest import eventually
+from .conftest import eventually, users_entity
 
 OPEN = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'"
 SHORT_OF_TIME = {"primary_deadline": 10.0, "secondary_deadline": 0.2}
@@ -194,6 +194,45 @@ async def test_a_record_that_is_held_is_written_without_being_asked_for_again(op
     asked = await commands(w, lambda: w.users.update(held.id, {"n": 2}))
     assert asked == ["users.find_one_and_update"]
     assert (await w.users.get(made.id)).rev == 2
+    await w.assert_equal()
+
+
+@pytest.mark.parametrize("other", ["cf_rev = 1", "cf_op = gen_random_uuid()", "cf_digest = '\\x00'"])
+async def test_an_update_upon_another_row_than_was_seen_brings_the_children_too(open_world, other):
+    """PostgreSQL may come from a backup, or may not have got the last image yet."""
+    w = await open_world()
+    made = await w.users.insert({"username": "Bob"})
+    held = await w.users.update(made.id, {"friends": [ObjectId(), ObjectId()]})
+    await w.settle()
+    w.sql("DELETE FROM user_friends")
+    w.sql(f"UPDATE users SET {other}")
+    await w.users.update(held.id, {"n": 1})
+    assert w.sql("SELECT count(*) FROM user_friends") == [(2,)]
+    await w.assert_equal()
+
+
+async def test_an_update_upon_a_row_of_an_older_mapping_brings_the_children_too(open_world):
+    w = await open_world()
+    made = await w.users.insert({"username": "Bob", "friends": [ObjectId()]})
+    await w.settle()
+    newer = await open_world(entity=users_entity(mapping_version=2))
+    held = await newer.users.get(made.id)
+    # As the older mapping may have had it.
+    w.sql("DELETE FROM user_friends")
+    await newer.users.update(held.id, {"n": 1})
+    assert w.sql("SELECT count(*) FROM user_friends") == [(1,)]
+    await newer.assert_equal()
+
+
+async def test_an_insert_over_a_row_that_mongo_has_no_document_of_leaves_none_of_its_children(open_world):
+    w = await open_world()
+    made = await w.users.insert({"username": "Bob", "friends": [ObjectId()]})
+    await w.settle()
+    w.documents.delete_one({"_id": made.id})
+    again = await w.users.insert({"_id": made.id, "username": "Alice"})
+    await w.reconcile()
+    assert (await w.row(made.id)).document == again.document
+    assert w.sql("SELECT count(*) FROM user_friends") == [(0,)]
     await w.assert_equal()
 
 

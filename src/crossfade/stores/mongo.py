@@ -15,7 +15,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -477,7 +477,7 @@ class MongoStore:
         push: Mapping[str, Any] | None = None,
         also: Mapping[str, Any] | None = None,
         left_out: Mapping[str, Part | None] | None = None,
-        foreseen: Image | None = None,
+        foreseen: Callable[[], Image] | None = None,
         timeout: float,
     ) -> Image | None:
         """Change a document that is at revision ``rev``, and return its image after; None: no match.
@@ -507,7 +507,7 @@ class MongoStore:
         if raw is None:
             return None
         after = bytes(raw.raw)
-        expected = None if foreseen is None or without else foreseen.in_raw(after, entity.parts)
+        expected = None if foreseen is None or without else foreseen().in_raw(after, entity.parts)
         return expected or Image.from_raw(after, entity.parts, without)
 
     async def remove(self, entity: Entity, id_: Any, *, rev: int, op: str, timeout: float) -> bool:

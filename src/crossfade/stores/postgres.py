@@ -385,8 +385,8 @@ class PostgresStore:
     def apply_ahead(
         self,
         entity: Entity,
-        image: Image,
-        rows: Callable[[], Rows],
+        image: Callable[[], Image],
+        upon: Image | None,
         *,
         migration: str,
         epoch: int,
@@ -394,7 +394,8 @@ class PostgresStore:
     ) -> Ahead | None:
         """Begin to apply what a record will be, in a transaction that waits for the primary; see `Ahead`.
 
-        None: so many wait already that others would not get a connection.
+        ``upon``: what it was before, if it has the same children. None: so many wait already that others would not get
+        a connection.
         """
         if self._waiting_for_primary >= self._pool.max_size // 2:
             return None
@@ -404,9 +405,10 @@ class PostgresStore:
 
         async def work() -> None:
             await asyncio.sleep(0)  # the primary is asked first: it is what takes longer
-            await self._applying(
-                [(entity, image, rows())], committed,
-                migration=migration, epoch=epoch, timeout=timeout, prompt=True, decided=decided,
+            its = image()
+            await self._applying_ahead(
+                (entity, its, entity.to_rows(its.document, its.keys)), upon, committed, decided,
+                migration=migration, epoch=epoch, timeout=timeout,
             )  # fmt: skip
 
         def ended(_: object) -> None:
@@ -427,30 +429,71 @@ class PostgresStore:
         epoch: int,
         timeout: float,
         prompt: bool,
-        decided: asyncio.Future[bool] | None = None,
     ) -> None:
-        """The work of `apply`, and of `Ahead`: ``committed`` gets the answers, ``prompt``: and the caller goes on."""
+        """The work of `apply`: ``committed`` gets the answers, ``prompt``: and the caller goes on."""
         statements, looks = self._statements_of(images, migration, epoch)
         records = [(entity, id_to_text(image.id)) for entity, image, _ in images]
         async with self._connection(timeout) as connection:
-            if decided is not None and decided.done() and not decided.result():
-                return
             answers = await self._transaction(
-                connection, migration, statements, looks,
-                records=records, defer=len(images) > 1, commit=decided is None,
-            )  # fmt: skip
-            if decided is not None:
-                # Others wait for this record meanwhile, and have as much time in all.
-                if not await _decision(decided, timeout / 2):
-                    await connection.execute(b"ROLLBACK")
-                    return
-                await connection.execute(b"COMMIT")
-            if not committed.done():
-                committed.set_result(answers)
-            if prompt:
-                await asyncio.sleep(_CALLER_FIRST)
-            async with asyncio.timeout(timeout):
-                await self._look_again(connection, migration, records)
+                connection, migration, statements, looks, records=records, defer=len(images) > 1
+            )
+            await self._committed(connection, answers, committed, migration, records, timeout, prompt=prompt)
+
+    async def _applying_ahead(
+        self,
+        image: tuple[Entity, Image, Rows],
+        upon: Image | None,
+        committed: asyncio.Future[list[tuple[Any, ...]]],
+        decided: asyncio.Future[bool],
+        *,
+        migration: str,
+        epoch: int,
+        timeout: float,
+    ) -> None:
+        """The work of `Ahead`."""
+        entity, its, rows = image
+        own, records = self.statements(entity), [(entity, id_to_text(its.id))]
+        first = None
+        if upon is not None or its.op == its.born:
+            first = own.apply_upon(its, rows, upon, migration=migration, epoch=epoch)
+        async with self._connection(timeout) as connection:
+            if decided.done() and not decided.result():
+                return
+            answers: list[tuple[Any, ...]] = []
+            if first is not None:
+                answers = await self._transaction(
+                    connection, migration, [], [first], records=records, commit=False
+                )
+            if not answers or answers[0][0] is None:
+                statements, looks = self._statements_of([image], migration, epoch)
+                answers = await self._transaction(
+                    connection, migration, statements, looks,
+                    records=records, begin=first is None, commit=False,
+                )  # fmt: skip
+            # Others wait for this record meanwhile, and have as much time in all.
+            if not await _decision(decided, timeout / 2):
+                await connection.execute(b"ROLLBACK")
+                return
+            await connection.execute(b"COMMIT")
+            await self._committed(connection, answers, committed, migration, records, timeout, prompt=True)
+
+    async def _committed(
+        self,
+        connection: AsyncConnection[Any],
+        answers: list[tuple[Any, ...]],
+        committed: asyncio.Future[list[tuple[Any, ...]]],
+        migration: str,
+        records: Sequence[tuple[Entity, str]],
+        timeout: float,
+        *,
+        prompt: bool,
+    ) -> None:
+        if not committed.done():
+            committed.set_result(answers)
+        if prompt:
+            await asyncio.sleep(_CALLER_FIRST)
+        async with asyncio.timeout(timeout):
+            await self._look_again(connection, migration, records)
 
     def _statements_of(
         self, images: Sequence[tuple[Entity, Image, Rows | None]], migration: str, epoch: int
@@ -547,16 +590,19 @@ class PostgresStore:
         *,
         records: Sequence[tuple[Entity, str]] = (),
         defer: bool = False,
+        begin: bool = True,
         commit: bool = True,
     ) -> list[tuple[Any, ...]]:
-        """One transaction in one round trip; the rows of ``looks``. Without ``commit`` it is left open.
+        """One transaction in one round trip; the rows of ``looks``. Without ``commit`` it is left open, and without
+        ``begin`` it is one that was.
 
         ``records`` are locked, so that a delete waits for an image that is still under way: whose writer has given up
         may commit it, and be cancelled before it has looked again.
         """
         async with connection.pipeline():
-            await connection.execute(b"BEGIN")
-            await connection.execute(QUERIES["lock"], _locks(migration, records))
+            if begin:
+                await connection.execute(b"BEGIN")
+                await connection.execute(QUERIES["lock"], _locks(migration, records))
             if defer:
                 await connection.execute(b"SET CONSTRAINTS ALL DEFERRED")
             for query, parameters in statements:
@@ -1487,7 +1533,7 @@ class Ahead:
     def __init__(
         self,
         store: PostgresStore,
-        image: Image,
+        image: Callable[[], Image],
         task: asyncio.Task[None],
         decided: asyncio.Future[bool],
         committed: asyncio.Future[list[tuple[Any, ...]]],
@@ -1496,14 +1542,25 @@ class Ahead:
         self._store, self._image, self._task, self._timeout = store, image, task, timeout
         self._decided, self._committed = decided, committed
         self._began = time.monotonic()
+        self._taken = False
 
     def brings(self, image: Image) -> bool:
         """Whether what the primary decided is what was foreseen, and may still be committed."""
-        mine = self._image
-        same = (mine.rev, mine.op, mine.digest, mine.keys, mine.parts) == (
+        if self._taken or (self._decided.done() and not self._decided.result()):
+            return False
+        mine = self._image()
+        return (mine.rev, mine.op, mine.digest, mine.keys, mine.parts) == (
             image.rev, image.op, image.digest, image.keys, image.parts,
         )  # fmt: skip
-        return same and not self._decided.done()
+
+    async def decide(self, image: Image) -> None:
+        """Have it committed if it brings ``image``, beside what the caller goes on with; `commit` waits for that.
+
+        A commit that nobody waits for is one that was not answered: the debt stands.
+        """
+        if self.brings(image) and not self._decided.done() and (image.debt is None or not image.debt.group):
+            self._decided.set_result(True)
+            await asyncio.sleep(0)
 
     async def commit(self, behind: list[asyncio.Task[None]]) -> tuple[Applied, Held] | None:
         """Commit it, as `PostgresStore.apply` does; None: it never got a connection, and nothing is there.
@@ -1511,24 +1568,27 @@ class Ahead:
         Raises: as `PostgresStore.apply`, and what stood in the way before.
         """
         task, committed = self._task, self._committed
+        self._taken = True
         if committed.done() and not committed.cancelled() and isinstance(committed.exception(), PoolTimeout):
             # The others that waited for the primary had all connections: nothing is wrong with the server.
-            self._decided.set_result(False)
             return None
-        self._decided.set_result(True)
+        if not self._decided.done():
+            self._decided.set_result(True)
         # Its time began when PostgreSQL was asked, not now: a caller waits for a server that stands still no longer
         # because the primary has answered meanwhile. A commit gets its share in any case.
         waited = time.monotonic() - self._began
         await self._store._until(committed, task, max(self._timeout - waited, self._timeout / 2))
         behind.append(task)
         [answer] = committed.result()
-        return _verdict(self._image, *held(answer)), held(answer)[0]
+        return _verdict(self._image(), *held(answer)), held(answer)[0]
 
     def drop(self) -> None:
-        """Take it back, unless it was committed; behind the caller's back."""
-        if self._decided.done():
+        """Take it back, unless it was decided; behind the caller's back."""
+        if self._taken:
             return
-        self._decided.set_result(False)
+        self._taken = True
+        if not self._decided.done():
+            self._decided.set_result(False)
         self._store.behind.add(self._task)
         self._task.add_done_callback(self._store._forget)
         asyncio.get_running_loop().call_later(self._timeout, self._task.cancel)

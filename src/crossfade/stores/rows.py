@@ -4,7 +4,8 @@ A record is a parent row and child rows. The guard of an upsert is the revision:
 newer image, or by the same content under a newer mapping. Child rows are replaced by a statement of its own,
 after the parent's, whose snapshot is taken once the parent row is locked: a statement that did both would not
 see the child rows of the transaction that it had to wait for. It also says what stands there then, so that an
-image takes two statements: each costs a caller more than what it does.
+image takes two statements: each costs a caller more than what it does. One is enough where there is nothing to
+replace: see `RowStatements.apply_upon`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ _new_dialect: Callable[[], Dialect] = postgresql.dialect
 _DIALECT = _new_dialect()
 _META = ("cf_rev", "cf_op", "cf_digest", "cf_mapping")
 
+#: At this epoch, and with no tombstone over it, an image may be put.
+_MAY = sql.SQL(
+    "EXISTS (SELECT FROM crossfade.control WHERE migration = %s AND epoch = %s) "
+    "AND NOT EXISTS (SELECT FROM crossfade.tombstones WHERE entity = %s AND id = %s AND rev >= %s)"
+)
 #: A statement with its parameters, in order.
 Statement = tuple[bytes, Sequence[Any]]
 
@@ -126,13 +132,13 @@ class RowStatements:
         assigned = assignments(table, updated, "t")
         self._apply = rendered(
             sql.SQL(
-                "INSERT INTO {table} AS t ({columns}) SELECT {values} "
-                "WHERE EXISTS (SELECT FROM crossfade.control WHERE migration = %s AND epoch = %s) "
-                "AND NOT EXISTS (SELECT FROM crossfade.tombstones WHERE entity = %s AND id = %s AND rev >= %s) "
+                "INSERT INTO {table} AS t ({columns}) SELECT {values} WHERE {may} "
                 "ON CONFLICT (id) DO UPDATE SET {assigned} "
                 "WHERE t.cf_rev < EXCLUDED.cf_rev OR (t.cf_rev = EXCLUDED.cf_rev "
                 "AND t.cf_digest = EXCLUDED.cf_digest AND t.cf_mapping < EXCLUDED.cf_mapping)"
-            ).format(table=self.table, columns=_names(self.columns), values=values, assigned=assigned)
+            ).format(
+                table=self.table, columns=_names(self.columns), values=values, may=_MAY, assigned=assigned
+            )
         )
         self._insert = rendered(
             sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(self.table, _names(self.columns), values)
@@ -178,6 +184,7 @@ class RowStatements:
             ).format(self.table)
         )
         self._followed_sets = sql.Composed(links)
+        self._compose_upon(values, updated)
         self._replacing: dict[frozenset[str], bytes] = {}
         self._applying_small: dict[frozenset[str], bytes] = {}
         self._covered = rendered(
@@ -264,6 +271,30 @@ class RowStatements:
                 )
             )
         return self._applying_small[left_out]
+
+    def _compose_upon(self, values: sql.Composed, updated: Sequence[str]) -> None:
+        """See `apply_upon`; what stands there is null where nothing was put."""
+        around = sql.SQL(
+            "WITH put AS ({} RETURNING cf_rev, cf_op, cf_digest, cf_mapping) SELECT put.*, "
+            "(SELECT rev FROM crossfade.tombstones WHERE entity = %s AND id = %s), "
+            "EXISTS (SELECT FROM crossfade.control WHERE migration = %s AND epoch = %s) "
+            "FROM (SELECT) AS one LEFT JOIN put ON true"
+        )
+        first = sql.SQL("INSERT INTO {} ({}) SELECT {} WHERE {} ON CONFLICT (id) DO NOTHING").format(
+            self.table, _names(self.columns), values, _MAY
+        )
+        table = self.entity.table
+        upon = sql.SQL(
+            "UPDATE {} SET ({}) = ROW({}){} WHERE id = %s AND cf_rev = %s AND cf_op IS NOT DISTINCT FROM %s::uuid "
+            "AND cf_digest = %s AND cf_mapping = %s AND {}"
+        ).format(
+            self.table,
+            _names(updated),
+            sql.SQL(", ").join(sql.SQL("%s::") + _type(table.c[name]) for name in updated),
+            self._followed_sets,
+            _MAY,
+        )
+        self._first, self._upon = rendered(around.format(first)), rendered(around.format(upon))
 
     @staticmethod
     def _arrays(table: Table, columns: Iterable[str]) -> sql.Composed:
@@ -434,6 +465,29 @@ class RowStatements:
                 parameters += [*guard, *self._child_arrays(child, noted), *guard]
         _, look = self.held_of(rows.parent[0], migration=migration, epoch=epoch)
         return self._replace_children(left_out), [*parameters, *look]
+
+    def apply_upon(
+        self, image: Image, rows: Rows, before: Image | None, *, migration: str, epoch: int
+    ) -> Statement | None:
+        """`apply` of an image whose child rows stand there already, and what stands there then, as of `held_of`.
+
+        It is put upon the row of ``before``, whose children it has; or, ``before`` of None, where there is no row. Else
+        nothing is put, and the revision is null. None: it has children that nobody has put yet.
+        """
+        if before is None:
+            if any(rows.children):
+                return None
+            own = self._parent_values(image, rows)
+        else:
+            parent = self._parent_values(image, rows)
+            followed = [parent[at] for at in self._followed]
+            own = [
+                *parent[1:], *followed, rows.parent[0], before.rev, before.op, before.digest,
+                self.entity.mapping_version,
+            ]  # fmt: skip
+        name, key = self.entity.name, rows.parent[0]
+        may = [migration, epoch, name, key, image.rev]
+        return self._first if before is None else self._upon, [*own, *may, name, key, migration, epoch]
 
     def apply_many(
         self, images: Sequence[tuple[Image, Rows]], *, migration: str, epoch: int
