@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from crossfade import errors, observe
-from crossfade.board import Pair
+from crossfade.board import Look, Pair
 from crossfade.clock import boot_clock
 from crossfade.control import Control
 from crossfade.entity import Entity, UniqueRule
@@ -36,6 +36,7 @@ _T = TypeVar("_T")
 _FAILED = (errors.StoreUnavailable, Fenced)
 #: Times in a row after which PostgreSQL is not asked for what it is going to lack, and the reason that is counted then.
 _LACKED_FOR_LONG, _LACKED = 8, "lacked in postgres so far"
+_IN_DEBT = "entity in debt"
 
 
 @dataclass
@@ -133,9 +134,13 @@ class Reader:
                 small=bool(without),
             )  # fmt: skip
 
+        def holder(image: Image | None) -> Any | None:
+            exact = image is not None and image.document.get(rule.field) == value
+            return image.id if image is not None and exact else None
+
         found, source, stale = await self._first(
             entity, f"by {rule.rule}", mongo, postgres, self.pair.options.primary_deadline,
-            missing=lambda image: image is None, without=without,
+            missing=lambda image: image is None, without=without, holder=holder,
         )  # fmt: skip
         if found is None:
             return None
@@ -218,10 +223,12 @@ class Reader:
         query: Query | None = None,
         missing: Callable[[_T], bool] | None = None,
         without: Collection[str] = (),
+        holder: Callable[[_T], Any | None] | None = None,
     ) -> tuple[_T, str, bool]:
         """Ask the stores in the order that the phase and the board allow: (answer, source, stale).
 
-        ``question``: how the records are asked for, without values.
+        ``question``: how the records are asked for, without values. ``holder``: the id of the one record that an answer
+        hangs on, as only one can hold what was asked for; None: of others, too.
         """
         began, board = time.perf_counter(), self.pair.board
         self.pair.asked = boot_clock()
@@ -233,7 +240,7 @@ class Reader:
                     found = await self._postgres_primary(entity, control, mongo, postgres, deadline, ids)
                 else:
                     found = await self._mongo_primary(
-                        entity, control, question, mongo, postgres, deadline, ids, query, missing
+                        entity, control, question, mongo, postgres, deadline, ids, query, missing, holder
                     )
                     if self.shadow.is_on(control) and self._has_columns(entity, query):
                         limit = 0 if query is None else query.limit
@@ -266,8 +273,10 @@ class Reader:
         ids: Sequence[Any],
         query: Query | None,
         missing: Callable[[_T], bool] | None,
+        holder: Callable[[_T], Any | None] | None,
     ) -> tuple[_T, str, bool]:
-        reason = self._not_postgres(entity, control, ids, query)
+        look = self.pair.board.look
+        reason = self._not_postgres(entity, control, ids, query, one=holder is not None)
         kind = (entity.name, question)
         lacked = 0 if self._absence_is_final(entity, control) else self._lacked[kind]
         if reason is None and lacked >= _LACKED_FOR_LONG:
@@ -285,10 +294,13 @@ class Reader:
                 else:
                     if missing is None or not missing(answer) or self._absence_is_final(entity, control):
                         del self._lacked[kind]
-                        self._count(entity, "postgres", "first")
-                        return answer, "postgres", False
-                    self._lacked[kind] += 1
-                    reason = "absent in postgres"
+                        if holder is None or self._stands(entity, look, holder(answer)):
+                            self._count(entity, "postgres", "first")
+                            return answer, "postgres", False
+                        reason = _IN_DEBT
+                    else:
+                        self._lacked[kind] += 1
+                        reason = "absent in postgres"
             answer = await (asked or mongo(deadline))
         except _FAILED:
             in_order = False
@@ -345,9 +357,15 @@ class Reader:
         return answer, "postgres", False
 
     def _not_postgres(
-        self, entity: Entity, control: Control, ids: Sequence[Any], query: Query | None
+        self,
+        entity: Entity,
+        control: Control,
+        ids: Sequence[Any],
+        query: Query | None,
+        *,
+        one: bool = False,
     ) -> str | None:
-        """Why PostgreSQL may not be asked first; None: it may."""
+        """Why PostgreSQL may not be asked first; None: it may. ``one``: its answer is judged by `_stands`."""
         board = self.pair.board
         look = board.look
         if not control.postgres_first:
@@ -357,13 +375,28 @@ class Reader:
         if control.unreadable is not None:
             return "secondary unreadable"
         if not ids:
-            if entity.name in look.owed_entities:
-                return "entity in debt"
+            if entity.name in look.owed_entities and not (one and self._owes_what_is_known(entity, look)):
+                return _IN_DEBT
             if not self._has_columns(entity, query):
                 return "no column"
         elif self._on_board(entity, ids):
             return "in debt"
         return None if self.pair.postgres_breaker.allows() else "postgres down"
+
+    @staticmethod
+    def _owes_what_is_known(entity: Entity, look: Look) -> bool:
+        return entity.name not in look.overflown and entity.name not in look.quarantined
+
+    @staticmethod
+    def _stands(entity: Entity, look: Look | None, id_: Any | None) -> bool:
+        """Whether PostgreSQL's answer holds whatever is owed; ``id_``: the one record that it hangs on, or None.
+
+        Who holds a name alone gives it up before another takes it. So where the holder owes nothing its row says what
+        was acknowledged, the name included, and nobody who is in debt can have it.
+        """
+        if look is None or entity.name not in look.owed_entities:
+            return True
+        return id_ is not None and not any((entity.name, text) in look.ids for text in id_texts(id_))
 
     def _has_columns(self, entity: Entity, query: Query | None) -> bool:
         return query is None or self.pair.postgres.can_find(entity, query.where, query.order)

@@ -85,6 +85,42 @@ async def test_a_record_in_debt_is_read_from_the_primary(open_world):
     assert await w.users.count({"n": 1}) == 1
 
 
+async def test_who_owes_nothing_is_found_by_name_in_postgres_whatever_others_owe(open_world):
+    w = await open_world("postgres_read", board_age=30.0)
+    made = {name: await w.users.insert({"username": name}) for name in ("Ann", "Beth", "Carl")}
+    await w.settle()
+    owed = {"_cf.rev": 2, "_cf.debt": {"epoch": 1}}
+    for name, new in (("Ann", "Dora"), ("Beth", "Ann")):
+        keys = {"username": new, "_cf.keys.username": new.lower()}
+        w.documents.update_one({"_id": made[name].id}, {"$set": owed | keys})
+    await w.m.board.refresh()
+    found = {
+        name: await w.users.find_by_key("username", name) for name in ("Ann", "Beth", "Carl", "Dora", "CARL")
+    }
+    assert {name: one and (one.id, one.source) for name, one in found.items()} == {
+        # PostgreSQL has this name still with its last holder, who owes its rename.
+        "Ann": (made["Beth"].id, "mongo"),
+        "Beth": None,
+        "Carl": (made["Carl"].id, "postgres"),
+        "Dora": (made["Ann"].id, "mongo"),
+        # Somebody in debt may be spelt just so, and would come first.
+        "CARL": (made["Carl"].id, "mongo"),
+    }  # fmt: skip
+
+
+async def test_nobody_is_found_by_name_in_postgres_while_somebody_is_in_quarantine(open_world):
+    """Of whom no board tells."""
+    w = await open_world("postgres_read", board_age=30.0)
+    await w.users.insert({"username": "Ann"})
+    await w.settle()
+    w.sql(
+        "INSERT INTO crossfade.quarantine (entity, id, rev, reason, document, digest) VALUES "
+        "('users', 'o:' || repeat('0', 24), 0, 'a test', '', '')"
+    )
+    await w.m.board.refresh()
+    assert (await w.users.find_by_key("username", "Ann")).source == "mongo"
+
+
 async def test_a_board_too_old_sends_readers_to_the_primary(open_world):
     w = await open_world("postgres_read", board_age=0.3)
     made = await w.users.insert({"username": "Bob"})
