@@ -55,6 +55,11 @@ def _cte(what: str, child: Any) -> sql.Identifier:
     return sql.Identifier(f"{what}_{child.table.name}")
 
 
+def _read_of(child: Any, *, small: bool) -> tuple[str, ...]:
+    """The columns of a child that are read: its owner's id is known."""
+    return PART_COLUMNS if small and child.is_part else child.stored_columns[1:]
+
+
 def _is_json(column: Column[Any]) -> bool:
     return column.type.compile(dialect=_DIALECT) in ("JSONB", "JSON")
 
@@ -202,31 +207,40 @@ class RowStatements:
             ).format(self.table)
         )
         self._reading: dict[tuple[bool, tuple[str, ...]], bytes] = {}
-        self._selects: dict[bool, bytes] = {}
+        self._selects: dict[bool, tuple[bytes, bytes]] = {}
 
     def select(self, behind: sql.Composable, *, small: bool = False) -> bytes:
         """What reads images, with the condition on the parent row ``p``, and what else comes ``behind``; ``small``:
         without the values of parts.
         """
         if small not in self._selects:
-            self._selects[small] = rendered(self._select(small=small))
-        return self._selects[small] + rendered(behind)
+            before, after = self._select(small=small)
+            self._selects[small] = rendered(before), rendered(after)
+        before_it, after_it = self._selects[small]
+        return before_it + rendered(behind) + after_it
 
-    def _select(self, *, small: bool) -> sql.Composed:
-        arrays = [
-            sql.SQL("ARRAY(SELECT c.{} FROM {} AS c WHERE c.{} = p.id ORDER BY {})").format(
-                sql.Identifier(name),
-                identifier(child.table),
-                sql.Identifier(child.columns[0]),
-                _names(statements.key),
+    def _select(self, *, small: bool) -> tuple[sql.Composed, sql.Composed]:
+        """What stands before the condition, and behind it: one look at each child table, for what was found."""
+        children = [
+            sql.SQL(
+                " LEFT JOIN LATERAL (SELECT {arrays} FROM (SELECT {names} FROM {table} AS c WHERE c.{owner} = q.id "
+                "ORDER BY {key}) AS c) AS {alias} ON true"
+            ).format(
+                arrays=sql.SQL(", ").join(
+                    sql.SQL("array_agg(c.{})").format(sql.Identifier(name)) for name in columns
+                ),
+                names=_names(columns),
+                table=identifier(child.table),
+                owner=sql.Identifier(child.columns[0]),
+                key=_names(statements.key),
+                alias=_cte("of", child),
             )
             for child, statements in zip(self.entity.children, self._children, strict=True)
-            for name in (PART_COLUMNS if small and child.is_part else child.stored_columns)
+            for columns in [_read_of(child, small=small)]
         ]
-        return sql.SQL("SELECT {} FROM {} AS p").format(
-            sql.SQL(", ").join([*(sql.SQL("p.") + sql.Identifier(n) for n in self.columns), *arrays]),
-            self.table,
-        )
+        own = sql.SQL(", ").join(sql.SQL("p.") + sql.Identifier(name) for name in self.columns)
+        parent = sql.SQL("SELECT {} FROM {} AS p").format(own, self.table)
+        return sql.SQL("SELECT * FROM ({}").format(parent), sql.SQL(") AS q{}").format(sql.Composed(children))
 
     def _replace_children(self, left_out: frozenset[str]) -> bytes:
         if left_out not in self._replacing:
@@ -583,14 +597,14 @@ class RowStatements:
         children: list[tuple[tuple[Any, ...], ...]] = []
         noted: dict[str, tuple[int | None, bytes | None]] = {}
         for child in entity.children:
-            columns = PART_COLUMNS if small and child.is_part else child.stored_columns
-            rows = tuple(zip(*row[at : at + len(columns)], strict=True))
-            at += len(columns)
+            read = row[at : at + len(_read_of(child, small=small))]
+            at += len(read)
+            rows: list[tuple[Any, ...]] = [] if read[0] is None else list(zip(*read, strict=True))
             if child.is_part:
                 for one in rows:
                     noted[child.field] = one[-2:]
-                rows = () if small else tuple(one[:-2] for one in rows)
-            children.append(rows)
+                rows = [] if small else [one[:-2] for one in rows]
+            children.append(tuple((parent[0], *one) for one in rows))
         document = entity.from_rows(parent, children)
         keys = {rule.rule: parent[entity.parent_columns.index(rule.to)] for rule in entity.unique}
         parts, unknown = _parts_of_row(document, noted, left_out=small)
