@@ -374,6 +374,14 @@ async def test_the_exact_spelling_is_tried_before_the_normal_form(open_world):
     assert found == [plain, own, plain]
 
 
+async def test_of_documents_that_are_together_larger_than_an_answer_none_is_missed(open_world):
+    w = await open_world("dual_write")
+    large = b"x" * 7_000_000
+    ids = {w.documents.insert_one({"username": name, "other": large}).inserted_id for name in ("a", "b", "c")}
+    found = await w.mongo.look_up(w.entity, [{"username": name} for name in ("a", "b", "c")], timeout=20.0)
+    assert {image.id for image in found} == ids
+
+
 @pytest.mark.parametrize("phase", ["postgres_read", "postgres_primary"])
 async def test_where_the_board_is_full_nothing_is_said_to_be_settled(open_world, mongo_proxy, phase):
     """Of tombstones, and of deliveries, it shows so many of all entities together."""

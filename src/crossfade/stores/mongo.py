@@ -328,27 +328,51 @@ class MongoStore:
         Raises:
             crossfade.values.Unmappable: the document holds bytes that cannot be carried back unchanged.
         """
-        with self._asking(timeout):
-            raw = await self._raw_documents(entity).find_one({"_id": id_}, _all_but(without))
-        return None if raw is None else Image.from_raw(bytes(raw.raw), entity.parts, without)
+        found = await self._few(entity, {"_id": id_}, 1, timeout=timeout, without=without)
+        return Image.from_raw(found[0], entity.parts, without) if found else None
 
     async def read_owed(self, entity: Entity, id_: Any, *, timeout: float) -> Image | None:
         """The record's image without its parts if PostgreSQL has confirmed them all, else whole; see `read`."""
         if entity.parts:
             small = {"_id": id_, **_confirmed(entity)}
-            with self._asking(timeout):
-                raw = await self._raw_documents(entity).find_one(small, _all_but(entity.parts))
-            if raw is not None:
-                return Image.from_raw(bytes(raw.raw), entity.parts, entity.parts)
+            found = await self._few(entity, small, 1, timeout=timeout, without=entity.parts)
+            if found:
+                return Image.from_raw(found[0], entity.parts, entity.parts)
         return await self.read(entity, id_, timeout=timeout)
 
     async def read_raw(
         self, entity: Entity, id_: Any, *, timeout: float, without: Collection[str] = ()
     ) -> bytes | None:
         """The document's bytes, as stored; ``without`` these parts."""
+        found = await self._few(entity, {"_id": id_}, 1, timeout=timeout, without=without)
+        return found[0] if found else None
+
+    async def _few(
+        self,
+        entity: Entity,
+        query: Mapping[str, Any],
+        limit: int,
+        *,
+        timeout: float,
+        without: Collection[str] = (),
+    ) -> list[bytes]:
+        """The bytes of so few documents that one answer holds them, mostly: a cursor is made only where it does not.
+
+        PyMongo's cursor costs a caller as much as a tenth of the whole question.
+        """
+        command: dict[str, Any] = {"find": entity.collection, "filter": query, "limit": limit}
+        if without:
+            command["projection"] = _all_but(without)
         with self._asking(timeout):
-            raw = await self._raw_documents(entity).find_one({"_id": id_}, _all_but(without))
-        return None if raw is None else bytes(raw.raw)
+            answer = (await self._raw.command(command, codec_options=_RAW))["cursor"]
+            found = answer["firstBatch"]
+            if answer["id"]:
+                # Together they are larger than an answer may be.
+                await self._raw.command({"killCursors": entity.collection, "cursors": [answer["id"]]})
+                found = (
+                    await self._raw_documents(entity).find(query, _all_but(without)).limit(limit).to_list()
+                )
+        return [bytes(raw.raw) for raw in found]
 
     async def read_raw_many(
         self,
@@ -447,9 +471,8 @@ class MongoStore:
         In no order: sorting by ``_id`` would tempt a server into walking that index. ``without``: see `read`.
         """
         query = {"$or": list(alternatives), f"{CF}.deleted": {"$ne": True}}
-        with self._asking(timeout):
-            found = await self._raw_documents(entity).find(query, _all_but(without)).limit(4).to_list()
-        return [Image.from_raw(bytes(raw.raw), entity.parts, without) for raw in found]
+        found = await self._few(entity, query, 4, timeout=timeout, without=without)
+        return [Image.from_raw(raw, entity.parts, without) for raw in found]
 
     async def count(self, entity: Entity, where: Sequence[Mapping[str, Any]], *, timeout: float) -> int:
         """How many records match these conditions, deleted ones left out."""

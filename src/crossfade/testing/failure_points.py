@@ -304,6 +304,12 @@ class _Database:
     def __getitem__(self, name: str) -> _Collection:
         return _Collection(self._inner[name], name, self._points)
 
+    async def command(self, command: str | Mapping[str, Any], **how: Any) -> Any:
+        verb, of = (command, "") if isinstance(command, str) else next(iter(command.items()))
+        return await self._points.at(
+            "mongo", f"{of}.{verb}".lstrip("."), lambda: self._inner.command(command, **how)
+        )
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
