@@ -9,9 +9,9 @@ are deleted behind one of PostgreSQL. At last once more, while other users are w
 process, beside it the same traffic alone; and as many deletes of phase 0, which PostgreSQL has no rows of. Ends with a
 JSON line per figure; rates depend on the machine.
 
-A reconciler that has a worker to itself takes 250 records at once, two portions at a time. Beside callers of the same
-process it takes a fifth of that, one portion at a time, and rests half as long as each took: what is converted is
-converted on the loop that serves them.
+A reconciler takes 250 records at once, two portions at a time, where it is the only worker that there is. Beside others
+it takes a fifth of that, one portion at a time; and beside callers of the same process it rests half as long as each
+took: what is converted is converted on the loop that serves them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import pymongo
 from bson import ObjectId
 from bson.int64 import Int64
 
-from bench import two_databases
+from bench import as_a_service, two_databases
 from bench.write_latency import document
 from crossfade import Crossfade, Migration, Options, Phase, observe
 from crossfade.entity import Entity
@@ -291,7 +291,7 @@ def main() -> int:
     debts = parser.parse_args().debts
     observe.configure_logging("warning")
     with two_databases(NAME) as (mongo_uri, url):
-        return 0 if asyncio.run(run(mongo_uri, url, debts)) else 1
+        return 0 if as_a_service(run(mongo_uri, url, debts)) else 1
 
 
 if __name__ == "__main__":

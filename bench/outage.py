@@ -28,7 +28,7 @@ from typing import Any
 
 import httpx
 
-from bench import databases
+from bench import as_a_service, databases
 from bench.write_latency import document
 from crossfade import Crossfade, Migration, observe
 from crossfade.embedded import EmbeddedServers
@@ -242,7 +242,7 @@ def main() -> int:
     seconds = parser.parse_args().seconds
     observe.configure_logging("error")
     with EmbeddedServers(environ={}) as servers:
-        return 0 if asyncio.run(run(servers, seconds)) else 1
+        return 0 if as_a_service(run(servers, seconds)) else 1
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ store does that through its driver, acknowledged as durably as Crossfade asks fo
 with what both stores cannot do without (a revision and a debt in the document, a transaction that is committed once
 MongoDB has answered, or PostgreSQL behind the answer), each look-up asked of the store that Crossfade asks in the end
 (a taken name of PostgreSQL, a free one of MongoDB), and no promise: what is left of the ratios on this machine if
-Crossfade cost nothing. One client, one operation at a time, all ways on the event loop that ``uvicorn[standard]`` gives
-a service. Ends with a JSON line per figure; times depend on the machine, ratios less so.
+Crossfade cost nothing. One client, one operation at a time, in what a service's process is. Ends with a JSON line per
+figure; times depend on the machine, ratios less so.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import itertools
 import json
 import statistics
@@ -27,13 +26,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
-import uvloop
 from bson import ObjectId
 from psycopg_pool import AsyncConnectionPool
 from pymongo import AsyncMongoClient, ReturnDocument
 from pymongo.write_concern import WriteConcern
 
-from bench import two_databases
+from bench import as_a_service, two_databases
 from crossfade import Crossfade, Migration, observe
 from scorekeeper.users.entity import USERNAME_RULE, users
 
@@ -193,7 +191,6 @@ async def measure(
     """
     took: dict[str, list[float]] = {way: [] for way, _ in ways}
     orders = itertools.cycle(list(itertools.permutations(ways)))
-    gc.freeze()
     for block in range(0, operations, BLOCK):
         for way, work in next(orders):
             for n in range(block, block + BLOCK):
@@ -277,7 +274,7 @@ def main() -> int:
     with two_databases(NAME) as (mongo_uri, url):
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute(TABLE)
-        return 0 if uvloop.run(run(mongo_uri, url, operations)) else 1
+        return 0 if as_a_service(run(mongo_uri, url, operations)) else 1
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ OVERLAP = timedelta(seconds=60)
 _AT_ONCE = 8
 #: Records that are settled in one transaction: none of them takes another write meanwhile.
 _TOGETHER = 250
-#: The same while callers are served by this process: what a portion takes of the processor at once, one of them waits.
+#: The same where there are other workers, whose callers wait for what the stores are busy with; and where callers are
+#: served by this process, of which one waits for whatever a portion takes of the processor at once.
 _BESIDE_CALLERS = 50
 #: Seconds after a caller's last request for which others are expected; and the rest after a portion, by what it took.
 _CALLERS, _REST = 1.0, 0.5
@@ -91,6 +92,8 @@ class Reconciler:
     _parked: dict[tuple[str, str, int], float] = field(default_factory=dict)
     _swept: datetime | None = None
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    #: Whether there are other workers.
+    _others: bool = False
 
     def start(self) -> None:
         """Reconcile in the background until `stop`."""
@@ -182,6 +185,9 @@ class Reconciler:
         total = Round()
         total.settled = await self.settler.finish_decided(self.pair.board.control)
         late = await self._end_late_arrivals(total)
+        with contextlib.suppress(errors.StoreUnavailable):
+            # Looking what is owed takes time from who is settling it.
+            await self._until_others_are_done()
         began = boot_clock()
         mine: set[tuple[Any, ...]] | None = None
         while True:
@@ -312,6 +318,7 @@ class Reconciler:
                 if not claim.mine:
                     done.elsewhere += sum(map(len, portions))
                     return left
+                self._others = await self.pair.board.has_others()
                 while portions:
                     before = done.settled
                     # Apart: a delete locks the rows of others that name what goes, and their images lock them in
@@ -389,19 +396,20 @@ class Reconciler:
     ) -> tuple[set[str], set[str]]:
         """Settle them together, as `_together` says.
 
-        While callers are served here: little by little, in turn, and with rests between.
+        Where callers may be served: little by little, and in turn; and where they are served here with rests between.
         """
         settled, elsewhere = set[str](), set[str]()
         at = 0
         while at < len(portion):
-            beside = boot_clock() - self.pair.asked < _CALLERS
+            here = boot_clock() - self.pair.asked < _CALLERS
+            beside = here or self._others
             some = portion[at : at + (_BESIDE_CALLERS if beside else len(portion))]
             at += len(some)
             async with self._turn if beside else contextlib.nullcontext():
                 began = boot_clock()
                 await claim.stay()
                 done = await self._together(some[0])(entity, [debt.id for debt in some], control)
-                if beside:
+                if here:
                     await asyncio.sleep((boot_clock() - began) * _REST)
             settled |= done[0]
             elsewhere |= done[1]
