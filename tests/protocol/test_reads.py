@@ -2,6 +2,7 @@
 
 import asyncio
 
+import pymongo
 import pytest
 from bson import ObjectId
 
@@ -380,6 +381,26 @@ async def test_of_documents_that_are_together_larger_than_an_answer_none_is_miss
     ids = {w.documents.insert_one({"username": name, "other": large}).inserted_id for name in ("a", "b", "c")}
     found = await w.mongo.look_up(w.entity, [{"username": name} for name in ("a", "b", "c")], timeout=20.0)
     assert {image.id for image in found} == ids
+
+
+async def test_the_primary_is_asked_for_its_newest_state_whatever_the_servers_default_is(
+    open_world, monkeypatch
+):
+    """An unanswered write that is read as it was before would be made a second time."""
+    w = await open_world("dual_write")
+    made = await w.users.insert({"username": "Bob"})
+    asked = []
+    send = pymongo.message._op_msg
+
+    def sent(flags, command, *how, **also):
+        asked.append(command)
+        return send(flags, command, *how, **also)
+
+    monkeypatch.setattr(pymongo.message, "_op_msg", sent)
+    await w.mongo.read(w.entity, made.id, timeout=2.0)
+    await w.mongo.look_up(w.entity, [{"username": "Bob"}], timeout=2.0)
+    finds = [command for command in asked if "find" in command]
+    assert [command.get("readConcern") for command in finds] == [{"level": "local"}] * 2
 
 
 @pytest.mark.parametrize("phase", ["postgres_read", "postgres_primary"])

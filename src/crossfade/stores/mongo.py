@@ -360,7 +360,11 @@ class MongoStore:
 
         PyMongo's cursor costs a caller as much as a tenth of the whole question.
         """
-        command: dict[str, Any] = {"find": entity.collection, "filter": query, "limit": limit}
+        # A command does not inherit it, and gets the server's default, which may be an older state than the primary's.
+        concern = self._raw.read_concern.document
+        command: dict[str, Any] = {
+            "find": entity.collection, "filter": query, "limit": limit, "readConcern": concern,
+        }  # fmt: skip
         if without:
             command["projection"] = _all_but(without)
         with self._asking(timeout):
