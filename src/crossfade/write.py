@@ -150,10 +150,9 @@ class _Operation:
 
 
 class _Made(NamedTuple):
-    """What a write has made of a record: its image, and the caller's; of an async one what gives PostgreSQL's."""
+    """What a write has made of a record: its image; and of an async one what gives PostgreSQL's."""
 
     image: Image
-    record: Record
     behind: Callable[[], Image] | None
 
 
@@ -364,7 +363,7 @@ class Writer:
                 marks["debt"]["sending"] = new_operation()
             stored = {**document, CF: marks | {"born": o.op}}
             image = functools.cache(functools.partial(Image.from_document, dict(stored), entity.parts))
-            making = _meanwhile(functools.partial(self._made_of, entity, image, o))
+            making = _meanwhile(functools.partial(_made_of, image, o))
             with self._ahead(entity, image, o) as ahead:
                 made = await self._insert_until_decided(entity, stored, making, o)
                 if made is not None:
@@ -396,14 +395,6 @@ class Writer:
                 f"[{o.context}] MongoDB holds the write, but does not say whether it stands: {cause}"
             ) from cause
         raise _written_since(entity, o)
-
-    def _made_of(self, entity: Entity, image: Callable[[], Image], o: _Operation) -> _Made:
-        return self._made(entity, image(), o)
-
-    def _made(self, entity: Entity, image: Image, o: _Operation) -> _Made:
-        # The caller may change what it is given while PostgreSQL's part of it is on its way behind the answer.
-        behind = image.kept() if o.asynchronous and o.control.phase.rules.dual else None
-        return _Made(image, self.pair.seen.record(entity, image, "mongo"), behind)
 
     async def _insert_until_decided(
         self, entity: Entity, stored: dict[str, Any], making: Callable[[], _Made], o: _Operation
@@ -445,7 +436,7 @@ class Writer:
                     debt["sending"] = None if mine.debt is None else mine.debt.sending
             if not unknown:
                 return making()
-            made = self._made(entity, replace(making().image, debt=Debt.from_document(debt)), o)
+            made = _made(replace(making().image, debt=Debt.from_document(debt)), o)
             # Somebody may have deleted what a request that was not answered had made.
             try:
                 echo = await self.settler.is_echo(entity, made.image)
@@ -597,7 +588,7 @@ class Writer:
                     if ahead is not None:
                         await ahead.decide(image)
                     self._say(o, "MongoDB write successful")
-                    return await self._then_postgres(entity, self._made(entity, image, o), o, ahead)
+                    return await self._then_postgres(entity, _made(image, o), o, ahead)
             seen = kept = None
         raise errors.Busy(f"[{o.context}] other writers kept changing this record of {entity.name}")
 
@@ -795,7 +786,7 @@ class Writer:
             if image is None:
                 continue
             self._say(o, "MongoDB delete decided")
-            return await self._then_postgres(entity, self._made(entity, image, o), o)
+            return await self._then_postgres(entity, _made(image, o), o)
         raise errors.Busy(f"[{o.context}] other writers kept changing this record of {entity.name}")
 
     # --- MongoDB primary: the second step -----------------------------------------------------------------------
@@ -804,7 +795,9 @@ class Writer:
         self, entity: Entity, made: _Made, o: _Operation, ahead: Ahead | None = None
     ) -> Record:
         o.fate.made = True
-        image, record, behind = made
+        image, behind = made
+        # Not before: of a write that is refused nothing may be remembered in the place of what there is.
+        record = self.pair.seen.record(entity, image, "mongo")
         together: list[Placed] = []
         if o.request.steps and not o.rollback:
             together = await self._take_steps(entity, image, o)
@@ -1495,6 +1488,16 @@ class _NotAdmitted(Exception):
 
 class _AlreadyWritten(Exception):
     """The record in PostgreSQL carries our operation id: the unanswered write had committed."""
+
+
+def _made_of(image: Callable[[], Image], o: _Operation) -> _Made:
+    return _made(image(), o)
+
+
+def _made(image: Image, o: _Operation) -> _Made:
+    # The caller may change what it is given while PostgreSQL's part of it is on its way behind the answer.
+    behind = image.kept() if o.asynchronous and o.control.phase.rules.dual else None
+    return _Made(image, behind)
 
 
 def _meanwhile(make: Callable[[], _T]) -> Callable[[], _T]:

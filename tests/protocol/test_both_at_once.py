@@ -197,6 +197,18 @@ async def test_a_record_that_is_held_is_written_without_being_asked_for_again(op
     await w.assert_equal()
 
 
+async def test_an_insert_that_is_refused_takes_no_place_of_the_record_that_is_held(open_world):
+    w = await open_world()
+    id_ = (await w.users.insert({"username": "Bob", "n": 1})).id
+    await w.settle()
+    held = await w.users.get(id_)
+    with pytest.raises(DuplicateKey):
+        await w.users.insert({"_id": held.id, "username": "Alice"})
+    asked = await commands(w, lambda: w.users.update(held.id, {"n": 2}))
+    assert asked == ["users.find_one_and_update"]
+    await w.assert_equal()
+
+
 @pytest.mark.parametrize("other", ["cf_rev = 1", "cf_op = gen_random_uuid()", "cf_digest = '\\x00'"])
 async def test_an_update_upon_another_row_than_was_seen_brings_the_children_too(open_world, other):
     """PostgreSQL may come from a backup, or may not have got the last image yet."""
