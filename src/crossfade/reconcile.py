@@ -92,7 +92,7 @@ class Reconciler:
     _parked: dict[tuple[str, str, int], float] = field(default_factory=dict)
     _swept: datetime | None = None
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    #: Whether there are other workers.
+    #: Whether there are other workers, and they take writes.
     _others: bool = False
 
     def start(self) -> None:
@@ -318,7 +318,8 @@ class Reconciler:
                 if not claim.mine:
                     done.elsewhere += sum(map(len, portions))
                     return left
-                self._others = await self.pair.board.has_others()
+                # While writes wait, all callers wait for this.
+                self._others = not control.holds_writes and await self.pair.board.has_others()
                 while portions:
                     before = done.settled
                     # Apart: a delete locks the rows of others that name what goes, and their images lock them in
