@@ -187,7 +187,7 @@ class Reconciler:
         late = await self._end_late_arrivals(total)
         with contextlib.suppress(errors.StoreUnavailable):
             # Looking what is owed takes time from who is settling it.
-            await self._until_others_are_done()
+            await self._until_others_are_done(at_once=True)
         began = boot_clock()
         mine: set[tuple[Any, ...]] | None = None
         while True:
@@ -359,9 +359,12 @@ class Reconciler:
         """One reconciler at a time settles what there is much of: two would get into each other's way."""
         return self.pair.postgres.claim(f"drain:{self.pair.name}", timeout=self.pair.options.primary_deadline)
 
-    async def _until_others_are_done(self) -> None:
+    async def _until_others_are_done(self, *, at_once: bool = False) -> None:
+        """``at_once``: ask before the first pause."""
         while True:
-            await asyncio.sleep(_PAUSE * (1 + random.random()))
+            if not at_once:
+                await asyncio.sleep(_PAUSE * (1 + random.random()))
+            at_once = False
             async with self._claim() as claim:
                 if claim.mine:
                     return

@@ -600,7 +600,7 @@ async def test_a_read_of_what_was_not_the_primary_is_asked_again_although_it_is_
         return answer
 
     monkeypatch.setattr(store, "read", read_and_sleep)
-    monkeypatch.setattr(w.m.reader, "_not_postgres", lambda *_: "the primary is asked")
+    monkeypatch.setattr(w.m.reader, "_not_postgres", lambda *_, **__: "the primary is asked")
     reading = asyncio.create_task(w.users.get(made.id))
     await asked.wait()
     await other.reconcile()
