@@ -9,9 +9,9 @@ are deleted behind one of PostgreSQL. At last once more, while other users are w
 process, beside it the same traffic alone; and as many deletes of phase 0, which PostgreSQL has no rows of. Ends with a
 JSON line per figure; rates depend on the machine.
 
-A reconciler takes 250 records at once, two portions at a time, where it is the only worker that there is. Beside others
-it takes a fifth of that, one portion at a time; and beside callers of the same process it rests half as long as each
-took: what is converted is converted on the loop that serves them.
+A reconciler that has a worker to itself takes 250 records at once, two portions at a time. Beside callers of the same
+process it takes a fifth of that, one portion at a time, and rests half as long as each took: what is converted is
+converted on the loop that serves them.
 """
 
 from __future__ import annotations

@@ -267,16 +267,6 @@ class Board:
             await self.obtain_lease()
         self._task = asyncio.create_task(self._run(), name=f"board of {self.migration}")
 
-    async def has_others(self) -> bool:
-        """Whether other workers are in the registry.
-
-        Raises:
-            crossfade.errors.StoreUnavailable: the primary does not answer.
-        """
-        registry, me = Registry(self.migration, self.record.stores), self.member
-        here = await registry.workers(self.control.phase.rules.primary, timeout=self.options.primary_deadline)
-        return any(me is None or worker.id != me.id for worker in here)
-
     async def stop(self) -> None:
         """Stop looking, and leave the registry."""
         for task in (self._task, self._signed):

@@ -38,8 +38,7 @@ OVERLAP = timedelta(seconds=60)
 _AT_ONCE = 8
 #: Records that are settled in one transaction: none of them takes another write meanwhile.
 _TOGETHER = 250
-#: The same where there are other workers, whose callers wait for what the stores are busy with; and where callers are
-#: served by this process, of which one waits for whatever a portion takes of the processor at once.
+#: The same while callers are served by this process: what a portion takes of the processor at once, one of them waits.
 _BESIDE_CALLERS = 50
 #: Seconds after a caller's last request for which others are expected; and the rest after a portion, by what it took.
 _CALLERS, _REST = 1.0, 0.5
@@ -92,8 +91,6 @@ class Reconciler:
     _parked: dict[tuple[str, str, int], float] = field(default_factory=dict)
     _swept: datetime | None = None
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    #: Whether there are other workers, and they take writes.
-    _others: bool = False
 
     def start(self) -> None:
         """Reconcile in the background until `stop`."""
@@ -318,8 +315,6 @@ class Reconciler:
                 if not claim.mine:
                     done.elsewhere += sum(map(len, portions))
                     return left
-                # While writes wait, all callers wait for this.
-                self._others = not control.holds_writes and await self.pair.board.has_others()
                 while portions:
                     before = done.settled
                     # Apart: a delete locks the rows of others that name what goes, and their images lock them in
@@ -400,20 +395,19 @@ class Reconciler:
     ) -> tuple[set[str], set[str]]:
         """Settle them together, as `_together` says.
 
-        Where callers may be served: little by little, and in turn; and where they are served here with rests between.
+        While callers are served here: little by little, in turn, and with rests between.
         """
         settled, elsewhere = set[str](), set[str]()
         at = 0
         while at < len(portion):
-            here = boot_clock() - self.pair.asked < _CALLERS
-            beside = here or self._others
+            beside = boot_clock() - self.pair.asked < _CALLERS
             some = portion[at : at + (_BESIDE_CALLERS if beside else len(portion))]
             at += len(some)
             async with self._turn if beside else contextlib.nullcontext():
                 began = boot_clock()
                 await claim.stay()
                 done = await self._together(some[0])(entity, [debt.id for debt in some], control)
-                if here:
+                if beside:
                     await asyncio.sleep((boot_clock() - began) * _REST)
             settled |= done[0]
             elsewhere |= done[1]

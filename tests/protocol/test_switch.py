@@ -12,17 +12,8 @@ from typing import Any
 import pytest
 from bson.int64 import Int64
 
-from crossfade import (
-    Busy,
-    DuplicateKey,
-    FailureStrategy,
-    NotAllowedInPhase,
-    Phase,
-    StoreUnavailable,
-    reconcile,
-)
+from crossfade import Busy, DuplicateKey, FailureStrategy, NotAllowedInPhase, Phase, StoreUnavailable
 from crossfade.control import PREPARED, STEADY, SWITCHING, Control
-from crossfade.debt import Settler
 from crossfade.record import CF, Image, new_operation
 from crossfade.stores.errors import Fenced
 from crossfade.stores.postgres import Change
@@ -33,7 +24,6 @@ from crossfade.workers import Registry
 from crossfade.write import Writer
 
 from .conftest import PATIENCE, World, eventually, users_entity
-from .test_outages import owed_together
 
 THERE = {"postgres_read": Phase.POSTGRES_PRIMARY, "postgres_primary": Phase.POSTGRES_READ}
 BOTH_WAYS = list(THERE)
@@ -787,22 +777,3 @@ async def test_going_back_from_a_switch_is_told_only_where_there_was_one(open_wo
     assert await abort(w.m, by="somebody")
     assert w.control.state == STEADY
     assert PREPARED not in {entry["state"] for entry in await w.m.record.history(timeout=PATIENCE)}
-
-
-async def test_what_is_owed_is_settled_at_full_speed_while_writes_wait(open_world, monkeypatch):
-    """Beside other workers little by little: but their callers wait for this, and for nothing else."""
-    how = {"enlisted": True, "background": True, "reconcile_age": 60.0}
-    w, _ = [await open_world("postgres_read", **how) for _ in range(2)]
-    await eventually(w.m.board.has_others)
-    ids = owed_together(w, monkeypatch)
-    monkeypatch.setattr(reconcile, "_BESIDE_CALLERS", 1)
-    portions = []
-    settle_many = Settler.settle_many
-
-    async def counted(self, entity, some, control):
-        portions.append((control.state, len(some)))
-        return await settle_many(self, entity, some, control)
-
-    monkeypatch.setattr(Settler, "settle_many", counted)
-    await go(w)
-    assert portions == [(SWITCHING, len(ids))]
