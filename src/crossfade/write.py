@@ -25,7 +25,7 @@ import functools
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import bson
 from bson.int64 import Int64
@@ -147,13 +147,6 @@ class _Operation:
     def left(self) -> float:
         """Seconds until the deadline; never less than a hundredth."""
         return max(0.01, self.ends - boot_clock())
-
-
-class _Made(NamedTuple):
-    """What a write has made of a record: its image; and of an async one what gives PostgreSQL's."""
-
-    image: Image
-    behind: Callable[[], Image] | None
 
 
 @dataclass
@@ -362,15 +355,14 @@ class Writer:
             if "debt" in marks:
                 marks["debt"]["sending"] = new_operation()
             stored = {**document, CF: marks | {"born": o.op}}
-            image = functools.cache(functools.partial(Image.from_document, dict(stored), entity.parts))
-            making = _meanwhile(functools.partial(_made_of, image, o))
+            image = _meanwhile(functools.partial(Image.from_document, dict(stored), entity.parts))
             with self._ahead(entity, image, o) as ahead:
-                made = await self._insert_until_decided(entity, stored, making, o)
+                made = await self._insert_until_decided(entity, stored, image, o)
                 if made is not None:
                     if id_given and await self._was_buried_meanwhile(entity, stored, o):
                         continue
                     if ahead is not None:
-                        await ahead.decide(made.image)
+                        await ahead.decide(made)
                     self._say(o, "MongoDB write successful")
                     return await self._then_postgres(entity, made, o, ahead)
         raise errors.Busy(f"[{o.context}] this record of {entity.name} is being deleted again and again")
@@ -397,9 +389,9 @@ class Writer:
         raise _written_since(entity, o)
 
     async def _insert_until_decided(
-        self, entity: Entity, stored: dict[str, Any], making: Callable[[], _Made], o: _Operation
-    ) -> _Made | None:
-        """Insert, repeated until it is decided: what was made; None: a decided delete stood in the way."""
+        self, entity: Entity, stored: dict[str, Any], image: Callable[[], Image], o: _Operation
+    ) -> Image | None:
+        """Insert, repeated until it is decided: the image that was made; None: a decided delete stood in the way."""
         unknown = False
         debt = stored[CF].get("debt")
         while True:
@@ -435,11 +427,11 @@ class Writer:
                 if debt is not None:
                     debt["sending"] = None if mine.debt is None else mine.debt.sending
             if not unknown:
-                return making()
-            made = _made(replace(making().image, debt=Debt.from_document(debt)), o)
+                return image()
+            made = replace(image(), debt=Debt.from_document(debt))
             # Somebody may have deleted what a request that was not answered had made.
             try:
-                echo = await self.settler.is_echo(entity, made.image)
+                echo = await self.settler.is_echo(entity, made)
             except errors.StoreUnavailable as cause:
                 await self._again(o, cause)
                 continue
@@ -588,7 +580,7 @@ class Writer:
                     if ahead is not None:
                         await ahead.decide(image)
                     self._say(o, "MongoDB write successful")
-                    return await self._then_postgres(entity, _made(image, o), o, ahead)
+                    return await self._then_postgres(entity, image, o, ahead)
             seen = kept = None
         raise errors.Busy(f"[{o.context}] other writers kept changing this record of {entity.name}")
 
@@ -786,17 +778,15 @@ class Writer:
             if image is None:
                 continue
             self._say(o, "MongoDB delete decided")
-            return await self._then_postgres(entity, _made(image, o), o)
+            return await self._then_postgres(entity, image, o)
         raise errors.Busy(f"[{o.context}] other writers kept changing this record of {entity.name}")
 
     # --- MongoDB primary: the second step -----------------------------------------------------------------------
 
     async def _then_postgres(
-        self, entity: Entity, made: _Made, o: _Operation, ahead: Ahead | None = None
+        self, entity: Entity, image: Image, o: _Operation, ahead: Ahead | None = None
     ) -> Record:
         o.fate.made = True
-        image, behind = made
-        # Not before: of a write that is refused nothing may be remembered in the place of what there is.
         record = self.pair.seen.record(entity, image, "mongo")
         together: list[Placed] = []
         if o.request.steps and not o.rollback:
@@ -807,9 +797,10 @@ class Writer:
                 await self.settler.bury(entity, image)
         if not o.control.phase.rules.dual:
             return record
-        if behind is not None:
+        if o.asynchronous:
             if len(self._background) < self.pair.options.background:
-                task = asyncio.create_task(self._quietly(entity, behind, o))
+                # The caller may change what it is given while this one is on its way.
+                task = asyncio.create_task(self._quietly(entity, image.kept(), o))
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
             return record
@@ -1488,16 +1479,6 @@ class _NotAdmitted(Exception):
 
 class _AlreadyWritten(Exception):
     """The record in PostgreSQL carries our operation id: the unanswered write had committed."""
-
-
-def _made_of(image: Callable[[], Image], o: _Operation) -> _Made:
-    return _made(image(), o)
-
-
-def _made(image: Image, o: _Operation) -> _Made:
-    # The caller may change what it is given while PostgreSQL's part of it is on its way behind the answer.
-    behind = image.kept() if o.asynchronous and o.control.phase.rules.dual else None
-    return _Made(image, behind)
 
 
 def _meanwhile(make: Callable[[], _T]) -> Callable[[], _T]:
