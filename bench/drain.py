@@ -117,7 +117,7 @@ async def drain(accounts: list[Migration]) -> float:
 
 
 async def nothing_is_owed(worker: Migration) -> None:
-    await worker.settler._queue.join()
+    await worker.settler.eraser.join()
     left = (await worker.board.refresh()).debts
     assert not left, f"{len(left)} debts are left"
 

@@ -134,7 +134,7 @@ async def prepare(m: Migration) -> None:
     timeout = 60.0
     for n in range(1, USERS + 1):
         await m.users.insert({"_id": ObjectId(f"{n:024x}"), **document(f"user {n:024x}"), "n": -n})
-    await m.settler._queue.join()
+    await m.settler.eraser.join()
     assert (await m.record.look(timeout=timeout)).decisive
 
 

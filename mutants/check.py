@@ -31,7 +31,7 @@ from crossfade.embedded import EmbeddedServers
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "crossfade"
 #: The files whose every line carries the protocol.
-PROTOCOL = ("write.py", "read.py", "debt.py", "reconcile.py")
+PROTOCOL = ("write.py", "read.py", "debt.py", "delivery.py", "erasing.py", "reconcile.py")
 #: The tests that are about a file, which are asked first; the others of the protocol follow.
 CLOSEST = {
     "write.py": ("single_writes", "both_at_once", "unknown_outcomes", "rollback_both", "several_records"),

@@ -18,13 +18,15 @@ from typing import Any, Literal, Self
 from crossfade import errors, observe
 from crossfade.board import Board, Options, Pair
 from crossfade.control import Control, ControlRecord
-from crossfade.debt import Settler, unique_key
+from crossfade.debt import Settler
+from crossfade.delivery import Deliverer
 from crossfade.entity import Entity, UniqueRule
+from crossfade.erasing import Eraser
 from crossfade.phase import Phase
 from crossfade.query import Query, Where, alternatives, query
 from crossfade.read import Reader
 from crossfade.reconcile import Reconciler
-from crossfade.record import Record, Step
+from crossfade.record import Record, Step, unique_key
 from crossfade.shadow import Shadow
 from crossfade.steps import Stepper
 from crossfade.stores.mongo import MongoStore
@@ -315,7 +317,8 @@ class Migration:
         self.record = ControlRecord(name, mongo, postgres)
         self.board = Board(name, by_name, mongo, postgres, self.record, options)
         self.pair = Pair(name, by_name, mongo, postgres, self.board, options)
-        self.settler = Settler(self.pair, Stepper(self.pair))
+        eraser = Eraser(self.pair)
+        self.settler = Settler(self.pair, Stepper(self.pair), eraser, Deliverer(self.pair, eraser))
         self.writer = Writer(self.pair, self.settler)
         self.shadow = Shadow(self.pair)
         self.reader = Reader(self.pair, self.shadow)
@@ -377,7 +380,7 @@ class Migration:
             self.shadow.start()
         else:
             await self.board.refresh()
-        self.settler.start()
+        self.settler.eraser.start()
 
     async def _begin(self) -> None:
         options = self.pair.options
@@ -488,7 +491,7 @@ class Migration:
         await self.shadow.stop()
         await self.writer.close()
         await self.reconciler.stop()
-        await self.settler.stop()
+        await self.settler.eraser.stop()
         await self.pair.close()
         await self.board.stop()
 

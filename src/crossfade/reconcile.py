@@ -23,9 +23,9 @@ from crossfade import errors, observe
 from crossfade.board import Pair, debt_key, end
 from crossfade.clock import boot_clock
 from crossfade.control import STEADY, Control
-from crossfade.debt import Settled, Settler
+from crossfade.debt import Settler
 from crossfade.entity import Entity
-from crossfade.record import Image
+from crossfade.record import Image, Settled
 from crossfade.stores.errors import Fenced
 from crossfade.stores.mongo import Owed
 from crossfade.stores.postgres import Claim, Delivery
@@ -126,7 +126,7 @@ class Reconciler:
                     if comparable and adopts:
                         await self.sweep()
                     elif comparable and control.dual:
-                        await self.settler.end_deliveries()
+                        await self.settler.deliverer.end_deliveries()
                         await self.strays.merge_all(control)
                     await self._end_feeding(control)
             except (errors.CrossfadeError, Unmappable) as cause:
@@ -247,7 +247,7 @@ class Reconciler:
         control = self.pair.board.control
         if control.dual and control.phase.rules.primary == "postgres":
             try:
-                done.settled += await self.settler.end_deliveries()
+                done.settled += await self.settler.deliverer.end_deliveries()
                 done.settled += sum((await self.strays.merge_all(self.pair.board.control)).values())
             except (errors.StoreUnavailable, Fenced) as cause:
                 done.cause = str(cause)
@@ -418,7 +418,7 @@ class Reconciler:
     ) -> Callable[[Entity, Sequence[Any], Control], Awaitable[tuple[set[str], set[str]]]]:
         """What settles many debts like this one."""
         if isinstance(debt, Delivery):
-            return self.settler.deliver_many
+            return self.settler.deliverer.deliver_many
         return self.settler.settle_deletes if _is_tombstone(debt) else self.settler.settle_many
 
     def _rests(self, debt: Owed | Delivery) -> bool:
@@ -450,7 +450,7 @@ class Reconciler:
                 if overdue:
                     await self.writer.undo_in_postgres(debt, control)
                 return Settled.OPEN
-            return await self.settler.deliver(debt, control, timeout=timeout)
+            return await self.settler.deliverer.deliver(debt, control, timeout=timeout)
         if debt.tombstone:
             return await self.settler.settle_tombstone(entity, debt.id, control, timeout=timeout)
         return await self.settler.settle_one(entity, debt.id, control, undo_tentative=overdue, owed=True)
@@ -513,7 +513,7 @@ class Reconciler:
                     await self.pair.board.refresh()  # written, or delivered, between the two stores' answers
                     unlike = await self.unlike([(entity, id_) for _, id_ in unlike])
                 for _, id_ in unlike:
-                    await self.settler.deliver_anew(entity, id_, pair.board.control)
+                    await self.settler.deliverer.deliver_anew(entity, id_, pair.board.control)
                     delivered += 1
         return delivered
 

@@ -20,7 +20,7 @@ from bson.int64 import Int64
 
 from crossfade import errors
 from crossfade.part import Part, digest_with, left_out_of, noted_parts, parts_of, with_left_out
-from crossfade.values import decode_canonical, decode_document, encode_document, notes_beside
+from crossfade.values import decode_canonical, decode_document, encode_document, id_to_text, notes_beside
 
 #: The sub-document that holds Crossfade's notes.
 CF = "_cf"
@@ -443,3 +443,28 @@ class Record:
             raise errors.PartLeftOut(
                 f"this record was read or written without its part {field!r}; read it whole: get(id)"
             )
+
+
+class Settled(StrEnum):
+    """How an attempt to settle ended."""
+
+    #: The secondary holds the primary's revision.
+    CONFIRMED = "confirmed"
+    #: The primary has moved on; the newer revision's own debt brings it.
+    SUPERSEDED = "superseded"
+    #: The secondary's rules, or the mapping, refuse it; noted with its cause.
+    PARKED = "parked"
+    #: A ``ROLLBACK_BOTH`` write that is still open.
+    OPEN = "open"
+    #: There is nothing in the primary.
+    GONE = "gone"
+
+
+def acceptable_key(key: str | None, plain: str, id_: Any) -> bool:
+    """Whether a stamped key fits the name that ``plain`` is made from: itself, or made unique by the id."""
+    return key in (plain, unique_key(plain, id_))
+
+
+def unique_key(plain: str, id_: Any) -> str:
+    """The key of a record whose plain key another, older record has."""
+    return f"{plain}#{id_to_text(id_)}"

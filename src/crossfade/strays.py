@@ -20,7 +20,8 @@ from enum import StrEnum
 from crossfade import errors, observe
 from crossfade.board import Pair
 from crossfade.control import Control
-from crossfade.debt import MOST_DELIVERIES, Settler
+from crossfade.debt import Settler
+from crossfade.delivery import MOST_DELIVERIES
 from crossfade.entity import Entity
 from crossfade.part import parts_of
 from crossfade.record import Image, new_operation
@@ -171,7 +172,7 @@ class Strays:
         """Bring PostgreSQL's record to MongoDB, above the stray."""
         timeout = self.pair.options.primary_deadline
         if await self.pair.postgres.outbox_row(entity, image.id, timeout=timeout) is None:
-            await self.settler.deliver_anew(entity, image.id, control, above=image.rev)
+            await self.settler.deliverer.deliver_anew(entity, image.id, control, above=image.rev)
             return
         owed = Delivery(entity.name, image.id, 0, "", None, None, None)
-        await self.settler.deliver(owed, control, timeout=timeout)
+        await self.settler.deliverer.deliver(owed, control, timeout=timeout)

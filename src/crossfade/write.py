@@ -34,7 +34,8 @@ from crossfade import errors, observe
 from crossfade.board import Pair
 from crossfade.clock import boot_clock
 from crossfade.control import Control
-from crossfade.debt import ATTEMPTS, Settled, Settler, acceptable_key, keys_to_stamp
+from crossfade.debt import Settler, keys_to_stamp
+from crossfade.delivery import ATTEMPTS
 from crossfade.entity import Entity
 from crossfade.part import Carried, Part, carried_by, noted_parts
 from crossfade.query import assert_values
@@ -44,8 +45,10 @@ from crossfade.record import (
     Debt,
     Image,
     Record,
+    Settled,
     Step,
     Steps,
+    acceptable_key,
     new_id,
     new_operation,
     stamped_keys,
@@ -886,7 +889,7 @@ class Writer:
                     entity, [image.id], timeout=self.pair.options.secondary_deadline
                 )
         if settled is Settled.CONFIRMED and not image.deleted and not o.rollback:
-            self.settler.erase_soon(entity, image, behind)
+            self.settler.eraser.soon(entity, image, behind)
         return None
 
     async def _bring(
@@ -905,7 +908,7 @@ class Writer:
             brought = await self.settler.bring_together(placed, o.control, timeout=timeout)
             for (each, one), settled in zip(placed, brought, strict=True):
                 if settled is Settled.CONFIRMED and one is not image and not one.is_open:
-                    self.settler.erase_soon(each, one)
+                    self.settler.eraser.soon(each, one)
             # What was owed before is owed on where it is refused: this write stands without it.
             mine = brought[: len(own)]
             unlike = [settled for settled in mine if settled not in (Settled.CONFIRMED, Settled.OPEN)]
@@ -970,11 +973,11 @@ class Writer:
                             entity, image.id, replace(image.steps, state="confirmed")
                         )
                         for each, one in together:
-                            self.settler.erase_soon(each, one)
+                            self.settler.eraser.soon(each, one)
                 if image.deleted:
                     await self._finish_confirmed_delete(entity, image, o)
                 else:
-                    self.settler.erase_soon(entity, image)
+                    self.settler.eraser.soon(entity, image)
                 return
             await self._bring_what_replaced_it(entity, image, o)
             raise errors.Undone(
@@ -1033,7 +1036,7 @@ class Writer:
                         entity, lifted, o.control, timeout=self.pair.options.secondary_deadline
                     )
                 if settled is Settled.CONFIRMED:
-                    self.settler.erase_soon(entity, lifted)
+                    self.settler.eraser.soon(entity, lifted)
             if settled is not Settled.CONFIRMED and self.pair.board.control.postgres_first:
                 await self.pair.board.mark_unreadable(o.op)
 
@@ -1359,7 +1362,7 @@ class Writer:
         try:
             with self.pair.mongo_breaker.hears():
                 async with asyncio.timeout(ends - boot_clock()):
-                    settled = await self.settler.deliver(
+                    settled = await self.settler.deliverer.deliver(
                         owed, o.control, timeout=self.pair.options.secondary_deadline
                     )
         except TimeoutError as cause:

@@ -180,8 +180,8 @@ class Stage:
             if points.killed:
                 told = "killed"
             # What is erased behind the caller's back has its points, too.
-            joined = asyncio.ensure_future(migration.settler._queue.join())
-            await asyncio.wait({joined, migration.settler._task}, return_when=asyncio.FIRST_COMPLETED)
+            joined = asyncio.ensure_future(migration.settler.eraser.join())
+            await asyncio.wait({joined, migration.settler.eraser._task}, return_when=asyncio.FIRST_COMPLETED)
             joined.cancel()
 
         points.plan(failures, lasting=lasting)
@@ -306,7 +306,7 @@ def _end_of(telling: Telling, held: Mapping[str, Any]) -> tuple[str, list[Any]]:
 
 async def _drop(cf: Crossfade, migration: Any) -> None:
     """End a worker as the end of its process would: nothing is finished, every connection breaks."""
-    tasks = [migration.settler._task, *migration.writer._background]
+    tasks = [migration.settler.eraser._task, *migration.writer._background]
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks, timeout=1)

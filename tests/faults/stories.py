@@ -91,7 +91,7 @@ async def log_in(m: Any, name: str, strategy: FailureStrategy | None) -> Telling
     """A field is set of a user whose picture both stores hold, and which stays where it is."""
     old = {"username": name, "n": 1, "picture": PICTURE, "friends": []}
     made = await m.users.insert(old)
-    await m.settler._queue.join()  # only a part that is confirmed is left out
+    await m.settler.eraser.join()  # only a part that is confirmed is left out
     return Telling(
         [("users", made.id)], [old], [{**old, "n": 2}],
         lambda worker: worker.users.update(made.id, {"n": 2}, strategy=strategy),
@@ -103,7 +103,7 @@ async def new_picture(m: Any, name: str, strategy: FailureStrategy | None) -> Te
     """A user whose picture both stores hold gets another one."""
     old = {"username": name, "n": 1, "picture": PICTURE, "friends": []}
     made = await m.users.insert(old)
-    await m.settler._queue.join()
+    await m.settler.eraser.join()
     return Telling(
         [("users", made.id)], [old], [{**old, "n": 2, "picture": b"new" * 100}],
         lambda worker: worker.users.update(made.id, {"n": 2, "picture": b"new" * 100}, strategy=strategy),

@@ -100,7 +100,7 @@ class Stage:
             await asyncio.wait_for(points.run(lambda: self.switch(m, on_step)), PATIENCE)
         self.struck += bool(points.struck)
         points.end()
-        m.settler._task.cancel()
+        m.settler.eraser._task.cancel()
         await cf.mongo.close()
         await cf.postgres.close()
         return points.points

@@ -243,7 +243,7 @@ class World:
 
     async def settle(self) -> None:
         """Let debts that are confirmed be erased."""
-        await self.settler._queue.join()
+        await self.settler.eraser.join()
 
     async def postgres_answers(self) -> None:
         """Wait until PostgreSQL is back for this worker, every connection of its pool."""

@@ -11,8 +11,7 @@ import pytest
 from bson import ObjectId
 
 from crossfade import StoreUnavailable
-from crossfade.debt import Settled
-from crossfade.record import CF, Applied, DebtKey, Image, new_operation
+from crossfade.record import CF, Applied, DebtKey, Image, Settled, new_operation
 from crossfade.stores.errors import Fenced
 from crossfade.testing.failure_points import Failure, FailurePoints, Killed
 from crossfade.values import id_to_text

@@ -694,7 +694,7 @@ async def undelivered(w: World, proxy, monkeypatch, **fields):
     proxy.refuse()
     for id_ in ids:
         await w.users.update(id_, {"n": 2})
-    deliver = w.settler.deliver
+    deliver = w.settler.deliverer.deliver
 
     async def noted(owed, control, **how):
         alone.append(owed.id)
@@ -804,7 +804,7 @@ async def test_an_open_write_is_not_delivered_among_others(open_world, mongo_pro
     mongo_proxy.pass_through()
     tentative = '{"kind": "update", "before": null}'
     w.sql("UPDATE crossfade.outbox SET tentative = %s WHERE id = %s", tentative, id_to_text(ids[0]))
-    settled, _ = await w.settler.deliver_many(w.entity, ids, w.control)
+    settled, _ = await w.settler.deliverer.deliver_many(w.entity, ids, w.control)
     assert settled == {id_to_text(id_) for id_ in ids[1:]}
     assert [w.document(id_)["n"] for id_ in ids] == [1, 2, 2, 2]
 
@@ -817,7 +817,7 @@ async def test_a_foreign_write_upon_what_was_delivered_and_not_yet_settled_is_jo
     mongo_proxy.pass_through()
     with monkeypatch.context() as dies:  # whoever delivers it, before it is settled
         dies.setattr(w.postgres, "settle_many", lambda *_, **_how: asyncio.sleep(0, set()))
-        await w.settler.deliver_many(w.entity, ids[:1], w.control)
+        await w.settler.deliverer.deliver_many(w.entity, ids[:1], w.control)
     just_before_it_is_sent(w, monkeypatch, written_by_another(w, ids[0]))
     await w.reconcile()
     assert [document["n"] for _, document in w.conflicts()] == [99]

@@ -6,8 +6,7 @@ import pytest
 from bson import Int64, ObjectId
 
 from crossfade import Busy, DuplicateKey, FailureStrategy, Undone, UndoPending, board
-from crossfade.debt import Settled
-from crossfade.record import CF, new_operation
+from crossfade.record import CF, Settled, new_operation
 from crossfade.stores.errors import Unanswered
 
 from .conftest import PATIENCE, World, eventually
@@ -247,7 +246,7 @@ async def test_a_write_that_another_worker_undoes_before_it_is_confirmed_is_told
 ):
     w, other = await open_world("postgres_primary"), await open_world("postgres_primary")
     id_ = await prepared(w, "update")
-    deliver = w.settler.deliver
+    deliver = w.settler.deliverer.deliver
 
     async def overtaken(owed, control, **how):
         monkeypatch.setattr(w.settler, "deliver", deliver)
@@ -274,7 +273,7 @@ async def test_an_open_write_is_left_to_its_writer_until_its_deadline_or_until_n
         async def dies(*_record, **_how):
             raise asyncio.CancelledError
 
-        deliver = w.settler.deliver
+        deliver = w.settler.deliverer.deliver
         monkeypatch.setattr(w.settler, "deliver", dies)
         with pytest.raises(asyncio.CancelledError):
             await write(w, "update", id_)

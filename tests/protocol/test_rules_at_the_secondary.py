@@ -7,7 +7,7 @@ import pytest
 from bson import ObjectId
 
 from crossfade import DuplicateKey
-from crossfade.debt import Settled
+from crossfade.record import Settled
 
 from .conftest import BOTH_PRIMARIES, World, eventually
 
@@ -119,7 +119,7 @@ async def test_a_foreign_write_beside_a_name_that_changes_hands_is_journaled(ope
     mongo_proxy.pass_through()
     w.documents.update_one({"_id": b}, {"$set": {"n": 99}})
     owed = {debt.id: debt for debt in await w.owed()}
-    await w.settler.deliver(owed[a], w.control, timeout=5)
+    await w.settler.deliverer.deliver(owed[a], w.control, timeout=5)
     await w.reconcile()
     assert [(store, document["n"]) for store, document in w.conflicts()] == [("mongo", 99)]
     await w.assert_equal()
@@ -248,7 +248,7 @@ async def test_a_name_that_two_old_documents_have_is_delivered_once_the_holder_o
     made = await w.users.insert({"username": "Bob"})
     mongo_proxy.pass_through()
     owed = {debt.id: debt for debt in await w.owed()}
-    assert await w.settler.deliver(owed[made.id], w.control, timeout=5) is Settled.CONFIRMED
+    assert await w.settler.deliverer.deliver(owed[made.id], w.control, timeout=5) is Settled.CONFIRMED
     await w.reconcile()
     assert {d["_id"]: d["username"] for d in w.documents.find()} == {
         oldest: "Robert", other: "Bob", made.id: "Bob",

@@ -17,8 +17,7 @@ from crossfade import (
     Undone,
 )
 from crossfade.clock import boot_clock
-from crossfade.debt import Settled
-from crossfade.record import CF
+from crossfade.record import CF, Settled
 from crossfade.values import id_to_text
 
 from .conftest import BOTH_PRIMARIES, MONGO_PHASES, PATIENCE, eventually, requests_entity
@@ -778,7 +777,7 @@ async def test_a_slow_mongo_keeps_the_caller_of_an_operation_no_longer_than_that
     w = await open_friends("postgres_primary")
     there = await asked(w)
     await w.settle()
-    deliver, limit = w.settler.deliver, w.m.pair.options.secondary_deadline * 4
+    deliver, limit = w.settler.deliverer.deliver, w.m.pair.options.secondary_deadline * 4
     begun = []
 
     async def slowly(owed, control, *, timeout):

@@ -58,7 +58,7 @@ async def settled(service: Service) -> None:
     accounts = service.app.state.accounts
     async with asyncio.timeout(30):
         while True:
-            await accounts.settler._queue.join()
+            await accounts.settler.eraser.join()
             look = await accounts.board.refresh()
             if not look.owed and not look.deliveries:
                 await accounts.reconciler.link()  # what met another's lock is left to the sweep

@@ -23,9 +23,9 @@ from crossfade import errors
 from crossfade.bulk.backfill import Backfill
 from crossfade.bulk.verify import Verify
 from crossfade.cli.context import address, open_migration, problems
-from crossfade.debt import Settled
 from crossfade.entity import Entity
 from crossfade.migration import Migration
+from crossfade.record import Settled
 from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.bulk_postgres import BulkPostgres
 from crossfade.stores.loading import OnStep

@@ -24,9 +24,9 @@ from crossfade.cli.context import (
     run,
 )
 from crossfade.cli.crew import bulk_stores, bulk_target
-from crossfade.debt import Settled
 from crossfade.errors import ConfigurationError, NotAllowedInPhase
 from crossfade.migration import Migration
+from crossfade.record import Settled
 from crossfade.values import digest_of_bytes, text_to_id
 
 app = typer.Typer(help="Documents that cannot be carried over unchanged.", no_args_is_help=True)

@@ -41,13 +41,13 @@ class _ByProtocol:
     async def from_primary(self, entity: Entity, id_: Any) -> object:
         settler = self._migration.settler
         if self.primary == "postgres":
-            return await settler.deliver_anew(entity, id_, self._control)
+            return await settler.deliverer.deliver_anew(entity, id_, self._control)
         return await settler.settle_one(entity, id_, self._control)
 
     async def anew(self, entity: Entity, id_: Any) -> object:
         settler = self._migration.settler
         if self.primary == "postgres":
-            return await settler.deliver_anew(entity, id_, self._control)
+            return await settler.deliverer.deliver_anew(entity, id_, self._control)
         return await settler.bring_anew(entity, id_, self._control)
 
     async def drop_row(self, entity: Entity, id_: Any, rev: int) -> object:
