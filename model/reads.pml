@@ -107,7 +107,7 @@ inline put_grave(revision) {
 #define may_fail (failed < FAILURES)
 
 /* ===================================================================================================================
- * A worker with one write (Writer._then_postgres, _acknowledge_with_debt; Board.mark_unreadable)
+ * A worker with one write (MongoPrimary._then_postgres, _acknowledge_with_debt; Board.mark_unreadable)
  * ================================================================================================================= */
 
 /* The beginning of Board.mark_unreadable, which asks nobody. */

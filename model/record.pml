@@ -283,7 +283,7 @@ inline end_bring() {
     by_tombstone = 0
 }
 
-/* The attempt to settle has ended: for a worker, see Writer._then_postgres and _close_tentative. */
+/* The attempt to settle has ended: for a worker, see MongoPrimary._then_postgres and _close_tentative. */
 inline end_settling() {
     if
     :: me < RECONCILER && !rollback ->
@@ -334,7 +334,7 @@ proctype Process(byte me) {
     do
     :: atomic {
         if
-        /* --- a write begins (write.py) ----------------------------------------------------------------------- */
+        /* --- a write begins (primary_mongo.py) ----------------------------------------------------------------------- */
         :: step == idle && me < RECONCILER ->
             if
 #ifdef INSERTS

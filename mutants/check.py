@@ -31,11 +31,27 @@ from crossfade.embedded import EmbeddedServers
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "crossfade"
 #: The files whose every line carries the protocol.
-PROTOCOL = ("write.py", "read.py", "debt.py", "delivery.py", "erasing.py", "reconcile.py")
+PROTOCOL = (
+    "write.py",
+    "operation.py",
+    "primary_mongo.py",
+    "primary_postgres.py",
+    "read.py",
+    "debt.py",
+    "delivery.py",
+    "erasing.py",
+    "reconcile.py",
+)
+_OF_A_WRITE = ("single_writes", "both_at_once", "unknown_outcomes", "rollback_both", "several_records")
 #: The tests that are about a file, which are asked first; the others of the protocol follow.
 CLOSEST = {
-    "write.py": ("single_writes", "both_at_once", "unknown_outcomes", "rollback_both", "several_records"),
+    "write.py": _OF_A_WRITE,
+    "operation.py": _OF_A_WRITE,
+    "primary_mongo.py": _OF_A_WRITE,
+    "primary_postgres.py": _OF_A_WRITE,
     "debt.py": ("images", "rules_at_the_secondary", "foreign_writes", "rollback_both", "rules", "outages"),
+    "delivery.py": ("outages", "rules_at_the_secondary", "several_records", "parts", "rollback_both"),
+    "erasing.py": ("images", "outages", "both_at_once"),
     "read.py": ("reads",),
     "reconcile.py": ("outages", "foreign_writes", "rules_at_the_secondary", "rollback_both"),
     "part.py": ("parts",),

@@ -42,14 +42,7 @@ from crossfade.steps import LARGEST_GROUP, Placed, Stepper
 from crossfade.stores.errors import Fenced, RuleBroken
 from crossfade.stores.mongo import Tombstone
 from crossfade.stores.postgres import Ahead
-from crossfade.values import (
-    Unmappable,
-    digest_of_stored,
-    encode_document,
-    id_texts,
-    id_to_text,
-    text_to_id,
-)
+from crossfade.values import Unmappable, digest_of_stored, encode_document, id_texts, id_to_text, text_to_id
 
 _Given = TypeVar("_Given")
 _Taken = TypeVar("_Taken")

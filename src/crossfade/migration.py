@@ -22,6 +22,7 @@ from crossfade.debt import Settler
 from crossfade.delivery import Deliverer
 from crossfade.entity import Entity, UniqueRule
 from crossfade.erasing import Eraser
+from crossfade.operation import Request, as_stored, assert_writable
 from crossfade.phase import Phase
 from crossfade.query import Query, Where, alternatives, query
 from crossfade.read import Reader
@@ -33,7 +34,7 @@ from crossfade.stores.mongo import MongoStore
 from crossfade.stores.postgres import PostgresStore
 from crossfade.strategy import FailureStrategy, default_strategy
 from crossfade.strays import Strays
-from crossfade.write import Request, Writer, as_stored, assert_writable
+from crossfade.write import Writer
 
 Mode = Literal["sync", "async"]
 

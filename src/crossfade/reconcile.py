@@ -448,7 +448,7 @@ class Reconciler:
         if isinstance(debt, Delivery):
             if debt.tentative is not None:
                 if overdue:
-                    await self.writer.undo_in_postgres(debt, control)
+                    await self.writer.postgres.undo(debt, control)
                 return Settled.OPEN
             return await self.settler.deliverer.deliver(debt, control, timeout=timeout)
         if debt.tombstone:

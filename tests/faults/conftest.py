@@ -306,7 +306,7 @@ def _end_of(telling: Telling, held: Mapping[str, Any]) -> tuple[str, list[Any]]:
 
 async def _drop(cf: Crossfade, migration: Any) -> None:
     """End a worker as the end of its process would: nothing is finished, every connection breaks."""
-    tasks = [migration.settler.eraser._task, *migration.writer._background]
+    tasks = [migration.settler.eraser._task, *migration.writer.background.running]
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks, timeout=1)

@@ -144,7 +144,7 @@ async def worker(round_: Round, number: int, ends: float) -> None:
 
 async def drop(cf: Crossfade, m: Any) -> None:
     """End a worker as the end of its process would: nothing is finished, every connection breaks."""
-    running = [m.board._task, m.reconciler._task, m.settler.eraser._task, *m.writer._background]
+    running = [m.board._task, m.reconciler._task, m.settler.eraser._task, *m.writer.background.running]
     tasks = [task for task in running if task is not None]
     await asyncio.gather(*(end(task) for task in tasks))
     for task in tasks:

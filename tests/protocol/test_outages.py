@@ -16,7 +16,7 @@ from crossfade import (
     StoreUnavailable,
     Undone,
     board,
-    debt,
+    delivery,
     reconcile,
 )
 from crossfade.record import CF, new_operation
@@ -448,7 +448,7 @@ async def test_a_late_delivery_after_a_delete_removes_itself(open_world):
     made = await w.users.insert({"username": "Bob"})
     row = await w.row(made.id)
     await w.users.delete(made.id)
-    assert not await w.settler._put(w.entity, None, None, row, w.control, timeout=PATIENCE)
+    assert not await w.settler.deliverer._put(w.entity, None, None, row, w.control, timeout=PATIENCE)
     assert w.document(made.id) is None
 
 
@@ -700,7 +700,7 @@ async def undelivered(w: World, proxy, monkeypatch, **fields):
         alone.append(owed.id)
         return await deliver(owed, control, **how)
 
-    monkeypatch.setattr(w.settler, "deliver", noted)
+    monkeypatch.setattr(w.settler.deliverer, "deliver", noted)
     return ids, alone
 
 
@@ -864,7 +864,7 @@ async def test_records_of_many_rows_are_not_all_read_at_once(open_world, mongo_p
     friends = [ObjectId() for _ in range(500)]
     _, alone = await undelivered(w, mongo_proxy, monkeypatch, friends=friends)
     mongo_proxy.pass_through()
-    monkeypatch.setattr(debt, "MOST_TOGETHER", 2 * len(friends) * len(id_to_text(ObjectId())))
+    monkeypatch.setattr(delivery, "MOST_TOGETHER", 2 * len(friends) * len(id_to_text(ObjectId())))
     read_many, read = w.postgres.read_many, []
 
     async def noted(*args, **how):

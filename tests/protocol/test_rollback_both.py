@@ -249,12 +249,12 @@ async def test_a_write_that_another_worker_undoes_before_it_is_confirmed_is_told
     deliver = w.settler.deliverer.deliver
 
     async def overtaken(owed, control, **how):
-        monkeypatch.setattr(w.settler, "deliver", deliver)
+        monkeypatch.setattr(w.settler.deliverer, "deliver", deliver)
         settled = await deliver(owed, control, **how)
-        await other.m.writer.undo_in_postgres(owed, other.control)
+        await other.m.writer.postgres.undo(owed, other.control)
         return settled
 
-    monkeypatch.setattr(w.settler, "deliver", overtaken)
+    monkeypatch.setattr(w.settler.deliverer, "deliver", overtaken)
     with pytest.raises(Undone, match="not confirmed before its deadline"):
         await write(w, "update", id_)
     await check_undone(other, "update", id_)
@@ -274,10 +274,10 @@ async def test_an_open_write_is_left_to_its_writer_until_its_deadline_or_until_n
             raise asyncio.CancelledError
 
         deliver = w.settler.deliverer.deliver
-        monkeypatch.setattr(w.settler, "deliver", dies)
+        monkeypatch.setattr(w.settler.deliverer, "deliver", dies)
         with pytest.raises(asyncio.CancelledError):
             await write(w, "update", id_)
-        monkeypatch.setattr(w.settler, "deliver", deliver)
+        monkeypatch.setattr(w.settler.deliverer, "deliver", deliver)
     done = await w.m.reconciler.reconcile(wait_for_open=False)
     assert (done.open, done.settled, done.failed) == (1, 0, 0)
     assert [bool(debt.tentative) for debt in await w.owed()] == [True]

@@ -785,7 +785,7 @@ async def test_a_slow_mongo_keeps_the_caller_of_an_operation_no_longer_than_that
         await asyncio.sleep(limit * 0.6)
         return await deliver(owed, control, timeout=timeout)
 
-    monkeypatch.setattr(w.settler, "deliver", slowly)
+    monkeypatch.setattr(w.settler.deliverer, "deliver", slowly)
     await accept(w, *there)
     # The second is still on its way when the time of all is over, and the third is not begun.
     assert begun == ["friend_requests", "users"]

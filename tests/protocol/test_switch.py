@@ -14,6 +14,8 @@ from bson.int64 import Int64
 
 from crossfade import Busy, DuplicateKey, FailureStrategy, NotAllowedInPhase, Phase, StoreUnavailable
 from crossfade.control import PREPARED, STEADY, SWITCHING, Control
+from crossfade.primary_mongo import MongoPrimary
+from crossfade.primary_postgres import PostgresPrimary
 from crossfade.record import CF, Image, new_operation
 from crossfade.stores.errors import Fenced
 from crossfade.stores.postgres import Change
@@ -21,7 +23,6 @@ from crossfade.switch import abort, resolve, resume
 from crossfade.transition import change_phase
 from crossfade.values import digest, id_to_text
 from crossfade.workers import Registry
-from crossfade.write import Writer
 
 from .conftest import PATIENCE, World, eventually, users_entity
 
@@ -414,8 +415,8 @@ async def test_an_open_write_whose_worker_is_gone_is_undone_before_the_decision(
         raise asyncio.CancelledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Writer, "_confirm", dies)
-        patch.setattr(Writer, "_confirm_in_postgres", dies)
+        patch.setattr(MongoPrimary, "_confirm", dies)
+        patch.setattr(PostgresPrimary, "_confirm", dies)
         with pytest.raises(asyncio.CancelledError):
             await gone.users.update(made.id, {"n": 2}, strategy=FailureStrategy.ROLLBACK_BOTH)
     await gone.m.board.stop()

@@ -403,7 +403,9 @@ async def test_what_was_confirmed_of_one_sending_of_an_insert_does_not_settle_an
         # Another worker saw the outbox row, too.
         underway = keep_underway(other.mongo)
         with pytest.raises(StoreUnavailable):
-            await other.settler._put(w.entity, None, None, await w.row(made.id), w.control, timeout=PATIENCE)
+            await other.settler.deliverer._put(
+                w.entity, None, None, await w.row(made.id), w.control, timeout=PATIENCE
+            )
     else:
         underway = keep_underway(w.mongo)
         made = await w.users.insert({"username": "Bob"})
@@ -481,15 +483,15 @@ async def test_what_others_wrote_upon_an_unanswered_write_is_not_written_over_by
     w, other = await open_world(mongo=mongo_proxy), await open_world()
     made = await w.users.insert({"username": "Bob", "n": 1})
     await w.settle()
-    again = w.m.writer._again
+    again = w.m.writer.mongo._again
 
     async def overtaken(o, cause):
         """Before the repetition another worker writes upon what the unanswered request wrote."""
-        monkeypatch.setattr(w.m.writer, "_again", again)
+        monkeypatch.setattr(w.m.writer.mongo, "_again", again)
         await other.users.update(made.id, {"n": 3}, where={"n": 2})
         await again(o, cause)
 
-    monkeypatch.setattr(w.m.writer, "_again", overtaken)
+    monkeypatch.setattr(w.m.writer.mongo, "_again", overtaken)
     mongo_proxy.cut_after_request(when=command("findAndModify"))
     with pytest.raises(OutcomeUnknown):
         await w.users.update(made.id, {"n": 2})
