@@ -345,7 +345,7 @@ class Settler:
         buried = await self.pair.mongo.tombstone(entity, image.id, timeout=timeout)
         if buried is None or image.op not in buried.born:
             return False
-        await self.pair.mongo.remove_echo(entity, image.id, op=image.op, timeout=timeout)
+        await self.pair.mongo.remove_echo(entity, image.id, rev=image.rev, op=image.op, timeout=timeout)
         return True
 
     async def finish_delete(self, entity: Entity, image: Image, control: Control) -> Settled:

@@ -123,7 +123,9 @@ class MongoPrimary:
             buried = await self.pair.mongo.tombstone(entity, stored["_id"], timeout=o.left())
             if buried is None or buried.rev < stored[CF]["rev"] or o.op in buried.born:
                 return False
-            if await self.pair.mongo.remove_echo(entity, stored["_id"], op=o.op, timeout=o.left()):
+            if await self.pair.mongo.remove_echo(
+                entity, stored["_id"], rev=stored[CF]["rev"], op=o.op, timeout=o.left()
+            ):
                 return True
         except errors.StoreUnavailable as cause:
             raise errors.OutcomeUnknown(
@@ -135,7 +137,8 @@ class MongoPrimary:
         self, entity: Entity, stored: dict[str, Any], image: Callable[[], Image], o: Operation
     ) -> Image | None:
         """Insert, repeated until it is decided: the image that was made; None: a decided delete stood in the way."""
-        unknown = False
+        # A request of an attempt that was taken back may be on its way still.
+        unknown = o.fate.unanswered
         debt = stored[CF].get("debt")
         while True:
             if unknown and debt is not None:
@@ -154,6 +157,15 @@ class MongoPrimary:
                 continue
             except RuleBroken as cause:
                 mine = await self._read_or_unknown(entity, stored["_id"], o, unknown=unknown)
+                if mine is not None and mine.op == o.op and mine.rev < stored[CF]["rev"]:
+                    # It has arrived, and is no more to be seen than what was taken back.
+                    try:
+                        await self.pair.mongo.remove_echo(
+                            entity, mine.id, rev=mine.rev, op=o.op, timeout=o.left()
+                        )
+                    except errors.StoreUnavailable as unheard:
+                        await self._again(o, unheard)
+                    continue
                 if mine is None or mine.op != o.op:
                     if unknown:
                         raise written_since(entity, o) from cause
@@ -465,7 +477,7 @@ class MongoPrimary:
         foreseen: Callable[[], Image] | None = None,
     ) -> Image | None:
         """One compare-and-set, repeated until it is decided; None: another write was first."""
-        unknown = False
+        unknown: errors.StoreUnavailable | None = None
         guard = {f"{CF}.debt.tentative": {"$exists": False}, f"{CF}.deleted": {"$ne": True}, **also}
         if o.request.steps or o.kind == "delete":
             # What it owes to others by an earlier operation must be done first.
@@ -477,23 +489,23 @@ class MongoPrimary:
                     foreseen=foreseen, timeout=o.left(),
                 )  # fmt: skip
             except Unanswered as cause:
-                unknown = o.fate.unanswered = True
+                unknown, o.fate.unanswered = cause, True
                 await self._again(o, cause)
                 continue
             except errors.StoreUnavailable as cause:
-                if not unknown:
+                if unknown is None:
                     o.say(f"MongoDB write failed: {cause}", warn=True)
                     raise
                 await self._again(o, cause)
                 continue
             except RuleBroken as cause:
-                if unknown:
+                if unknown is not None:
                     # The request that was not answered may yet arrive, once the value is free.
                     raise written_since(entity, o) from cause
                 rule = await self._broken_rule(entity, fields, id_, cause)
                 o.say(f"MongoDB write refused: the rule {rule!r} is broken")
                 raise errors.DuplicateKey(entity.name, rule) from cause
-            if image is not None or not unknown:
+            if image is not None or unknown is None:
                 return image
             now = await self._read_or_unknown(entity, id_, o, unknown=True)
             if now is not None and now.op == o.op:
@@ -502,7 +514,11 @@ class MongoPrimary:
                 buried = await self.pair.mongo.tombstone(entity, id_, timeout=o.left())
                 if buried is not None and buried.op == o.op:
                     return Image(id_, {"_id": id_}, buried.rev, o.op, {}, b"", deleted=True)
-            if now is None or now.rev > rev + 1:
+            if now is not None and now.rev == rev:
+                # Something else is in the way of this one, and the first may yet arrive once it has gone.
+                await self._again(o, unknown)
+                continue
+            if now is None or now.rev != rev + 1:
                 # Somebody has written upon revision n+1, and nothing says any more whose that was.
                 raise written_since(entity, o)
             o.fate.unanswered = False  # revision n+1 is somebody else's

@@ -380,13 +380,15 @@ def hold(store, name):
     return go
 
 
-def keep_underway(store):
-    """The next insert is not answered: its request is still on its way."""
+def keep_underway(store, meanwhile=None):
+    """The next insert is not answered: its request is still on its way when ``meanwhile`` happens."""
     original, underway = store.insert, []
 
     async def lost(entity, document, **how):
         underway.append(copy.deepcopy(document))
         store.insert = original
+        if meanwhile is not None:
+            await meanwhile()
         raise Unanswered("mongo", "no answer")
 
     store.insert = lost
@@ -418,6 +420,43 @@ async def test_what_was_confirmed_of_one_sending_of_an_insert_does_not_settle_an
     await w.reconcile()
     assert w.document(made.id) is None
     await w.assert_equal()
+
+
+@pytest.mark.parametrize(
+    ("phase", "lifted"), [("mongo_only", False), ("dual_write", False), ("dual_write", True)]
+)
+async def test_an_insert_that_arrives_late_is_not_taken_for_the_one_above_the_tombstone(
+    open_world, phase, lifted
+):
+    """The first request arrives once its repetition has been taken back, because a delete overtook it."""
+    w, other = await open_world(phase), await open_world(phase)
+    id_, remove_echo = ObjectId(), w.mongo.remove_echo
+
+    async def made_and_deleted():
+        await other.users.insert({"_id": id_, "username": "Ann"})
+        await other.users.delete(id_)
+
+    async def then_it_arrives(*args, **how):
+        w.mongo.remove_echo = remove_echo
+        taken_back = await remove_echo(*args, **how)
+        w.documents.insert_one(*underway)
+        if lifted:
+            await other.reconcile()
+        return taken_back
+
+    underway = keep_underway(w.mongo, meanwhile=made_and_deleted)
+    w.mongo.remove_echo = then_it_arrives
+    if lifted:
+        with pytest.raises(OutcomeUnknown):
+            await insert(w, id_)
+        assert (await other.users.get(id_))["username"] == "Bob"
+    else:
+        made = await insert(w, id_)
+        assert made.rev == w.notes(id_)["rev"] == 3, "revisions 1 and 2 were told before"
+        assert (await other.users.get(id_)).rev == 3
+    if phase != "mongo_only":
+        await w.reconcile()
+        await w.assert_equal()
 
 
 async def test_a_name_taken_while_an_answer_was_lost_leaves_the_outcome_unknown(open_world):
@@ -498,3 +537,81 @@ async def test_what_others_wrote_upon_an_unanswered_write_is_not_written_over_by
     assert (w.notes(made.id)["rev"], w.document(made.id)["n"]) == (3, 3)
     await other.reconcile()
     await other.assert_equal()
+
+
+def keep_update_underway(w, meanwhile):
+    """The next update is not answered, then ``meanwhile`` happens; what is given back lets its request arrive."""
+    original, underway = w.mongo.compare_and_set, []
+
+    async def lost(*args, **how):
+        underway.append((args, copy.deepcopy(how)))
+        w.mongo.compare_and_set = original
+        meanwhile()
+        raise Unanswered("mongo", "no answer")
+
+    async def arrives():
+        [(args, how)] = underway
+        return await original(*args, **{**how, "timeout": PATIENCE})
+
+    w.mongo.compare_and_set = lost
+    return arrives
+
+
+async def test_a_condition_missed_by_the_repetition_alone_leaves_the_outcome_unknown(open_world):
+    """The first request may yet arrive, once the condition holds again."""
+    w = await open_world("dual_write")
+    made = await w.users.insert({"username": "Bob", "n": 1, "state": "open"})
+    await w.settle()
+
+    def another_application_writes(state):
+        w.documents.update_one({"_id": made.id}, {"$set": {"state": state}})
+
+    arrives = keep_update_underway(w, lambda: another_application_writes("closed"))
+    with pytest.raises(OutcomeUnknown):
+        await w.users.update(made.id, {"n": 2}, where={"state": "open"})
+    another_application_writes("open")
+    assert await arrives() is not None
+    await w.reconcile()
+    await w.assert_equal()
+
+
+async def test_what_others_wrote_upon_a_write_that_arrives_between_two_looks_is_not_written_over(
+    open_world, monkeypatch
+):
+    w, other = await open_world("dual_write"), await open_world("dual_write")
+    made = await w.users.insert({"username": "Bob", "n": 1, "state": "open"})
+    await w.settle()
+
+    def another_application_writes(state):
+        w.documents.update_one({"_id": made.id}, {"$set": {"state": state}})
+
+    arrives = keep_update_underway(w, lambda: another_application_writes("closed"))
+    look = w.mongo.read_owed
+
+    async def then_it_arrives(*args, **how):
+        monkeypatch.setattr(w.mongo, "read_owed", look)
+        there = await look(*args, **how)
+        another_application_writes("open")
+        assert await arrives() is not None
+        await other.users.update(made.id, {"n": 3}, where={"n": 2})
+        return there
+
+    monkeypatch.setattr(w.mongo, "read_owed", then_it_arrives)
+    with pytest.raises(OutcomeUnknown):
+        await w.users.update(made.id, {"n": 2}, where={"state": "open"})
+    assert (w.notes(made.id)["rev"], w.document(made.id)["n"]) == (3, 3)
+    await w.reconcile()
+    await w.assert_equal()
+
+
+async def test_an_unanswered_update_that_the_debt_of_its_record_kept_off_is_made_once_that_has_gone(
+    open_world,
+):
+    """What was just made is written upon as it was seen, if nothing is owed: nobody has written since."""
+    w = await open_world("dual_write")
+    erase, id_ = hold(w.mongo, "settle"), ObjectId()
+    seen = await insert(w, id_)
+    keep_update_underway(w, erase.set)
+    updated = await update(w, id_)
+    assert (seen.rev, updated.rev) == (1, 2)
+    await check(w, id_, update)

@@ -552,10 +552,14 @@ class MongoStore:
             )
         return done.deleted_count == 1
 
-    async def remove_echo(self, entity: Entity, id_: Any, *, op: str, timeout: float) -> bool:
-        """Remove a document that is still as this insert made it; whether it was."""
+    async def remove_echo(self, entity: Entity, id_: Any, *, rev: int, op: str, timeout: float) -> bool:
+        """Remove a document that is still as this insert made it; whether it was.
+
+        ``rev``: the same insert may make it anew above a tombstone, and a removal that arrives late is not of that.
+        """
+        query = {"_id": id_, **_rev_filter(rev), f"{CF}.op": op, f"{CF}.born": op}
         with self._asking(timeout):
-            done = await self._documents(entity).delete_one({"_id": id_, f"{CF}.op": op, f"{CF}.born": op})
+            done = await self._documents(entity).delete_one(query)
         return done.deleted_count == 1
 
     async def deliver(
