@@ -334,7 +334,7 @@ proctype Process(byte me) {
     do
     :: atomic {
         if
-        /* --- a write begins (primary_mongo.py) ----------------------------------------------------------------------- */
+        /* --- a write begins (primary_mongo.py) ------------------------------------------------------------------- */
         :: step == idle && me < RECONCILER ->
             if
 #ifdef INSERTS
@@ -518,7 +518,7 @@ proctype Process(byte me) {
             fi;
             outcome = confirmed; step = settled
 
-        /* --- undo, and erasing debts (debt.py, MongoStore.settle) ------------------------------------------------ */
+        /* --- undo, and erasing debts (Settler.undo, Eraser, MongoStore.settle) ----------------------------------- */
         :: step == undo -> /* as a new revision, and only where the field still has the write's value */
             if
             :: doc.there && still_open ->
