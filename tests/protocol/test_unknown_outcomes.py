@@ -605,13 +605,20 @@ async def test_what_others_wrote_upon_a_write_that_arrives_between_two_looks_is_
 
 
 async def test_an_unanswered_update_that_the_debt_of_its_record_kept_off_is_made_once_that_has_gone(
-    open_world,
+    open_world, monkeypatch
 ):
     """What was just made is written upon as it was seen, if nothing is owed: nobody has written since."""
     w = await open_world("dual_write")
-    erase, id_ = hold(w.mongo, "settle"), ObjectId()
+    erase, id_, look = hold(w.mongo, "settle"), ObjectId(), w.mongo.read_owed
     seen = await insert(w, id_)
-    keep_update_underway(w, erase.set)
+
+    async def then_it_is_erased(*args, **how):
+        monkeypatch.setattr(w.mongo, "read_owed", look)
+        there = await look(*args, **how)
+        erase.set()
+        return there
+
+    keep_update_underway(w, lambda: monkeypatch.setattr(w.mongo, "read_owed", then_it_is_erased))
     updated = await update(w, id_)
     assert (seen.rev, updated.rev) == (1, 2)
     await check(w, id_, update)
