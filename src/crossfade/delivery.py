@@ -46,9 +46,6 @@ class Deliverer:
     async def deliver(self, owed: Delivery, control: Control, *, timeout: float) -> Settled:
         """Bring what PostgreSQL holds of a record to MongoDB.
 
-        Only the document that was looked at is replaced, whole: any write in between makes it look again. A
-        content that the last delivery did not leave is a foreign write, and is journaled first.
-
         Raises:
             crossfade.errors.StoreUnavailable: the outbox row stays.
         """

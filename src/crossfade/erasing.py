@@ -35,18 +35,6 @@ def confirmed(entity: Entity, image: Image) -> DebtKey | None:
     return key._replace(parts=tuple(noted))
 
 
-@dataclass(frozen=True, slots=True)
-class _Confirmed:
-    """A debt to be erased, once what goes on ``behind`` the commit that confirmed it has succeeded."""
-
-    entity: Entity
-    key: DebtKey
-    behind: tuple[asyncio.Task[None], ...]
-
-    def looked_again(self) -> bool:
-        return all(task.done() and not task.cancelled() and task.exception() is None for task in self.behind)
-
-
 @dataclass
 class Eraser:
     """Erases the debts of one migration in one worker."""
@@ -107,3 +95,15 @@ class Eraser:
             await self.pair.mongo.settle(
                 self.pair.entities[name], settled, timeout=self.pair.options.primary_deadline
             )
+
+
+@dataclass(frozen=True, slots=True)
+class _Confirmed:
+    """A debt to be erased, once what goes on ``behind`` the commit that confirmed it has succeeded."""
+
+    entity: Entity
+    key: DebtKey
+    behind: tuple[asyncio.Task[None], ...]
+
+    def looked_again(self) -> bool:
+        return all(task.done() and not task.cancelled() and task.exception() is None for task in self.behind)

@@ -52,34 +52,6 @@ class MongoPrimary:
     settler: Settler
     background: Background
 
-    def _marks(
-        self,
-        entity: Entity,
-        id_: Any,
-        o: Operation,
-        rev: int,
-        keys: Mapping[str, str],
-        tentative: Any,
-        notes: Mapping[str, Any] | None = None,
-        parts: tuple[str, ...] = (),
-    ) -> dict[str, Any]:
-        """What a write puts under ``_cf``; ``notes`` is what stands there, ``parts`` are those that it writes."""
-        marks: dict[str, Any] = {"rev": Int64(rev), "op": o.op}
-        if keys:
-            marks["keys"] = dict(keys)
-        before = Debt.from_document((notes or {}).get("debt"))
-        # What an earlier operation of several still owes together stays owed together.
-        group = () if before is None else before.group
-        owed = parts if before is None else tuple(dict.fromkeys((*before.parts, *parts)))
-        if o.request.steps:
-            steps = Steps(o.op, o.request.steps, "open" if o.rollback else "decided")
-            marks["steps"] = steps.to_document()
-            group = (*group, *members(entity, id_, steps, None))
-        if o.control.phase.rules.dual:
-            debt = Debt(o.control.epoch, tentative if o.rollback else None, group=joined(group), parts=owed)
-            marks["debt"] = debt.to_document()
-        return marks
-
     async def insert(
         self, entity: Entity, document: dict[str, Any], o: Operation, *, id_given: bool
     ) -> Record:
@@ -109,6 +81,138 @@ class MongoPrimary:
                     o.say("MongoDB write successful")
                     return await self._then_postgres(entity, made, o, ahead)
         raise errors.Busy(f"[{o.context}] this record of {entity.name} is being deleted again and again")
+
+    async def update(
+        self,
+        entity: Entity,
+        id_: Any,
+        wrote: Mapping[str, Any],
+        removed: tuple[str, ...],
+        if_revision: int | None,
+        o: Operation,
+    ) -> Record:
+        """Upon what was seen of the record last, if that still stands, else upon what there is."""
+        unique_fields = [rule.field for rule in entity.unique]
+        where = o.request.where
+        looked_at = {*unique_fields, *where, *((*wrote, *removed) if o.rollback else ())}
+        o.say("Writing to MongoDB...")
+        seen, kept = self._seen(entity, id_, {*wrote, *removed}, if_revision, o) or (None, None)
+        for _ in range(ATTEMPTS * 4):
+            if seen is not None:
+                debt = None if seen.debt is None else seen.debt.to_document()
+                notes: dict[str, Any] = {**seen.document, CF: {"keys": seen.keys, "debt": debt}}
+                rev, noted = seen.rev, seen.noted
+            else:
+                notes, rev = await self._base(entity, id_, looked_at, if_revision, o)
+                id_ = notes["_id"]  # as it is kept: a number may have been given in another type
+                noted = noted_parts(notes.get(CF) or {}, entity.parts)
+            carried = carried_by(entity.parts, noted, wrote=wrote, removed=removed)
+            missed = [name for name in where if name not in notes or not equal(notes[name], where[name])]
+            if missed:
+                raise errors.ConditionNotMet(
+                    f"[{o.context}] this record of {entity.name} has another value in {', '.join(missed)} by now"
+                )
+            cf = notes.get(CF) or {}
+            stamped = stamped_keys(cf)
+            future = {**{n: notes[n] for n in unique_fields if n in notes}, **wrote}
+            for name in removed:
+                future.pop(name, None)
+            plain = entity.keys(future)
+            keys = {r: k for r, k in plain.items() if not acceptable_key(stamped.get(r), k, id_)}
+            nameless = [rule for rule in stamped if rule not in plain]
+            tentative = None
+            also: dict[str, Any] = {name: {"$eq": value} for name, value in where.items()}
+            if seen is not None:
+                also |= _still(entity, seen)
+            if o.rollback:
+                changed = (*wrote, *removed)
+                before = {name: notes[name] for name in changed if name in notes}
+                tentative = {
+                    "kind": "update", "before": before, "wrote": dict(wrote), "removed": list(removed),
+                    "keys": stamped,
+                }  # fmt: skip
+                # The values before must still stand when the write happens, or its undo would bring back others.
+                also |= {n: {"$eq": before[n]} if n in before else {"$exists": False} for n in changed}
+            marks = self._marks(entity, id_, o, rev + 1, {}, tentative, cf, carried.owed)
+            set_ = {
+                **wrote,
+                **{f"{CF}.{name}": value for name, value in marks.items()},
+                **{
+                    f"{CF}.keys.{rule}": [key, stamped[rule]] if o.rollback and rule in stamped else key
+                    for rule, key in keys.items()
+                },
+                **{f"{CF}.keys.{rule}": [stamped[rule]] for rule in nameless if o.rollback},
+            }
+            gone = [
+                *removed,
+                *(f"{CF}.keys.{rule}" for rule in nameless if not o.rollback),
+                *(f"{CF}.parts.{name}" for name in carried.erased),
+            ]
+            foreseen = upon = None
+            if seen is not None and kept is not None:
+                foreseen = _foreseen(entity, kept, seen.left_out, wrote, removed, carried, o)
+                if not any(child.field in wrote or child.field in removed for child in entity.children):
+                    upon = seen
+            with self._ahead(entity, foreseen, o, upon=upon) as ahead:
+                image = await self._set_until_decided(
+                    entity, id_, rev, set_, gone, also, future, o, left_out=carried.left_out,
+                    foreseen=foreseen,
+                )  # fmt: skip
+                if image is not None:
+                    if ahead is not None:
+                        await ahead.decide(image)
+                    o.say("MongoDB write successful")
+                    return await self._then_postgres(entity, image, o, ahead)
+            seen = kept = None
+        raise errors.Busy(f"[{o.context}] other writers kept changing this record of {entity.name}")
+
+    async def delete(self, entity: Entity, id_: Any, o: Operation) -> Record:
+        """Decided in the document, which goes behind its tombstone."""
+        o.say("Deleting in MongoDB...")
+        for _ in range(ATTEMPTS * 4):
+            notes, rev = await self._base(entity, id_, (), None, o)
+            id_ = notes["_id"]  # as above
+            marks = self._marks(entity, id_, o, rev + 1, {}, {"kind": "delete"}, notes.get(CF))
+            set_ = {f"{CF}.{name}": value for name, value in marks.items()} | {f"{CF}.deleted": True}
+            # The names that it held are free from this moment on, unless it may yet be undone.
+            gone = [] if o.rollback else [f"{CF}.keys"]
+            none = dict.fromkeys(entity.parts)
+            image = await self._set_until_decided(entity, id_, rev, set_, gone, {}, {}, o, left_out=none)
+            if image is None:
+                continue
+            o.say("MongoDB delete decided")
+            return await self._then_postgres(entity, image, o)
+        raise errors.Busy(f"[{o.context}] other writers kept changing this record of {entity.name}")
+
+    # --- the first step: until MongoDB has decided ----------------------------------------------------------------
+
+    def _marks(
+        self,
+        entity: Entity,
+        id_: Any,
+        o: Operation,
+        rev: int,
+        keys: Mapping[str, str],
+        tentative: Any,
+        notes: Mapping[str, Any] | None = None,
+        parts: tuple[str, ...] = (),
+    ) -> dict[str, Any]:
+        """What a write puts under ``_cf``; ``notes`` is what stands there, ``parts`` are those that it writes."""
+        marks: dict[str, Any] = {"rev": Int64(rev), "op": o.op}
+        if keys:
+            marks["keys"] = dict(keys)
+        before = Debt.from_document((notes or {}).get("debt"))
+        # What an earlier operation of several still owes together stays owed together.
+        group = () if before is None else before.group
+        owed = parts if before is None else tuple(dict.fromkeys((*before.parts, *parts)))
+        if o.request.steps:
+            steps = Steps(o.op, o.request.steps, "open" if o.rollback else "decided")
+            marks["steps"] = steps.to_document()
+            group = (*group, *members(entity, id_, steps, None))
+        if o.control.phase.rules.dual:
+            debt = Debt(o.control.epoch, tentative if o.rollback else None, group=joined(group), parts=owed)
+            marks["debt"] = debt.to_document()
+        return marks
 
     async def _was_buried_meanwhile(self, entity: Entity, stored: Mapping[str, Any], o: Operation) -> bool:
         """Whether others made and deleted this id since its tombstone was read; then the document is taken back.
@@ -255,90 +359,6 @@ class MongoPrimary:
                     if other.id != id_:
                         return rule.rule
         return cause.constraint or "unique"
-
-    async def update(
-        self,
-        entity: Entity,
-        id_: Any,
-        wrote: Mapping[str, Any],
-        removed: tuple[str, ...],
-        if_revision: int | None,
-        o: Operation,
-    ) -> Record:
-        """Upon what was seen of the record last, if that still stands, else upon what there is."""
-        unique_fields = [rule.field for rule in entity.unique]
-        where = o.request.where
-        looked_at = {*unique_fields, *where, *((*wrote, *removed) if o.rollback else ())}
-        o.say("Writing to MongoDB...")
-        seen, kept = self._seen(entity, id_, {*wrote, *removed}, if_revision, o) or (None, None)
-        for _ in range(ATTEMPTS * 4):
-            if seen is not None:
-                debt = None if seen.debt is None else seen.debt.to_document()
-                notes: dict[str, Any] = {**seen.document, CF: {"keys": seen.keys, "debt": debt}}
-                rev, noted = seen.rev, seen.noted
-            else:
-                notes, rev = await self._base(entity, id_, looked_at, if_revision, o)
-                id_ = notes["_id"]  # as it is kept: a number may have been given in another type
-                noted = noted_parts(notes.get(CF) or {}, entity.parts)
-            carried = carried_by(entity.parts, noted, wrote=wrote, removed=removed)
-            missed = [name for name in where if name not in notes or not equal(notes[name], where[name])]
-            if missed:
-                raise errors.ConditionNotMet(
-                    f"[{o.context}] this record of {entity.name} has another value in {', '.join(missed)} by now"
-                )
-            cf = notes.get(CF) or {}
-            stamped = stamped_keys(cf)
-            future = {**{n: notes[n] for n in unique_fields if n in notes}, **wrote}
-            for name in removed:
-                future.pop(name, None)
-            plain = entity.keys(future)
-            keys = {r: k for r, k in plain.items() if not acceptable_key(stamped.get(r), k, id_)}
-            nameless = [rule for rule in stamped if rule not in plain]
-            tentative = None
-            also: dict[str, Any] = {name: {"$eq": value} for name, value in where.items()}
-            if seen is not None:
-                also |= _still(entity, seen)
-            if o.rollback:
-                changed = (*wrote, *removed)
-                before = {name: notes[name] for name in changed if name in notes}
-                tentative = {
-                    "kind": "update", "before": before, "wrote": dict(wrote), "removed": list(removed),
-                    "keys": stamped,
-                }  # fmt: skip
-                # The values before must still stand when the write happens, or its undo would bring back others.
-                also |= {n: {"$eq": before[n]} if n in before else {"$exists": False} for n in changed}
-            marks = self._marks(entity, id_, o, rev + 1, {}, tentative, cf, carried.owed)
-            set_ = {
-                **wrote,
-                **{f"{CF}.{name}": value for name, value in marks.items()},
-                **{
-                    f"{CF}.keys.{rule}": [key, stamped[rule]] if o.rollback and rule in stamped else key
-                    for rule, key in keys.items()
-                },
-                **{f"{CF}.keys.{rule}": [stamped[rule]] for rule in nameless if o.rollback},
-            }
-            gone = [
-                *removed,
-                *(f"{CF}.keys.{rule}" for rule in nameless if not o.rollback),
-                *(f"{CF}.parts.{name}" for name in carried.erased),
-            ]
-            foreseen = upon = None
-            if seen is not None and kept is not None:
-                foreseen = _foreseen(entity, kept, seen.left_out, wrote, removed, carried, o)
-                if not any(child.field in wrote or child.field in removed for child in entity.children):
-                    upon = seen
-            with self._ahead(entity, foreseen, o, upon=upon) as ahead:
-                image = await self._set_until_decided(
-                    entity, id_, rev, set_, gone, also, future, o, left_out=carried.left_out,
-                    foreseen=foreseen,
-                )  # fmt: skip
-                if image is not None:
-                    if ahead is not None:
-                        await ahead.decide(image)
-                    o.say("MongoDB write successful")
-                    return await self._then_postgres(entity, image, o, ahead)
-            seen = kept = None
-        raise errors.Busy(f"[{o.context}] other writers kept changing this record of {entity.name}")
 
     def _seen(
         self, entity: Entity, id_: Any, changed: set[str], if_revision: int | None, o: Operation
@@ -524,25 +544,7 @@ class MongoPrimary:
             o.fate.unanswered = False  # revision n+1 is somebody else's
             return None
 
-    async def delete(self, entity: Entity, id_: Any, o: Operation) -> Record:
-        """Decided in the document, which goes behind its tombstone."""
-        o.say("Deleting in MongoDB...")
-        for _ in range(ATTEMPTS * 4):
-            notes, rev = await self._base(entity, id_, (), None, o)
-            id_ = notes["_id"]  # as above
-            marks = self._marks(entity, id_, o, rev + 1, {}, {"kind": "delete"}, notes.get(CF))
-            set_ = {f"{CF}.{name}": value for name, value in marks.items()} | {f"{CF}.deleted": True}
-            # The names that it held are free from this moment on, unless it may yet be undone.
-            gone = [] if o.rollback else [f"{CF}.keys"]
-            none = dict.fromkeys(entity.parts)
-            image = await self._set_until_decided(entity, id_, rev, set_, gone, {}, {}, o, left_out=none)
-            if image is None:
-                continue
-            o.say("MongoDB delete decided")
-            return await self._then_postgres(entity, image, o)
-        raise errors.Busy(f"[{o.context}] other writers kept changing this record of {entity.name}")
-
-    # --- MongoDB primary: the second step -----------------------------------------------------------------------
+    # --- the second step: PostgreSQL ------------------------------------------------------------------------------
 
     async def _then_postgres(
         self, entity: Entity, image: Image, o: Operation, ahead: Ahead | None = None

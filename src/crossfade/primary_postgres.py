@@ -16,7 +16,7 @@ from crossfade import errors
 from crossfade.board import Pair
 from crossfade.clock import boot_clock
 from crossfade.control import Control
-from crossfade.debt import Settler
+from crossfade.delivery import Deliverer
 from crossfade.entity import Entity
 from crossfade.operation import FAILED, Background, NotAdmitted, Operation, as_stored, written_since
 from crossfade.record import CF, Image, Record, Settled, Step, acceptable_key
@@ -33,7 +33,7 @@ class PostgresPrimary:
     """Writes single records of one migration while PostgreSQL decides."""
 
     pair: Pair
-    settler: Settler
+    deliverer: Deliverer
     background: Background
 
     async def write(
@@ -120,6 +120,23 @@ class PostgresPrimary:
         elif failure is not None:
             o.say(f"PostgreSQL keeps the write; MongoDB is owed it: {failure}", warn=True)
         return record
+
+    async def undo(self, owed: Delivery, control: Control) -> None:
+        """Take an open write, and its whole operation, back as new revisions; nothing if it is no longer open."""
+        assert owed.tentative is not None
+        writes = [(self.pair.entities[owed.entity], owed.id, owed.rev)]
+        for name, text in owed.tentative.get("with", ()):
+            entity, id_ = self.pair.entities[name], text_to_id(text)
+            other = await self.pair.postgres.outbox_row(
+                entity, id_, timeout=self.pair.options.primary_deadline
+            )
+            if (name, id_) == (owed.entity, owed.id) or other is None or other.op != owed.op:
+                continue  # itself, or one that was gone and has taken nothing
+            writes.append((entity, id_, other.rev))
+        await self.pair.postgres.undo(
+            writes, owed.op, migration=self.pair.name, epoch=control.epoch,
+            timeout=self.pair.options.primary_deadline,
+        )  # fmt: skip
 
     async def _as_kept(self, entity: Entity, id_: Any, o: Operation) -> tuple[Any, Operation]:
         """The ids that PostgreSQL keeps the records of an operation by: a number may be given in another type."""
@@ -282,7 +299,7 @@ class PostgresPrimary:
         try:
             with self.pair.mongo_breaker.hears():
                 async with asyncio.timeout(ends - boot_clock()):
-                    settled = await self.settler.deliverer.deliver(
+                    settled = await self.deliverer.deliver(
                         owed, o.control, timeout=self.pair.options.secondary_deadline
                     )
         except TimeoutError as cause:
@@ -377,23 +394,6 @@ class PostgresPrimary:
                 f"[{o.context}] whether the write was confirmed was not answered, and this record of "
                 f"{entity.name} was written again since"
             )
-
-    async def undo(self, owed: Delivery, control: Control) -> None:
-        """Take an open write, and its whole operation, back as new revisions; nothing if it is no longer open."""
-        assert owed.tentative is not None
-        writes = [(self.pair.entities[owed.entity], owed.id, owed.rev)]
-        for name, text in owed.tentative.get("with", ()):
-            entity, id_ = self.pair.entities[name], text_to_id(text)
-            other = await self.pair.postgres.outbox_row(
-                entity, id_, timeout=self.pair.options.primary_deadline
-            )
-            if (name, id_) == (owed.entity, owed.id) or other is None or other.op != owed.op:
-                continue  # itself, or one that was gone and has taken nothing
-            writes.append((entity, id_, other.rev))
-        await self.pair.postgres.undo(
-            writes, owed.op, migration=self.pair.name, epoch=control.epoch,
-            timeout=self.pair.options.primary_deadline,
-        )  # fmt: skip
 
 
 class _AlreadyWritten(Exception):

@@ -58,7 +58,7 @@ class Writer:
     def __post_init__(self) -> None:
         self.background = Background(self.pair.options.background)
         self.mongo = MongoPrimary(self.pair, self.settler, self.background)
-        self.postgres = PostgresPrimary(self.pair, self.settler, self.background)
+        self.postgres = PostgresPrimary(self.pair, self.settler.deliverer, self.background)
 
     # --- what an application calls (through migration.EntityHandle) ------------------------------------------
 
