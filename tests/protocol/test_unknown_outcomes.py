@@ -459,6 +459,35 @@ async def test_an_insert_that_arrives_late_is_not_taken_for_the_one_above_the_to
         await w.assert_equal()
 
 
+async def test_a_removal_that_arrives_late_spares_what_was_made_above_the_tombstone(open_world):
+    """It was sent for an earlier request of the same insert, and sent again when it was not answered."""
+    w, other = await open_world("dual_write"), await open_world("dual_write")
+    id_, remove_echo, removals = ObjectId(), w.mongo.remove_echo, []
+
+    async def made_and_deleted():
+        await other.users.insert({"_id": id_, "username": "Ann"})
+        await other.users.delete(id_)
+
+    async def removes(*args, **how):
+        removals.append((args, how))
+        if len(removals) == 2:
+            raise Unanswered("mongo", "no answer")
+        taken_back = await remove_echo(*args, **how)
+        if len(removals) == 1:
+            w.documents.insert_one(*underway)
+        return taken_back
+
+    underway = keep_underway(w.mongo, meanwhile=made_and_deleted)
+    w.mongo.remove_echo = removes
+    made = await insert(w, id_)
+    assert (made.rev, len(removals)) == (3, 3)
+    args, how = removals[1]
+    await remove_echo(*args, **how)
+    assert (await other.users.get(id_)).rev == 3
+    await w.reconcile()
+    await w.assert_equal()
+
+
 async def test_a_name_taken_while_an_answer_was_lost_leaves_the_outcome_unknown(open_world):
     """The request may yet arrive, once the name is free again: "taken, nothing changed" would be a promise."""
     w, other = await open_world("dual_write"), await open_world("dual_write")
