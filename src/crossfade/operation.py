@@ -159,6 +159,14 @@ def written_since(entity: Entity, o: Operation) -> errors.OutcomeUnknown:
     )
 
 
+def confirmed_or_not(entity: Entity, o: Operation) -> errors.OutcomeUnknown:
+    """What is told of a ``ROLLBACK_BOTH`` write whose confirmation was not answered, and that others wrote upon."""
+    return errors.OutcomeUnknown(
+        f"[{o.context}] whether the write was confirmed was not answered, and this record of {entity.name} was "
+        "written again since"
+    )
+
+
 def assert_writable(entity: Entity, *ways: Iterable[str]) -> None:
     """That these are fields that an update can name, each written in one of these ways.
 

@@ -22,7 +22,7 @@ from crossfade.clock import boot_clock
 from crossfade.debt import Settler, keys_to_stamp
 from crossfade.delivery import ATTEMPTS
 from crossfade.entity import Entity
-from crossfade.operation import FAILED, Background, Operation, written_since
+from crossfade.operation import FAILED, Background, Operation, confirmed_or_not, written_since
 from crossfade.part import Carried, Part, carried_by, noted_parts
 from crossfade.record import (
     CF,
@@ -842,10 +842,7 @@ class MongoPrimary:
                     if buried is not None and buried.op == o.op:
                         return True
                     if unknown:
-                        raise errors.OutcomeUnknown(
-                            f"[{o.context}] whether the write was confirmed was not answered, and this record of "
-                            f"{entity.name} was written again since"
-                        )
+                        raise confirmed_or_not(entity, o)
                     return False
             except errors.StoreUnavailable:
                 unknown = True

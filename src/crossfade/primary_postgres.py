@@ -18,7 +18,15 @@ from crossfade.clock import boot_clock
 from crossfade.control import Control
 from crossfade.delivery import Deliverer
 from crossfade.entity import Entity
-from crossfade.operation import FAILED, Background, NotAdmitted, Operation, as_stored, written_since
+from crossfade.operation import (
+    FAILED,
+    Background,
+    NotAdmitted,
+    Operation,
+    as_stored,
+    confirmed_or_not,
+    written_since,
+)
 from crossfade.record import CF, Image, Record, Settled, Step, acceptable_key
 from crossfade.stores.errors import Fenced, RuleBroken, Unanswered
 from crossfade.stores.postgres import Change, Delivery
@@ -390,10 +398,7 @@ class PostgresPrimary:
                 row is None and buried is not None and buried[1] == owed.op
             ):
                 return True
-            raise errors.OutcomeUnknown(
-                f"[{o.context}] whether the write was confirmed was not answered, and this record of "
-                f"{entity.name} was written again since"
-            )
+            raise confirmed_or_not(entity, o)
 
 
 class _AlreadyWritten(Exception):
