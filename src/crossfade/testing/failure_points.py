@@ -37,7 +37,7 @@ from pymongo.asynchronous.cursor import AsyncCursor
 from pymongo.errors import AutoReconnect, NetworkTimeout, ServerSelectionTimeoutError
 
 from crossfade.migration import Crossfade
-from crossfade.stores.postgres import QUERIES
+from crossfade.stores.server import QUERIES
 
 T = TypeVar("T")
 #: Who hangs at a point hangs until the caller's deadline; no longer than this in seconds where it has none.
