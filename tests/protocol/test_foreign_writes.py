@@ -1,5 +1,7 @@
 """An old application, or a person with a shell, writes to MongoDB without a word; the sweep adopts it."""
 
+import asyncio
+import collections
 import contextlib
 import itertools
 from datetime import UTC, datetime, timedelta
@@ -56,6 +58,23 @@ async def test_a_document_made_behind_our_back_is_adopted(w):
     assert await swept(w) == 1
     assert (await w.row(id_)).document["username"] == "Bob"
     assert w.notes(id_)["keys"] == {"username": "bob"}
+
+
+async def test_a_sweep_keeps_callers_of_the_same_process_waiting_for_a_few_documents_at_most(w):
+    w.documents.insert_many([{"username": f"u{n}"} for n in range(200)])
+    turns = 0
+
+    async def caller():
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    task = asyncio.create_task(caller())
+    found = [turns async for _ in w.mongo.scan(w.entity, batch=1000, timeout=PATIENCE)]
+    task.cancel()
+    assert len(found) == 200
+    assert max(collections.Counter(found).values()) <= 16
 
 
 async def test_a_document_replaced_whole_gets_the_revision_after_the_rows(w):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import re
 import sys
@@ -890,7 +891,9 @@ class MongoStore:
     ) -> AsyncIterator[Image | tuple[Any, bytes]]:
         # The limit is on each round trip, not on the whole: a full pass takes as long as it takes.
         cursor = self._raw_documents(entity).find(query, _all_but(without), batch_size=batch)
-        while True:
+        for number in itertools.count(1):
+            if number % 16 == 0:
+                await asyncio.sleep(0)  # what has come is decoded without a pause otherwise
             with self._asking(timeout):
                 try:
                     raw = await cursor.next()
@@ -938,6 +941,8 @@ class MongoStore:
         with self._asking(timeout):
             # One by one: parts are large.
             async for raw in self._raw_documents(entity).find(query):
+                if len(held) % 16 == 15:
+                    await asyncio.sleep(0)  # what has come is decoded without a pause otherwise
                 with contextlib.suppress(Unmappable):  # in quarantine, or about to be
                     image = Image.from_raw(bytes(raw.raw), entity.parts)
                     held[id_to_text(image.id)] = (image.rev, image.digest)
