@@ -338,12 +338,14 @@ class Settler:
 
         An insert that is not answered is sent again. The first request may have made the record, and somebody deleted
         it, before the repetition arrives: nothing in MongoDB stands in its way then but what the tombstone remembers.
+        So is one that was delivered, before the switch back, and arrives at or under the tombstone.
         """
-        if image.op is None or image.op != image.born:
+        delivered = image.debt is not None and image.debt.delivery
+        if image.op is None or not (delivered or image.op == image.born):
             return False
         timeout = self.pair.options.primary_deadline
         buried = await self.pair.mongo.tombstone(entity, image.id, timeout=timeout)
-        if buried is None or image.op not in buried.born:
+        if buried is None or (buried.rev < image.rev if delivered else image.op not in buried.born):
             return False
         await self.pair.mongo.remove_echo(entity, image.id, rev=image.rev, op=image.op, timeout=timeout)
         return True

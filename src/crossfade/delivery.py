@@ -403,8 +403,9 @@ class Deliverer:
         pair = self.pair
         primary = pair.options.primary_deadline
         owed = await pair.postgres.outbox_row(entity, rival.id, timeout=primary)
-        if owed is None:
-            # Delivered between the two looks, or PostgreSQL knows nothing of its giving the value up.
+        if owed is None or owed.op == rival.op:
+            # Delivered between the two looks, or PostgreSQL knows nothing of its giving the value up. Or delivered and
+            # not settled yet: nothing would bring back what is set aside then.
             there = await pair.mongo.read(entity, rival.id, timeout=timeout)
             return there is None or (there.rev, there.digest) != (rival.rev, rival.digest)
         if rival.digest not in (owed.base_digest, rival.delivered):

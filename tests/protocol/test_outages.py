@@ -644,6 +644,30 @@ async def test_an_insert_that_is_delivered_after_the_delete_of_its_record_does_n
     await other.assert_equal()
 
 
+@pytest.mark.parametrize("first", ["document", "tombstone"])
+async def test_an_insert_that_is_delivered_after_the_switch_back_and_a_delete_that_is_still_owed_does_not_stay(
+    open_world, postgres_proxy, monkeypatch, first
+):
+    w = await open_world("postgres_primary")
+    other = await open_world("postgres_primary", postgres=postgres_proxy)
+    id_, arrive = await inserted_by_a_dying_worker(w, monkeypatch)
+    await other.reconcile()
+    await other.set_phase("postgres_read")
+    postgres_proxy.refuse()
+    await other.users.delete(id_)
+    await arrive()
+    assert other.document(id_) is not None
+    postgres_proxy.pass_through()
+    await other.postgres_answers()
+    if first == "document":
+        await other.settler.settle_one(other.entity, id_, other.control)
+    else:
+        await other.settler.settle_tombstone(other.entity, id_, other.control, timeout=PATIENCE)
+    await other.reconcile()
+    assert other.document(id_) is None
+    await other.assert_equal()
+
+
 async def test_an_insert_that_was_delivered_loses_its_mark(open_world):
     w = await open_world("postgres_primary")
     made = await w.users.insert({"username": "Bob"})

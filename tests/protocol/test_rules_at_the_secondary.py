@@ -256,6 +256,37 @@ async def test_a_name_that_two_old_documents_have_is_delivered_once_the_holder_o
     await w.assert_equal()
 
 
+async def test_a_name_that_was_just_delivered_is_not_set_aside_for_a_record_of_the_same_name(
+    open_world, mongo_proxy
+):
+    """Whoever delivered it settles it next: nothing would ever bring the name back."""
+    w, quick = await open_world("mongo_only", mongo=mongo_proxy), await open_world("mongo_only")
+    oldest, other = (w.documents.insert_one({"username": "Bob"}).inserted_id for _ in range(2))
+    await w.m.prepare()
+    await w.set_phase("dual_write")
+    await w.m.reconciler.full_sweep()
+    await w.reconcile()
+    await w.set_phase("postgres_primary")
+    mongo_proxy.refuse()
+    await w.users.update(oldest, {"username": "Robert"})
+    made = await w.users.insert({"username": "Bob"})
+    await w.users.update(other, {"n": 2})
+    mongo_proxy.pass_through()
+    owed = {debt.id: debt for debt in await quick.owed()}
+    settle = quick.postgres.settle
+
+    async def late(entity, id_, rev, op, **how):
+        assert w.document(other)["n"] == 2
+        await w.settler.deliverer.deliver(owed[made.id], w.control, timeout=5)
+        return await settle(entity, id_, rev, op, **how)
+
+    quick.postgres.settle = late
+    assert await quick.settler.deliverer.deliver(owed[other], quick.control, timeout=5) is Settled.CONFIRMED
+    await w.reconcile()
+    assert w.document(other)["username"] == "Bob"
+    await w.assert_equal()
+
+
 async def test_documents_that_collide_already_are_all_kept_the_oldest_with_the_plain_key(open_world):
     w = await open_world("mongo_only")
     ids = [ObjectId() for _ in range(3)]

@@ -554,11 +554,12 @@ class MongoStore:
         return done.deleted_count == 1
 
     async def remove_echo(self, entity: Entity, id_: Any, *, rev: int, op: str, timeout: float) -> bool:
-        """Remove a document that is still as this insert made it; whether it was.
+        """Remove a document that is still as this insert, or its delivery, made it; whether it was.
 
         ``rev``: the same insert may make it anew above a tombstone, and a removal that arrives late is not of that.
         """
-        query = {"_id": id_, **_rev_filter(rev), f"{CF}.op": op, f"{CF}.born": op}
+        newborn = [{f"{CF}.born": op}, {f"{CF}.debt.delivery": True}]
+        query = {"_id": id_, **_rev_filter(rev), f"{CF}.op": op, "$or": newborn}
         with self._asking(timeout):
             done = await self._documents(entity).delete_one(query)
         return done.deleted_count == 1
