@@ -110,3 +110,19 @@ async def test_a_retirement_that_was_killed_goes_on(open_world, monkeypatch):
     await retire(w.m, by="a test", rate=1e9)
     assert (await what_is_left(w.m)).is_nothing
     assert w.documents.count_documents({}) == 7
+
+
+@pytest.mark.parametrize("deleted", [False, True], ids=["updated", "deleted"])
+async def test_what_mongo_was_owed_when_feeding_ended_and_is_written_since_does_not_keep_it_from_being_retired(
+    open_world, deleted
+):
+    w = await in_phase_5(open_world, lease=0.2, background=True, reconcile_age=600.0)
+    bob = await w.users.insert({"username": "Bob", "n": 1})
+    await w.set_phase("postgres_only", feeding=False)
+    if deleted:
+        await w.users.delete(bob.id)
+    else:
+        await w.users.update(bob.id, {"n": 2})
+    await retire(w.m, by="a test", rate=1e9)
+    assert (await what_is_left(w.m)).is_nothing
+    assert w.document(bob.id) == (None if deleted else {"_id": bob.id, "username": "Bob", "n": 2})

@@ -830,15 +830,14 @@ class PostgresStore(PostgresServer):
                 statements = own.insert(change.image, change.rows)
             else:
                 statements = own.update(change.image, change.rows, rev=before.rev)
-        if keep_in_outbox:
-            tentative = None if change.tentative is None else orjson.dumps(change.tentative).decode()
-            note = {
-                "entity": entity.name, "id": key, "rev": change.rev, "op": change.op, "epoch": epoch,
-                "base_digest": None if before is None else before.digest, "tentative": tentative,
-                "parts": list(change.parts),
-            }  # fmt: skip
-            statements = [*statements, (QUERIES["outbox_put"], note)]  # type: ignore[list-item]
-        return statements
+        tentative = None if change.tentative is None else orjson.dumps(change.tentative).decode()
+        note = {
+            "entity": entity.name, "id": key, "rev": change.rev, "op": change.op, "epoch": epoch,
+            "base_digest": None if before is None else before.digest, "tentative": tentative,
+            "parts": list(change.parts),
+        }  # fmt: skip
+        query = QUERIES["outbox_put" if keep_in_outbox else "outbox_follow"]
+        return [*statements, (query, note)]  # type: ignore[list-item]
 
     async def undo(
         self,

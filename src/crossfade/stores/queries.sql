@@ -100,6 +100,13 @@ ON CONFLICT (entity, id) DO UPDATE
 SET rev = EXCLUDED.rev, op = EXCLUDED.op, epoch = EXCLUDED.epoch, tentative = EXCLUDED.tentative, parked = NULL,
     parts = ARRAY(SELECT DISTINCT unnest(o.parts || EXCLUDED.parts))
 
+-- name: outbox_follow
+-- Once MongoDB is fed no longer: what it is owed still is owed as it is now, an older revision cannot be delivered.
+UPDATE crossfade.outbox AS o
+SET rev = %(rev)s, op = %(op)s::uuid, epoch = %(epoch)s, tentative = NULL, parked = NULL,
+    parts = ARRAY(SELECT DISTINCT unnest(o.parts || %(parts)s))
+WHERE entity = %(entity)s AND id = %(id)s
+
 -- name: outbox
 -- Those that are parked last: many of them must not hide the others.
 SELECT entity, id, rev, op, base_digest, tentative, parked, parts FROM crossfade.outbox
