@@ -338,14 +338,19 @@ class Settler:
 
         An insert that is not answered is sent again. The first request may have made the record, and somebody deleted
         it, before the repetition arrives: nothing in MongoDB stands in its way then but what the tombstone remembers.
-        So is one that was delivered, before the switch back, and arrives at or under the tombstone.
+        What PostgreSQL has deleted, or delivered, while it decided does not say that: so whatever was sent under an
+        older phase, or delivered, and stands at or under a tombstone is one. Nobody waits for it any more.
         """
-        delivered = image.debt is not None and image.debt.delivery
+        debt = image.debt
+        delivered = debt is not None and debt.delivery
         if image.op is None or not (delivered or image.op == image.born):
             return False
         timeout = self.pair.options.primary_deadline
         buried = await self.pair.mongo.tombstone(entity, image.id, timeout=timeout)
-        if buried is None or (buried.rev < image.rev if delivered else image.op not in buried.born):
+        if buried is None:
+            return False
+        past = delivered or (debt is not None and debt.epoch < self.pair.board.control.phase_epoch)
+        if image.op not in buried.born and not (past and image.rev <= buried.rev):
             return False
         await self.pair.mongo.remove_echo(entity, image.id, rev=image.rev, op=image.op, timeout=timeout)
         return True

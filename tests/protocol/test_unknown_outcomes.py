@@ -332,6 +332,32 @@ async def test_an_insert_that_arrives_again_does_not_bring_a_deleted_record_back
     await w.assert_equal()
 
 
+@pytest.mark.parametrize("deleted_in", ["postgres_primary", "postgres_read"])
+async def test_an_insert_that_arrives_again_after_a_switch_and_the_way_back_does_not_bring_a_deleted_record_back(
+    open_world, deleted_in
+):
+    """What PostgreSQL has deleted, or delivered, does not say who had made it."""
+    w = await open_world("postgres_read")
+    made = await w.users.insert({"username": "Bob"})
+    late = w.document(made.id)
+    late["_cf"]["debt"] = {"epoch": w.control.epoch}
+    await w.settle()
+    for phase in ("postgres_primary", "postgres_read"):
+        await w.set_phase(phase)
+        await w.users.update(made.id, {"n": 1})
+        await w.reconcile()
+        if phase == deleted_in:
+            await w.users.delete(made.id)
+            await w.reconcile()
+            if phase == "postgres_primary":
+                await w.set_phase("postgres_read")
+            break
+    w.documents.insert_one(late)
+    await w.reconcile()
+    assert w.document(made.id) is None
+    await w.assert_equal()
+
+
 @pytest.mark.parametrize("phase", ["dual_write", "postgres_read"])
 async def test_an_insert_that_arrives_again_is_not_written_upon_by_who_has_read_the_record_before(
     open_world, phase
