@@ -299,7 +299,12 @@ class MongoPrimary:
             return made
 
     async def _roll_delete_forward(self, entity: Entity, there: Image, o: Operation) -> bool:
-        """Bury and remove a document whose delete is decided, so that its id is free; False: it is not."""
+        """Bury and remove a document whose delete is decided, so that its id is free; False: it is not.
+
+        Or one that came back with an insert repeated.
+        """
+        if await self.settler.is_echo(entity, there):
+            return True
         tentative = there.debt is not None and there.debt.tentative is not None
         if not there.deleted or tentative or there.op is None:
             return False

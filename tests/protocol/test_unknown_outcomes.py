@@ -332,6 +332,24 @@ async def test_an_insert_that_arrives_again_does_not_bring_a_deleted_record_back
     await w.assert_equal()
 
 
+@pytest.mark.parametrize("phase", ["mongo_only", "dual_write", "postgres_read"])
+async def test_an_insert_that_arrives_again_keeps_nobody_from_making_the_id_anew(open_world, phase):
+    """Its record was deleted, and who asks is told so: the id is free."""
+    w = await open_world(phase)
+    made = await w.users.insert({"username": "Bob"})
+    await w.settle()
+    late = w.document(made.id)
+    await w.users.delete(made.id)
+    if phase != "mongo_only":
+        late["_cf"]["debt"] = {"epoch": w.control.epoch}
+    w.documents.insert_one(late)
+    assert (await w.users.insert({"_id": made.id, "username": "Ann"})).rev == 3
+    assert w.document(made.id)["username"] == "Ann"
+    if phase != "mongo_only":
+        await w.reconcile()
+        await w.assert_equal()
+
+
 @pytest.mark.parametrize("deleted_in", ["postgres_primary", "postgres_read"])
 async def test_an_insert_that_arrives_again_after_a_switch_and_the_way_back_does_not_bring_a_deleted_record_back(
     open_world, deleted_in
