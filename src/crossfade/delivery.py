@@ -202,6 +202,10 @@ class Deliverer:
                     entity, there, cause="written in MongoDB while PostgreSQL was primary",
                     store="mongo", timeout=primary, document=broken,
                 )  # fmt: skip
+            if row is not None and id_to_text(there.id) != id_to_text(row.id):
+                # A number of another type: what replaces it would keep that.
+                await pair.mongo.deliver_removal(entity, raw, timeout=timeout)
+                return None
         if row is None:
             if raw is not None and not await pair.mongo.deliver_removal(entity, raw, timeout=timeout):
                 return None

@@ -160,7 +160,9 @@ class Strays:
             # Which of its parts MongoDB has confirmed nobody knows, so it is to have all of them.
             return Change(made, rows, rev, op, parts=entity.parts)
 
-        with contextlib.suppress(_Conflict, RuleBroken, Unmappable, errors.Quarantined, errors.Busy):
+        with contextlib.suppress(
+            _Conflict, RuleBroken, Unmappable, errors.Quarantined, errors.Busy, errors.DuplicateKey
+        ):
             await self.pair.postgres.write(
                 [(entity, image.id, decide)], migration=self.pair.name, epoch=control.epoch,
                 timeout=self.pair.options.primary_deadline,

@@ -133,3 +133,13 @@ async def test_references_are_found_by_their_number_in_any_type(open_world):
                     field,
                     five,
                 )
+
+
+async def test_a_document_of_a_number_in_another_type_gives_way_to_the_one_that_is_delivered(open_world):
+    w = await open_world("postgres_primary")
+    w.documents.insert_one({"_id": 5.0, "username": "Ann"})
+    await w.users.insert({"_id": 5, "username": "Bob"})
+    await w.reconcile()
+    assert is_kept(await w.users.get(5), 5)
+    assert [document["username"] for _, document in w.conflicts()] == ["Ann"]
+    await w.assert_equal()

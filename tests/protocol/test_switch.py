@@ -778,3 +778,26 @@ async def test_going_back_from_a_switch_is_told_only_where_there_was_one(open_wo
     assert await abort(w.m, by="somebody")
     assert w.control.state == STEADY
     assert PREPARED not in {entry["state"] for entry in await w.m.record.history(timeout=PATIENCE)}
+
+
+async def test_a_late_insert_of_a_number_that_postgres_has_in_another_type_is_ended(open_world, mongo_proxy):
+    w = await open_world("postgres_read", mongo=mongo_proxy)
+    epoch = w.control.epoch
+    await go(w)
+    mongo_proxy.refuse()
+    await w.users.insert({"_id": 5, "username": "Bob"})
+    mongo_proxy.pass_through()
+    op = "0" * 31 + "1"
+    notes = {
+        "rev": Int64(1),
+        "op": op,
+        "born": op,
+        "keys": {"username": "ann"},
+        "debt": {"epoch": Int64(epoch)},
+    }
+    w.documents.insert_one({"_id": 5.0, "username": "Ann", CF: notes})
+    counts = await w.m.reconciler.strays.merge_all(w.control)
+    assert counts["journaled"] == 1
+    await w.reconcile()
+    await w.assert_equal()
+    assert [document["username"] for _, document in w.conflicts()] == ["Ann"]
