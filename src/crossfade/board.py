@@ -250,7 +250,7 @@ class Board:
         """Whether the primary of this record is known to have been it until now."""
         if control.holds_writes:
             return False  # acknowledged: it may have been decided already
-        return self.age <= self.options.lease if self.member is None else self.leased(control.epoch)
+        return self.leased(control.epoch)  # nobody waits for who is in no registry: to him there is none
 
     @property
     def is_running(self) -> bool:
@@ -577,8 +577,10 @@ class Board:
 
     # --- "secondary unreadable" ----------------------------------------------------------------------------
 
-    async def mark_unreadable(self, token: str) -> None:
+    async def mark_unreadable(self, token: str) -> str:
         """Return once no worker serves an older row: the flag stands, and every board from before is too old.
+
+        Its token is ``token``, or that of whoever set it before.
 
         Raises:
             crossfade.errors.StoreUnavailable: the flag could not be set.
@@ -589,7 +591,10 @@ class Board:
                 if not self._stands():
                     await self._set_flag(token)
         assert self._flag is not None
-        await self._outlast_boards(self._flag[1])
+        stands, since = self._flag
+        assert stands is not None
+        await self._outlast_boards(since)
+        return stands
 
     def _stands(self) -> bool:
         """Whether the flag stood in a look so young that nobody can have made the secondary readable since."""

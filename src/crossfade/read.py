@@ -175,8 +175,17 @@ class Reader:
         without = () if parts else entity.parts
 
         async def mongo(timeout: float) -> list[Image]:
-            found = await self.pair.mongo.find(entity, query, timeout=timeout, without=without)
-            return await self.pair.mongo.standing(entity, found, timeout=timeout)
+            fallen: list[Any] = []
+            while True:
+                found = await self.pair.mongo.find(
+                    entity, query, timeout=timeout, without=without, but=fallen
+                )
+                standing = await self.pair.mongo.standing(entity, found, timeout=timeout)
+                if len(standing) == len(found) or len(found) < query.limit:
+                    return standing
+                # They took the places of others that match.
+                there = {_place(image.id) for image in standing}
+                fallen += [image.id for image in found if _place(image.id) not in there]
 
         async def postgres(timeout: float) -> list[Image]:
             return await self.pair.postgres.find(entity, query, timeout=timeout, small=bool(without))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -181,13 +182,24 @@ async def until_all_have_read(migration: Migration, control: Control, began: flo
 
 
 async def _change(migration: Migration, before: Control, make: Callable[[Control], Control]) -> Control:
-    """The record after ``before``; flags that workers set or lift meanwhile stand in nobody's way."""
-    now = before
+    """The record after ``before``; flags that workers set or lift meanwhile stand in nobody's way.
+
+    Before PostgreSQL is read no more nobody may read it: who has heard of the step warns nobody of what he leaves owed,
+    or leaves no debt at all, and who has not would go on serving rows.
+    """
+    board, now = migration.board, before
+    token = board.new_token()
+    stands = ""
     for _ in range(8):
         after = make(now)
-        if await migration.record.change(now, after, timeout=migration.pair.options.primary_deadline):
-            return after
-        now = (await migration.board.refresh()).control
+        if now.postgres_first and not after.postgres_first and now.unreadable != stands:
+            stands = await board.mark_unreadable(token)
+        else:
+            if now.unreadable == token:
+                after = replace(after, unreadable=None, lifting=False)
+            if await migration.record.change(now, after, timeout=migration.pair.options.primary_deadline):
+                return after
+        now = (await board.refresh()).control
         if now.token != before.token or now.state != STEADY or now.foreign_writers != before.foreign_writers:
             break
     raise errors.NotAllowedInPhase(

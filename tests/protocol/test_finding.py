@@ -365,3 +365,34 @@ async def test_what_no_store_can_hold_is_nobodys(world: World) -> None:
     for where in ({"_id": [OWNER]}, {"_id": any_of([None, [OWNER], "x" * 3000])}, {"links": "x" * 3000}):
         asked = query("players", where, order_by="_id", after=None, limit=100, skip=0)
         assert await both(world, asked) == ([], []), where
+
+
+async def test_an_insert_that_a_delete_overtook_takes_nobodys_place_in_a_list(
+    open_world: OpenWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, other = await open_world("shadow_read"), await open_world("shadow_read")
+    id_, look, insert = ObjectId(), w.mongo.tombstone, w.mongo.insert
+    later = (await other.users.insert({"username": "Zoe", "n": 5})).id
+    seen: dict[str, Any] = {}
+
+    async def overtaken(entity: Any, id_: Any, **how: Any) -> Any:
+        found = await look(entity, id_, **how)
+        monkeypatch.setattr(w.mongo, "tombstone", look)
+        await other.users.insert({"_id": id_, "username": "Bob"})
+        await other.users.delete(id_)
+        return found
+
+    async def watched(entity: Any, document: Any, **how: Any) -> None:
+        await insert(entity, document, **how)
+        monkeypatch.setattr(w.mongo, "insert", insert)
+        for order_by in ("_id", "-_id"):
+            seen[order_by] = [
+                found.id for found in await other.users.find({"n": 5}, order_by=order_by, limit=1)
+            ]
+        seen["one"] = await other.users.find_one({"n": 5})
+
+    monkeypatch.setattr(w.mongo, "tombstone", overtaken)
+    monkeypatch.setattr(w.mongo, "insert", watched)
+    await w.users.insert({"_id": id_, "username": "Alice", "n": 5})
+    assert seen["_id"] == seen["-_id"] == [later]
+    assert seen["one"].id == later

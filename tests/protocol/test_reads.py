@@ -497,3 +497,39 @@ async def test_what_was_written_to_mongo_alone_while_others_wrote_to_both_is_not
     assert other.control.postgres_first
     await w.reconcile()  # the tombstone is owed, by whoever made it
     await w.assert_equal()
+
+
+@pytest.mark.parametrize("to", ["mongo_only", "shadow_read"])
+async def test_who_has_not_heard_of_a_step_back_serves_no_row_older_than_what_was_acknowledged_since(
+    open_world, postgres_proxy, to
+):
+    w = await open_world("postgres_read", postgres=postgres_proxy, board_age=3.0)
+    reader = await open_world("postgres_read", board_age=3.0, enlisted=False)
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.owed()
+    stepping = asyncio.create_task(change_phase(w.m, Phase.parse(to), by="a test", reason="a test"))
+    while w.m.board.control.phase is Phase.POSTGRES_READ:
+        await reader.m.board.refresh()
+        await w.m.board.refresh()
+    await stepping
+    postgres_proxy.refuse()
+    await w.users.update(made.id, {"n": 2})
+    assert (await reader.users.get(made.id))["n"] == 2
+
+
+@pytest.mark.parametrize("phase", ["postgres_read", "postgres_primary"])
+async def test_who_is_in_no_registry_reads_no_store_as_the_primary_that_it_no_longer_is(
+    open_world, mongo_proxy, postgres_proxy, phase
+):
+    first, proxy = ("mongo", mongo_proxy) if phase == "postgres_read" else ("postgres", postgres_proxy)
+    w = await open_world(phase, **{first: proxy})
+    reader = await open_world(phase, enlisted=False, board_age=0.01)
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.owed()
+    await reader.m.board.refresh()
+    target = Phase.POSTGRES_PRIMARY if phase == "postgres_read" else Phase.POSTGRES_READ
+    force = ("verify",) if target is Phase.POSTGRES_PRIMARY else ()
+    await change_phase(w.m, target, by="a test", reason="a test", force=force)
+    proxy.refuse()
+    await w.users.update(made.id, {"n": 2})
+    assert (await reader.users.get(made.id))["n"] == 2

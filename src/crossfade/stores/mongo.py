@@ -451,11 +451,19 @@ class MongoStore:
         return [Image.from_raw(bytes(raw.raw), entity.parts, without) for raw in found]
 
     async def find(
-        self, entity: Entity, query: Query, *, timeout: float, without: Collection[str] = ()
+        self,
+        entity: Entity,
+        query: Query,
+        *,
+        timeout: float,
+        without: Collection[str] = (),
+        but: Sequence[Any] = (),
     ) -> list[Image]:
-        """Images of the records that a query asks for, deleted ones left out; see `read`."""
+        """Images of the records that a query asks for, deleted ones and the ids ``but`` left out; see `read`."""
         standing = {f"{CF}.deleted": {"$ne": True}}
-        parts = [part for part in (as_filter(entity, query.where), as_filter_behind(query), standing) if part]
+        others = {"_id": {"$nin": list(but)}} if but else {}
+        asked = (as_filter(entity, query.where), as_filter_behind(query), standing, others)
+        parts = [part for part in asked if part]
         cursor = (
             self._raw_documents(entity).find({"$and": parts}, _all_but(without)).sort(as_sort(query.order))
         )
