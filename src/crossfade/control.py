@@ -35,8 +35,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from crossfade import errors
+from crossfade.clock import boot_clock
 from crossfade.phase import Phase
 from crossfade.record import new_operation
+from crossfade.stores.errors import Unanswered
 from crossfade.stores.mongo import MongoStore
 from crossfade.stores.postgres import PostgresStore
 
@@ -46,6 +48,8 @@ SWITCHING = "switching"
 PREPARED = "prepared"
 #: What a person's decision adds to version and epoch: whatever the lost store holds is below.
 _ABOVE_ALL = 1_000
+#: Seconds between two attempts at a change that was not answered.
+_AGAIN = 0.01
 #: Versions that one switch makes, and more.
 _STEPS = 20
 
@@ -340,11 +344,13 @@ class ControlRecord:
 
         ``copy=False``: leave the copy to the next look, because the other store is known not to answer, or is not to
         know yet. False: somebody else changed it first.
+
+        Raises:
+            Unanswered: whether it was changed is not known.
+            crossfade.errors.StoreUnavailable: it was not.
         """
         primary, secondary = old.phase.rules.primary, old.phase.rules.secondary
-        if not await self.stores[primary].change_control(
-            self.migration, new.to_document(), expected=old.version, timeout=timeout
-        ):
+        if not await self._compare_and_set(primary, old, new, timeout):
             return False
         told = new.tells_more_than(old)
         if told:
@@ -356,6 +362,32 @@ class ControlRecord:
                 if told:
                     await self._note(secondary, new, timeout=timeout)
         return True
+
+    async def _compare_and_set(self, store: str, old: Control, new: Control, timeout: float) -> bool:
+        """The same one again where it was not answered: of the two only one can match, so then it is decided."""
+        ends = boot_clock() + timeout
+        unanswered: Unanswered | None = None
+        while True:
+            left = max(_AGAIN, ends - boot_clock())
+            try:
+                made = await self.stores[store].change_control(
+                    self.migration, new.to_document(), expected=old.version, timeout=left
+                )
+                if made or unanswered is None:
+                    return made
+                found = await self.stores[store].control(self.migration, timeout=left)
+            except errors.StoreUnavailable as cause:
+                unanswered = cause if isinstance(cause, Unanswered) else unanswered
+                if unanswered is None:
+                    raise
+                if boot_clock() >= ends:
+                    raise unanswered from None
+                await asyncio.sleep(_AGAIN)
+                continue
+            latest = None if found is None else Control.from_document(found)
+            if latest is None or latest.version > new.version:
+                raise unanswered  # upon whose, nobody can tell
+            return latest == new
 
     async def copy(self, control: Control, *, to: str, timeout: float) -> None:
         """Write this version into a store whose copy is older.

@@ -20,6 +20,7 @@ from crossfade.control import STEADY, Control
 from crossfade.guard import Statement, guard, refusals, told
 from crossfade.migration import Migration
 from crossfade.phase import Phase, check_transition
+from crossfade.stores.errors import Unanswered
 from crossfade.strategy import FailureStrategy, check_strategy
 from crossfade.switch import PAUSE_LIMIT, Changed, OnStep, switch
 from crossfade.values import Unmappable
@@ -73,6 +74,7 @@ async def change_phase(
     Raises:
         crossfade.errors.NotAllowedInPhase: the step skips a phase, or a guard does not hold; the phase is unchanged.
         crossfade.errors.StoreUnavailable: a store that must answer does not; the phase is unchanged.
+        crossfade.errors.OutcomeUnknown: the primary was asked to change it, and does not say whether it has.
     """
     before = (await migration.board.refresh()).control
     if before.state != STEADY:
@@ -197,8 +199,14 @@ async def _change(migration: Migration, before: Control, make: Callable[[Control
         else:
             if now.unreadable == token:
                 after = replace(after, unreadable=None, lifting=False)
-            if await migration.record.change(now, after, timeout=migration.pair.options.primary_deadline):
-                return after
+            try:
+                if await migration.record.change(now, after, timeout=migration.pair.options.primary_deadline):
+                    return after
+            except Unanswered as cause:
+                raise errors.OutcomeUnknown(
+                    f"whether migration {migration.name} was changed was not answered; look at `crossfade status`: "
+                    f"{cause}"
+                ) from cause
         now = (await board.refresh()).control
         if now.token != before.token or now.state != STEADY or now.foreign_writers != before.foreign_writers:
             break

@@ -8,6 +8,7 @@ import pytest
 
 from crossfade import Phase, StoreUnavailable
 from crossfade.stores.errors import Fenced
+from crossfade.transition import change_phase
 
 from .conftest import PATIENCE
 from .test_images import apply, image_of
@@ -199,3 +200,23 @@ async def test_a_migration_that_only_one_store_can_be_asked_about_is_not_begun(o
     # The record is there: nothing is begun. (A first look has half a lease.)
     again = await open_world("mongo_only", postgres=postgres_proxy, lease=2.0)
     assert again.control == w.control
+
+
+@pytest.mark.parametrize("phase", ["shadow_read", "postgres_primary"])
+async def test_a_step_whose_answer_is_lost_is_told_as_it_was_decided(
+    open_world, mongo_proxy, postgres_proxy, phase
+):
+    w = await open_world(phase, mongo=mongo_proxy, postgres=postgres_proxy)
+    if phase == "shadow_read":
+        target, proxy = Phase.DUAL_WRITE, mongo_proxy
+        mongo_proxy.cut_after_request(
+            when=lambda request: b"crossfade_control" in request and b"update" in request
+        )
+    else:
+        target, proxy = Phase.POSTGRES_ONLY, postgres_proxy
+        proxy.cut_after_request(when=lambda request: b"COMMIT" in request)
+    force = ("verify",) if target is Phase.POSTGRES_ONLY else ()
+    done = await change_phase(w.m, target, by="a test", reason="a test", force=force)
+    assert proxy.counts.faults == 1
+    assert done.after.phase is target
+    assert (await w.m.board.refresh()).control.version == done.after.version

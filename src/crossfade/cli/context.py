@@ -189,7 +189,7 @@ def run(work: Callable[[], Coroutine[Any, Any, Exit | None]], *, as_json: bool =
         status = asyncio.run(work())
     except KeyboardInterrupt:
         fail("interrupted; run the command again to go on", Exit.INTERRUPTED, as_json=as_json)
-    except errors.StoreUnavailable as cause:
+    except (errors.StoreUnavailable, errors.OutcomeUnknown) as cause:
         fail(str(cause), Exit.UNREACHABLE, as_json=as_json)
     except errors.NotAllowedInPhase as cause:
         fail(str(cause), Exit.FOUND, as_json=as_json)
