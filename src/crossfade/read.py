@@ -36,7 +36,6 @@ _T = TypeVar("_T")
 _FAILED = (errors.StoreUnavailable, Fenced)
 #: Times in a row after which PostgreSQL is not asked for what it is going to lack, and the reason that is counted then.
 _LACKED_FOR_LONG, _LACKED = 8, "lacked in postgres so far"
-_IN_DEBT = "entity in debt"
 
 
 @dataclass
@@ -287,7 +286,8 @@ class Reader:
         look = self.pair.board.look
         reason = self._not_postgres(entity, control, ids, query, one=holder is not None)
         kind = (entity.name, question)
-        lacked = 0 if self._absence_is_final(entity, control) else self._lacked[kind]
+        final = self._absence_is_final(entity, control)
+        lacked = 0 if final else self._lacked[kind]
         if reason is None and lacked >= _LACKED_FOR_LONG:
             reason = _LACKED
         asked: asyncio.Task[_T] | None = None
@@ -301,12 +301,12 @@ class Reader:
                 except _FAILED:
                     reason = "postgres failed"
                 else:
-                    if missing is None or not missing(answer) or self._absence_is_final(entity, control):
+                    if missing is None or not missing(answer) or final:
                         del self._lacked[kind]
-                        if holder is None or self._stands(entity, look, holder(answer)):
+                        if holder is None or self._stands(entity, look, holder(answer), final=final):
                             self._count(entity, "postgres", "first")
                             return answer, "postgres", False
-                        reason = _IN_DEBT
+                        reason = "another may be meant"
                     else:
                         self._lacked[kind] += 1
                         reason = "absent in postgres"
@@ -319,7 +319,7 @@ class Reader:
                 in_order = self._not_postgres(entity, self.pair.board.control, ids, query) is None
             if not control.postgres_first or control.unreadable or self._on_board(entity, ids):
                 raise
-            if not self._has_columns(entity, query):
+            if not self._has_columns(entity, query) or self._lacks_some(control, query):
                 raise
             answer = await self._guarded(postgres, query)
             if in_order and missing is not None and not missing(answer):
@@ -385,9 +385,11 @@ class Reader:
             return "secondary unreadable"
         if not ids:
             if entity.name in look.owed_entities and not (one and self._owes_what_is_known(entity, look)):
-                return _IN_DEBT
+                return "entity in debt"
             if not self._has_columns(entity, query):
                 return "no column"
+            if self._lacks_some(control, query):
+                return "not all in postgres so far"
         elif self._on_board(entity, ids):
             return "in debt"
         return None if self.pair.postgres_breaker.allows() else "postgres down"
@@ -397,15 +399,21 @@ class Reader:
         return entity.name not in look.overflown and entity.name not in look.quarantined
 
     @staticmethod
-    def _stands(entity: Entity, look: Look | None, id_: Any | None) -> bool:
+    def _stands(entity: Entity, look: Look | None, id_: Any | None, *, final: bool) -> bool:
         """Whether PostgreSQL's answer holds whatever is owed; ``id_``: the one record that it hangs on, or None.
 
         Who holds a name alone gives it up before another takes it. So where the holder owes nothing its row says what
-        was acknowledged, the name included, and nobody who is in debt can have it.
+        was acknowledged, the name included, and nobody who is in debt can have it. ``final``: PostgreSQL lacks nobody,
+        so nobody else can be spelt just so.
         """
-        if look is None or entity.name not in look.owed_entities:
-            return True
-        return id_ is not None and not any((entity.name, text) in look.ids for text in id_texts(id_))
+        if id_ is None or look is None:
+            return final
+        return not any((entity.name, text) in look.ids for text in id_texts(id_))
+
+    @staticmethod
+    def _lacks_some(control: Control, query: Query | None) -> bool:
+        """Whether this is a list or a count that PostgreSQL cannot give: it may have been empty, and MongoDB full."""
+        return query is not None and control.phase is Phase.DUAL_WRITE
 
     def _has_columns(self, entity: Entity, query: Query | None) -> bool:
         return query is None or self.pair.postgres.can_find(entity, query.where, query.order)

@@ -533,3 +533,30 @@ async def test_who_is_in_no_registry_reads_no_store_as_the_primary_that_it_no_lo
     proxy.refuse()
     await w.users.update(made.id, {"n": 2})
     assert (await reader.users.get(made.id))["n"] == 2
+
+
+async def test_who_has_not_been_copied_yet_is_in_lists_and_counted(open_world, mongo_proxy):
+    w = await open_world("mongo_only", mongo=mongo_proxy)
+    bob, _ = [(await w.users.insert({"username": name, "n": 1})).id for name in ("Bob", "Ann")]
+    await change_phase(w.m, Phase.DUAL_WRITE, by="a test", reason="a test")
+    assert w.control.postgres_first
+    await w.users.update(bob, {"friends": []})  # he is in PostgreSQL now
+    await w.owed()
+    assert {found["username"] for found in await w.users.find({"n": 1})} == {"Bob", "Ann"}
+    assert await w.users.count({"n": 1}) == 2
+    assert (await w.users.find_one({"username": "Ann"}))["n"] == 1
+    mongo_proxy.refuse()
+    with pytest.raises(StoreUnavailable):
+        await w.users.find({"n": 1})
+
+
+async def test_who_has_not_been_copied_yet_is_found_just_as_spelt(open_world):
+    w = await open_world("mongo_only")
+    older, bob = ObjectId(), ObjectId()
+    w.documents.insert_many([{"_id": older, "username": "Bob"}, {"_id": bob, "username": "bob"}])
+    await change_phase(w.m, Phase.DUAL_WRITE, by="a test", reason="a test")
+    assert w.control.postgres_first
+    await w.users.update(older, {"n": 1})  # in PostgreSQL now, under the normalised key
+    await w.owed()
+    assert (await w.users.find_by_key("username", "Bob")).source == "postgres"
+    assert (await w.users.find_by_key("username", "bob")).id == bob
