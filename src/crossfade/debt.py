@@ -110,12 +110,13 @@ class Settler:
         # Gone there already; what is left is the second look.
         return await self.finish_delete(entity, image, control)
 
-    async def with_groups(self, placed: Sequence[Placed]) -> list[Placed]:
+    async def with_groups(self, placed: Sequence[Placed]) -> tuple[list[Placed], bool]:
         """These, and those that PostgreSQL should get with them: of one operation, and not yet settled.
 
-        A record may be owed by several operations, so theirs as well; `LARGEST_GROUP` at most.
+        A record may be owed by several operations, so theirs as well; `LARGEST_GROUP` at most. And whether one of them
+        cannot be brought yet: an open write of it waits for its outcome, or steps of its are still to be taken.
         """
-        found = list(placed)
+        found, is_early = list(placed), False
         known = {(entity.name, id_to_text(image.id)) for entity, image in found}
         at = 0
         while at < len(found):
@@ -137,11 +138,15 @@ class Settler:
                         )
                         if buried is not None and buried.owed:
                             found.append((other, _deleted(buried)))
-                    elif there.deleted and there.steps:
+                        continue
+                    if there.debt is not None and there.debt.parked is None:
+                        # Only for what ends: one that is refused waits for a person.
+                        is_early |= there.is_open or there.steps is not None
+                    if there.deleted and there.steps:
                         pass  # they would go with the document
                     elif there.debt and there.debt.tentative is None:
                         found.append((other, there))
-        return found
+        return found, is_early
 
     async def roll_forward(self, entity: Entity, image: Image, control: Control, *, ends: float) -> None:
         """Do in MongoDB what a decided operation owes to other records, and erase that it is owed.
@@ -370,6 +375,14 @@ class Settler:
             entity, image.id, control, timeout=self.pair.options.secondary_deadline
         )
 
+    async def _finish_delete_together(self, entity: Entity, image: Image, control: Control) -> Settled:
+        """`finish_delete`, with the other records of its operation where they are owed still."""
+        if image.op is None or not control.phase.rules.dual or not _owed_with(image):
+            return await self.finish_delete(entity, image, control)
+        await self.bury(entity, image)
+        timeout = self.pair.options.secondary_deadline
+        return await self.settle_tombstone(entity, image.id, control, timeout=timeout)
+
     async def bury(self, entity: Entity, image: Image) -> None:
         """What a decided delete has to do in MongoDB: the tombstone, with its debt, and then the removal.
 
@@ -495,7 +508,7 @@ class Settler:
                     image = await self.lift(entity, id_, above=image.rev, control=control) or image
                 return await self._park(entity, image, f"a record does not take its part: {cause}")
         if image.deleted:
-            return await self.finish_delete(entity, image, control)
+            return await self._finish_delete_together(entity, image, control)
         if image.debt is not None and image.debt.delivery:
             return await self.deliverer.end_delivery(entity, id_)  # left from the time before the switch back
         if not await pair.mongo.standing(entity, [image], timeout=timeout):
@@ -519,11 +532,15 @@ class Settler:
         ``timeout``: for each call of PostgreSQL, in seconds.
         """
         pair = self.pair
-        placed = await self.with_groups([(entity, image)])
+        placed, is_early = await self.with_groups([(entity, image)])
+        if is_early:
+            return Settled.OPEN  # half of an operation is nothing for PostgreSQL
         brought = await self.bring_together(placed, control, timeout=timeout)
-        for (each, one), settled in zip(placed, brought, strict=True):
+        for at, ((each, one), settled) in enumerate(zip(placed, brought, strict=True)):
             if settled is Settled.CONFIRMED and (key := confirmed(each, one)) is not None:
-                await self.stepper.erase_marks(each, one)
+                if not await self.stepper.erase_marks(each, one):
+                    brought[at] = Settled.PARKED  # with the record that decided, whose steps are refused
+                    continue
                 await pair.mongo.settle(each, [key], timeout=pair.options.primary_deadline)
                 with contextlib.suppress(errors.CrossfadeError):
                     await pair.postgres.release(each, [one.id], timeout=timeout)
@@ -713,10 +730,11 @@ class Settler:
 
     # --- ROLLBACK_BOTH, MongoDB primary ----------------------------------------------------------------------
 
-    async def undo(self, entity: Entity, image: Image, control: Control) -> Settled:
+    async def undo(self, entity: Entity, image: Image, control: Control, *, bring: bool = True) -> Settled:
         """Take an open write back, as a new revision, *whatever PostgreSQL did* with it.
 
-        Only the operation's own fields, and only where they still hold its values: a foreign write stays.
+        Only the operation's own fields, and only where they still hold its values: a foreign write stays. Not
+        ``bring``: PostgreSQL gets it with the others of its operation, from whoever undoes these.
 
         Raises:
             crossfade.errors.StoreUnavailable: it could not be done now; the open write still stands.
@@ -785,9 +803,9 @@ class Settler:
             if undone is not None:
                 others = not decider or await self._undo_steps(image, control)
                 if undone.deleted:
-                    settled = await self.finish_delete(entity, undone, control)
-                elif not control.phase.rules.dual:
-                    # Its debt stands for the day on which PostgreSQL is owed it again.
+                    settled = await self._finish_delete_together(entity, undone, control)
+                elif not bring or not control.phase.rules.dual:
+                    # Its debt stands, in phase 0 for the day on which PostgreSQL is owed it again.
                     settled = Settled.CONFIRMED
                 else:
                     settled = await self._bring_owed(
@@ -811,7 +829,8 @@ class Settler:
             try:
                 there = await self.pair.mongo.read_owed(target, step.id, timeout=timeout)
                 if there is not None and there.op == anchor.op and there.debt and there.debt.tentative:
-                    everywhere &= await self.undo(target, there, control) is Settled.CONFIRMED
+                    undone = await self.undo(target, there, control, bring=False)
+                    everywhere &= undone is Settled.CONFIRMED
             except (errors.CrossfadeError, Unmappable):
                 everywhere = False
         return everywhere

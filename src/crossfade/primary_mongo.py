@@ -662,7 +662,8 @@ class MongoPrimary:
     ) -> Settled:
         timeout = self.pair.options.secondary_deadline
         own = [(entity, image), *together]
-        placed = await self.settler.with_groups(own)
+        # Who is early is not waited for: this write has its own deadline.
+        placed, _ = await self.settler.with_groups(own)
         if len(placed) > 1:
             brought = await self.settler.bring_together(placed, o.control, timeout=timeout)
             for (each, one), settled in zip(placed, brought, strict=True):
@@ -739,6 +740,8 @@ class MongoPrimary:
                     self.settler.eraser.soon(entity, image)
                 return
             await self._bring_what_replaced_it(entity, image, o)
+            if await self._stands_open(entity, image, o):
+                raise _undo_pending(o)
             raise errors.Undone(
                 f"[{o.context}] the write was undone: it was not confirmed before its deadline"
             )
@@ -753,12 +756,12 @@ class MongoPrimary:
                     "recorded and will be carried out"
                 ) from failure
             settled = Settled.SUPERSEDED
-        if settled in (Settled.OPEN, Settled.PARKED) and await self._stands_open(entity, image, o):
-            raise errors.UndoPending(
-                f"[{o.context}] the undo in MongoDB waits for the reconciler"
-            ) from failure
         if settled in (Settled.SUPERSEDED, Settled.GONE):
             await self._bring_what_replaced_it(entity, image, o)
+        # A step that was not answered may yet be taken, and is then undone as one whose writer died.
+        is_late = bool(o.request.steps) and isinstance(failure, Unanswered) and failure.store == "mongo"
+        if is_late or (settled is not Settled.CONFIRMED and await self._stands_open(entity, image, o)):
+            raise _undo_pending(o) from failure
         if settled is not Settled.CONFIRMED and self.pair.board.control.postgres_first:
             # PostgreSQL may have taken the write without saying so: nobody may read it there after "undone".
             with contextlib.suppress(errors.CrossfadeError):
@@ -800,12 +803,17 @@ class MongoPrimary:
                 await self.pair.board.mark_unreadable(o.op)
 
     async def _stands_open(self, entity: Entity, image: Image, o: Operation) -> bool:
-        """Whether the document still is as the open write left it, or cannot be asked."""
+        """Whether the document, or one with a step of it, still is as the open write left it, or cannot be asked."""
+        places = [(entity, image.id)]
+        places += [(self.pair.entities[step.entity], step.id) for step in o.request.steps]
         try:
-            current = await self.pair.mongo.read_owed(entity, image.id, timeout=o.left())
+            for each, id_ in places:
+                notes = await self.pair.mongo.notes(each, id_, (), timeout=o.left())
+                if ((notes or {}).get(CF) or {}).get("op") == o.op:
+                    return True
         except errors.StoreUnavailable:
             return True
-        return current is not None and current.op == o.op
+        return False
 
     async def _confirm(self, entity: Entity, image: Image, o: Operation) -> bool:
         """The compare-and-set from tentative to confirmed, repeated until it is decided; False: undone.
@@ -919,6 +927,10 @@ def _still(entity: Entity, seen: Image) -> dict[str, Any]:
 
 def _as_failure(cause: errors.CrossfadeError | Unmappable) -> errors.CrossfadeError:
     return errors.Quarantined(f"a record cannot be read: {cause}") if isinstance(cause, Unmappable) else cause
+
+
+def _undo_pending(o: Operation) -> errors.UndoPending:
+    return errors.UndoPending(f"[{o.context}] the undo in MongoDB waits for the reconciler")
 
 
 def _waits(entity: Entity, o: Operation) -> errors.Busy:

@@ -296,6 +296,9 @@ class Reconciler:
                     self._count(debt.entity, 1)
                 elif settled is Settled.PARKED:
                     done.parked += 1
+                    if debt.parked is None and not debt.tentative:
+                        # Beside another record, which is what is shown.
+                        self._parked[_parked_key(debt)] = boot_clock() + self.pair.options.parked_retry
                 else:
                     done.open += 1
 

@@ -261,14 +261,17 @@ class Stepper:
                 timeout=self.pair.options.primary_deadline,
             )
 
-    async def erase_marks(self, entity: Entity, image: Image) -> None:
-        """Erase the marks of a record that its operations, their steps gone everywhere, no longer ask for."""
+    async def erase_marks(self, entity: Entity, image: Image) -> bool:
+        """Erase the marks of a record that its operations, their steps gone everywhere, no longer ask for; all?"""
+        all_of_them = True
         for mark in image.done:
             _, _, standing = await self.outcome(mark)
+            all_of_them &= standing is None
             if standing is None:
                 await self.pair.mongo.erase_mark(
                     entity, image.id, op=mark["op"], timeout=self.pair.options.primary_deadline
                 )
+        return all_of_them
 
     async def erase(self, entity: Entity, id_: Any, steps: Steps) -> None:
         """Erase steps that everybody has taken: from the record that decided first, the marks after it."""

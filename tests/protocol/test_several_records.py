@@ -15,9 +15,11 @@ from crossfade import (
     Quarantined,
     StoreUnavailable,
     Undone,
+    UndoPending,
 )
 from crossfade.clock import boot_clock
 from crossfade.record import CF, Settled
+from crossfade.stores.errors import Unanswered
 from crossfade.values import id_to_text
 
 from .conftest import BOTH_PRIMARIES, MONGO_PHASES, PATIENCE, eventually, requests_entity
@@ -269,6 +271,28 @@ async def test_a_step_that_mongo_refuses_is_parked_with_its_cause_and_shown(open
     await assert_all_equal(w)
 
 
+async def test_a_record_whose_operation_another_one_refuses_is_not_brought_again_and_again(open_friends):
+    """It has taken its step, and its mark stands as long as the other step does: its debt with it."""
+    w = await open_friends()
+    request, ann, bob = await asked(w)
+    await w.users.insert({"username": "Eve", "n": 1})
+    await w.settle()
+    w.documents.create_index("n", unique=True, sparse=True)
+    op = w.m.operation("Friend Accept")
+    op.update("friend_requests", request, {"status": "accepted"})
+    op.also("users", bob, add={"friends": [ann]})
+    op.also("users", ann, {"n": 1}, add={"friends": [bob]})
+    with pytest.raises(OutcomeUnknown, match="carried out"):
+        await op.__aexit__(None, None, None)
+    async with asyncio.timeout(PATIENCE):
+        done = await w.m.reconciler.reconcile()
+    assert (done.settled, done.parked) == (0, 2)
+    w.documents.drop_index("n_1")
+    await w.reconcile(retry_parked=True)
+    assert await found(w, request, ann, bob) == ("accepted", True, True)
+    await assert_all_equal(w)
+
+
 @pytest.mark.parametrize("phase", MONGO_PHASES)
 @pytest.mark.parametrize("taken", [0, 1, 2])
 async def test_an_open_operation_whose_writer_died_is_taken_back_everywhere(open_friends, phase, taken):
@@ -412,6 +436,67 @@ async def test_postgres_never_shows_half_of_an_operation(open_friends, postgres_
     await assert_all_equal(w)
 
 
+async def test_what_one_of_an_operation_writes_openly_holds_the_others_off_postgres_until_its_outcome(
+    open_friends, postgres_proxy
+):
+    w = await open_friends(postgres=postgres_proxy)
+    ids = await asked(w)
+    await w.settle()
+    postgres_proxy.refuse()
+    await accept(w, *ids)
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    dying = await open_friends()
+    die_after(dying, 0)
+    with pytest.raises(Died):
+        await dying.users.update(ids[1], {"n": 7}, strategy=ROLLBACK)
+    looks = halves_seen(w, ids)
+    assert await w.settler.settle_one(w.entity, ids[2], w.control) is Settled.OPEN
+    await w.reconcile()  # an open write past its deadline is taken back
+    assert set(looks) == {3}
+    assert (await w.users.get(ids[1]))["n"] == 1
+    await assert_all_equal(w)
+
+
+async def test_a_step_that_was_taken_waits_for_the_others_before_postgres_gets_it(open_friends):
+    w = await open_friends()
+    ids = await asked(w)
+    await w.settle()
+    die_after(w, 1)
+    with pytest.raises(Died):
+        await accept(w, *ids)
+    other = await open_friends()
+    looks = halves_seen(other, ids)
+    assert await other.settler.settle_one(other.entity, ids[1], other.control) is Settled.OPEN
+    await other.reconcile()
+    assert set(looks) == {3}
+    await assert_all_equal(other)
+
+
+@pytest.mark.parametrize("first", ["the record that decided", "a step"])
+async def test_an_operation_is_taken_back_in_one_transaction_of_postgres(open_friends, first):
+    """Its writer brought it, and died before it was confirmed."""
+    w = await open_friends()
+    ids = await asked(w)
+    await w.settle()
+
+    async def dying(*_write):
+        raise Died
+
+    w.m.writer.mongo._confirm = dying
+    with pytest.raises(Died):
+        await accept(w, *ids, ROLLBACK)
+    other = await open_friends()
+    looks = halves_seen(other, ids)
+    entity, id_ = (
+        (other.entity, ids[1]) if first == "a step" else (other.m.entities["friend_requests"], ids[0])
+    )
+    await other.settler.settle_one(entity, id_, other.control, undo_tentative=True)
+    await other.reconcile()
+    assert set(looks) == {0}
+    await assert_all_equal(other)
+
+
 async def test_a_record_that_is_brought_anew_brings_all_of_an_operation_that_is_still_owed(
     open_friends, postgres_proxy
 ):
@@ -500,6 +585,59 @@ async def test_an_operation_is_taken_back_in_time_while_postgres_is_silent(open_
     postgres_proxy.pass_through()
     await w.postgres_answers()
     await w.reconcile()
+    await assert_all_equal(w)
+
+
+async def test_an_operation_whose_steps_are_not_taken_back_yet_is_not_told_as_undone(
+    open_friends, postgres_proxy, monkeypatch
+):
+    """The undo of the record that decides is made and not answered, so nobody has come to the steps."""
+    w = await open_friends(postgres=postgres_proxy)
+    ids = await asked(w)
+    await w.settle()
+    postgres_proxy.refuse()
+    change = w.mongo.compare_and_set
+
+    async def unheard(entity, id_, **how):
+        image = await change(entity, id_, **how)
+        if id_ == ids[0] and image is not None and not image.is_open:
+            raise Unanswered("mongo", "no answer")
+        return image
+
+    monkeypatch.setattr(w.mongo, "compare_and_set", unheard)
+    with pytest.raises(UndoPending):
+        await accept(w, *ids, ROLLBACK)
+    assert ids[2] in w.document(ids[1])["friends"]
+    monkeypatch.undo()
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    await w.reconcile()
+    assert await found(w, *ids) == ("pending", False, False)
+    await assert_all_equal(w)
+
+
+async def test_an_operation_with_a_step_that_may_yet_arrive_is_not_told_as_undone(open_friends, monkeypatch):
+    w = await open_friends(primary_deadline=0.5)
+    ids = await asked(w)
+    await w.settle()
+    change = w.mongo.compare_and_set
+    requests = []
+
+    async def delayed(entity, id_, **how):
+        if id_ == ids[2]:
+            requests.append((entity, id_, how))
+            await asyncio.sleep(0.2)
+            raise Unanswered("mongo", "no answer")
+        return await change(entity, id_, **how)
+
+    monkeypatch.setattr(w.mongo, "compare_and_set", delayed)
+    with pytest.raises(UndoPending):
+        await accept(w, *ids, ROLLBACK)
+    monkeypatch.undo()
+    entity, id_, how = requests[0]
+    assert (await change(entity, id_, **how)).is_open
+    await w.reconcile()
+    assert await found(w, *ids) == ("pending", False, False)
     await assert_all_equal(w)
 
 
@@ -648,8 +786,9 @@ async def test_a_delete_that_decided_and_its_steps_are_one_transaction_after_an_
     await assert_all_equal(w)
 
 
+@pytest.mark.parametrize("first", ["what was deleted", "what is left"])
 async def test_a_delete_that_decided_and_whose_document_is_still_there_is_brought_with_its_steps(
-    open_friends, postgres_proxy, monkeypatch
+    open_friends, postgres_proxy, monkeypatch, first
 ):
     """Its writer could carry out the steps, and then no more."""
     w = await open_friends(postgres=postgres_proxy)
@@ -665,7 +804,10 @@ async def test_a_delete_that_decided_and_whose_document_is_still_there_is_brough
         await withdraw(w, request, ann, bob)
     postgres_proxy.pass_through()
     await w.postgres_answers()
-    assert await w.settler.settle_one(w.entity, ann, w.control) is Settled.CONFIRMED
+    entity, id_ = (
+        (w.m.entities["friend_requests"], request) if first == "what was deleted" else (w.entity, ann)
+    )
+    assert await w.settler.settle_one(entity, id_, w.control) is Settled.CONFIRMED
     assert len(made_by(w)) == 1
     assert await w.owed() == ()
     await assert_all_equal(w)
