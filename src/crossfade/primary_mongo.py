@@ -726,9 +726,16 @@ class MongoPrimary:
                 ) from cause
             if confirmed:
                 if image.steps is not None and image.steps.op == o.op:
-                    # Decided for all: who does not hear of it now is told by a reconciler.
-                    with contextlib.suppress(errors.StoreUnavailable):
+                    # Decided for all: who does not hear of it now is told by a reconciler, if nobody else removes
+                    # the record that says so.
+                    try:
                         await self.settler.stepper.close(image.steps)
+                    except errors.StoreUnavailable as cause:
+                        raise errors.OutcomeUnknown(
+                            f"[{o.context}] the operation is decided and will be carried out, but not every record "
+                            "shows it yet"
+                        ) from cause
+                    with contextlib.suppress(errors.StoreUnavailable):
                         await self.settler.stepper.erase(
                             entity, image.id, replace(image.steps, state="confirmed")
                         )

@@ -616,6 +616,26 @@ async def test_an_operation_whose_steps_are_not_taken_back_yet_is_not_told_as_un
     await assert_all_equal(w)
 
 
+async def test_an_operation_is_not_told_as_made_while_its_outcome_stands_in_one_record_alone(
+    open_friends, monkeypatch
+):
+    """It is confirmed where it was decided; then another application deletes that record."""
+    w = await open_friends()
+    ids = await asked(w)
+    await w.settle()
+
+    async def unanswered(*_step, **_how):
+        raise Unanswered("mongo", "no answer")
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(w.mongo, "close_step", unanswered)
+        with pytest.raises(OutcomeUnknown):
+            await accept(w, *ids, ROLLBACK)
+    w.documents.database["friendrequests"].delete_one({"_id": ids[0]})
+    await w.reconcile()
+    assert ids[2] not in (await w.users.get(ids[1]))["friends"]
+
+
 async def test_an_operation_with_a_step_that_may_yet_arrive_is_not_told_as_undone(open_friends, monkeypatch):
     w = await open_friends(primary_deadline=0.5)
     ids = await asked(w)
