@@ -22,7 +22,7 @@ from crossfade.debt import Settler
 from crossfade.delivery import Deliverer
 from crossfade.entity import Entity, UniqueRule
 from crossfade.erasing import Eraser
-from crossfade.operation import Request, as_stored, assert_writable
+from crossfade.operation import Request, as_stored, assert_writable, is_same_id
 from crossfade.phase import Phase
 from crossfade.query import Query, Where, alternatives, query
 from crossfade.read import Reader
@@ -248,7 +248,7 @@ class Operation:
                 raise errors.ConfigurationError(
                     f"field {field!r} of {entity} has a unique rule, which may refuse it: let that record decide"
                 )
-        if any((other.entity, other.id) == (step.entity, step.id) for other in self._steps):
+        if any(other.entity == step.entity and is_same_id(other.id, step.id) for other in self._steps):
             raise errors.ConfigurationError(f"this record of {entity} has its part in the operation already")
         self._steps.append(step)
 

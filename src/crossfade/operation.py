@@ -17,7 +17,7 @@ from crossfade.entity import Entity
 from crossfade.record import CF, Step
 from crossfade.stores.errors import Fenced
 from crossfade.strategy import FailureStrategy
-from crossfade.values import CODEC_OPTIONS, Unmappable, can_be_id, id_to_text
+from crossfade.values import CODEC_OPTIONS, Unmappable, can_be_id, id_texts, id_to_text
 
 #: What a store raises that could not be asked, or is at another epoch.
 FAILED = (errors.StoreUnavailable, Fenced)
@@ -199,6 +199,13 @@ def assert_id(entity: Entity, id_: Any) -> None:
     except Unmappable as cause:
         why = str(cause)
     raise errors.ConfigurationError(f"no record of {entity.name} can be written with this _id: {why}")
+
+
+def is_same_id(one: Any, other: Any) -> bool:
+    """Whether MongoDB takes them for one id: a number is, in whatever type."""
+    with contextlib.suppress(Unmappable):
+        return not set(id_texts(one)).isdisjoint(id_texts(other))
+    return False  # it can be nobody's: `assert_id`
 
 
 def as_stored(document: Mapping[str, Any]) -> dict[str, Any]:

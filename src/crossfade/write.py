@@ -36,6 +36,7 @@ from crossfade.operation import (
     as_stored,
     assert_id,
     assert_writable,
+    is_same_id,
 )
 from crossfade.primary_mongo import MongoPrimary
 from crossfade.primary_postgres import PostgresPrimary
@@ -134,7 +135,7 @@ class Writer:
     # --- the frame of every write -----------------------------------------------------------------------------
 
     async def _operate(self, entity: Entity, kind: str, id_: Any, request: Request, run: Any) -> Record:
-        if any((step.entity, step.id) == (entity.name, id_) for step in request.steps):
+        if any(step.entity == entity.name and is_same_id(step.id, id_) for step in request.steps):
             raise errors.ConfigurationError(
                 f"the record of {entity.name} that decides an operation cannot have a step in it: set its fields there"
             )

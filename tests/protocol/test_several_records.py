@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from bson import CodecOptions, ObjectId
+from bson import CodecOptions, Decimal128, ObjectId
 from bson.raw_bson import RawBSONDocument
 
 from crossfade import (
@@ -742,7 +742,16 @@ async def test_what_cannot_be_a_step_is_refused_before_anything_is_written(open_
         op.also("users", bob, {"n": 2})
     with pytest.raises(ConfigurationError, match="no record decides"):
         await op.__aexit__(None, None, None)
+    # To MongoDB they are one record, which takes one step of an operation.
+    op.also("users", 5, {"n": 1})
+    with pytest.raises(ConfigurationError, match="already"):
+        op.also("users", Decimal128("5.00"), {"n": 2})
     op.update("users", bob, {"n": 3})
+    with pytest.raises(ConfigurationError, match="cannot have a step"):
+        await op.__aexit__(None, None, None)
+    op = w.m.operation("Rename")
+    op.also("users", Decimal128("5.00"), {"n": 1})
+    op.update("users", 5, {"n": 3})
     with pytest.raises(ConfigurationError, match="cannot have a step"):
         await op.__aexit__(None, None, None)
     assert "n" not in (await w.users.get(bob)).document
