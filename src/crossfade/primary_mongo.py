@@ -66,12 +66,16 @@ class MongoPrimary:
             )
             rev = 1 if buried is None else buried.rev + 1
             its_parts = tuple(name for name in entity.parts if document.get(name) is not None)
-            marks = self._marks(entity, document["_id"], o, rev, keys, {"kind": "insert"}, parts=its_parts)
+            group = () if buried is None else buried.group
+            before = {"debt": Debt(0, group=group).to_document()}
+            marks = self._marks(
+                entity, document["_id"], o, rev, keys, {"kind": "insert"}, before, parts=its_parts
+            )
             if "debt" in marks:
                 marks["debt"]["sending"] = new_operation()
             stored = {**document, CF: marks | {"born": o.op}}
             image = _meanwhile(functools.partial(Image.from_document, dict(stored), entity.parts))
-            with self._ahead(entity, image, o) as ahead:
+            with self._ahead(entity, None if group else image, o) as ahead:
                 made = await self._insert_until_decided(entity, stored, image, o)
                 if made is not None:
                     if id_given and await self._was_buried_meanwhile(entity, stored, o):

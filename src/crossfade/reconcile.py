@@ -279,6 +279,11 @@ class Reconciler:
                     done.failed += 1
                     done.cause = str(cause)
                     continue
+                except errors.Busy:
+                    done.open += (
+                        1  # it waits for an open write of another record, which the next round may end
+                    )
+                    continue
                 except _ONE_RECORDS as cause:
                     # One record that cannot be settled must not keep the others from it.
                     self._parked[_parked_key(debt)] = boot_clock() + self.pair.options.parked_retry

@@ -293,6 +293,31 @@ async def test_a_record_whose_operation_another_one_refuses_is_not_brought_again
     await assert_all_equal(w)
 
 
+async def test_a_step_that_waited_for_an_open_write_in_vain_is_taken_once_that_is_taken_back(open_friends):
+    """By the same reconciler, which does not rest as over what is refused."""
+    w = await open_friends()
+    ids = await asked(w)
+    await w.settle()
+    die_after(w, 0)
+    with pytest.raises(Died):
+        await accept(w, *ids)
+    dying = await open_friends()
+
+    async def die(*_write):
+        raise Died
+
+    dying.m.writer.mongo._confirm = die
+    with pytest.raises(Died):
+        await dying.users.update(ids[1], {"n": 9}, strategy=ROLLBACK)
+    other = await open_friends(background=True, primary_deadline=0.5, tentative=1.0)
+
+    async def carried_out():
+        return await found(other, *ids) == ("accepted", True, True)
+
+    await eventually(carried_out, timeout=10)
+    assert (await other.users.get(ids[1]))["n"] == 1
+
+
 @pytest.mark.parametrize("phase", MONGO_PHASES)
 @pytest.mark.parametrize("taken", [0, 1, 2])
 async def test_an_open_operation_whose_writer_died_is_taken_back_everywhere(open_friends, phase, taken):
@@ -839,6 +864,25 @@ async def test_a_delete_that_decided_and_whose_document_is_still_there_is_brough
     assert await w.settler.settle_one(entity, id_, w.control) is Settled.CONFIRMED
     assert len(made_by(w)) == 1
     assert await w.owed() == ()
+    await assert_all_equal(w)
+
+
+async def test_a_record_that_is_made_anew_brings_along_those_it_was_deleted_with(
+    open_friends, postgres_proxy
+):
+    w = await open_friends(postgres=postgres_proxy)
+    request, ann, bob = await asked(w)
+    await w.settle()
+    postgres_proxy.refuse()
+    await withdraw(w, request, ann, bob)
+    again = {"_id": request, "sender": ann, "receiver": bob, "status": "again"}
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    w.m.pair.postgres_breaker.succeeded()
+    await w.m["friend_requests"].insert(again)
+    assert w.sql("SELECT status FROM friend_requests") == [("again",)]
+    assert sorted(w.sql("SELECT n FROM users")) == [(7,), (8,)]
+    await w.reconcile()
     await assert_all_equal(w)
 
 
