@@ -280,9 +280,8 @@ class Reconciler:
                     done.cause = str(cause)
                     continue
                 except errors.Busy:
-                    done.open += (
-                        1  # it waits for an open write of another record, which the next round may end
-                    )
+                    # It waits for an open write of another record, which the next round may end.
+                    done.open += 1
                     continue
                 except _ONE_RECORDS as cause:
                     # One record that cannot be settled must not keep the others from it.
