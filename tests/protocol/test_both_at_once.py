@@ -130,8 +130,8 @@ async def test_what_postgres_lacked_eight_times_in_a_row_is_asked_of_mongo_alone
     await w.m.board.refresh()
     points = FailurePoints(w.cf)
     assert await asked(points, lambda: w.users.find_by_key("username", "nobody")) == ["mongo"]
-    assert (await w.users.find_by_key("username", "BOB")).source == "mongo"
-    found = await w.users.find_by_key("username", "BOB")
+    assert (await w.users.find_by_key("username", "Bob")).source == "mongo"
+    found = await w.users.find_by_key("username", "Bob")
     assert (found.id, found.source) == (made.id, "postgres")
 
 
@@ -143,7 +143,7 @@ async def test_asked_of_mongo_alone_its_failure_is_nothing_to_what_postgres_has(
     await w.owed()
     await w.m.board.refresh()
     mongo_proxy.refuse()
-    found = await w.users.find_by_key("username", "BOB")
+    found = await w.users.find_by_key("username", "Bob")
     assert (found.id, found.source, found.stale) == (made.id, "postgres", False)
     mongo_proxy.pass_through()
 
@@ -169,10 +169,10 @@ async def test_asked_at_once_what_postgres_has_is_answered_by_it_and_asked_of_it
     assert await w.users.find_by_key("username", "nobody") is None
     await w.owed()
     await w.m.board.refresh()
-    found = await w.users.find_by_key("username", "BOB")
+    found = await w.users.find_by_key("username", "Bob")
     assert (found.id, found.source) == (made.id, "postgres")
     points = FailurePoints(w.cf)
-    assert await asked(points, lambda: w.users.find_by_key("username", "BOB")) == ["postgres"]
+    assert await asked(points, lambda: w.users.find_by_key("username", "Bob")) == ["postgres"]
 
 
 async def test_asked_at_once_mongos_failure_is_nothing_to_what_postgres_has(open_world, mongo_proxy):
@@ -182,7 +182,7 @@ async def test_asked_at_once_mongos_failure_is_nothing_to_what_postgres_has(open
     await w.owed()
     await w.m.board.refresh()
     mongo_proxy.refuse()
-    assert (await w.users.find_by_key("username", "BOB")).id == made.id
+    assert (await w.users.find_by_key("username", "Bob")).id == made.id
     mongo_proxy.pass_through()
 
 
