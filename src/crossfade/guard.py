@@ -2,7 +2,7 @@
 
 A guard is a list of statements, each of which holds or does not, says why, and names the command that mends it.
 phases.md is the source. Evidence counts only since dual writing began (`Control.dual_epoch`): leaving phase 0
-voids everything older.
+voids everything older. So does another mapping: nobody has seen the rows that it makes.
 """
 
 from __future__ import annotations
@@ -65,14 +65,20 @@ class Evidence:
         return self.migration.pair.options.primary_deadline
 
     async def runs(self, kind: str) -> dict[str, dict[str, Any]]:
-        """The newest run of this kind by entity, of those that count: begun since dual writing did."""
+        """The newest run of this kind by entity, if it counts: begun since dual writing did, under this mapping."""
+        entities, control = self.migration.entities, self.control
         runs = await self.migration.pair.postgres.last_runs(
-            self.migration.name, self.migration.entities, timeout=self.timeout
+            self.migration.name, entities, timeout=self.timeout
         )
-        control = self.control
         # With PostgreSQL deciding only what was compared since then says how MongoDB is.
         since = control.phase_epoch if control.phase.rules.primary == "postgres" else control.dual_epoch
-        return {r["entity"]: r for r in runs if r["kind"] == kind and r["epoch"] >= since}
+        return {
+            r["entity"]: r
+            for r in runs
+            if r["kind"] == kind
+            and r["epoch"] >= since
+            and r["mapping"] == entities[r["entity"]].mapping_version
+        }
 
 
 Check = Callable[[Evidence], Awaitable[Statement]]
@@ -156,7 +162,7 @@ async def _backfilled(evidence: Evidence) -> Statement:
         return Statement(
             "backfill",
             False,
-            f"not backfilled since dual writing began: {', '.join(lacking)}",
+            f"not backfilled under this mapping since dual writing began: {', '.join(lacking)}",
             "crossfade backfill",
         )
     return Statement("backfill", True, "complete")
@@ -168,7 +174,10 @@ async def _verified(evidence: Evidence) -> Statement:
         run = runs.get(name)
         if run is None or run["state"] != "complete":
             return Statement(
-                "verify", False, f"{name} was not verified since dual writing began", "crossfade verify"
+                "verify",
+                False,
+                f"{name} was not verified under this mapping since dual writing began",
+                "crossfade verify",
             )
         # From its begin: one that was interrupted has compared the first records then.
         if datetime.now(UTC) - run["started_at"] > FRESH:

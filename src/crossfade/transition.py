@@ -74,7 +74,8 @@ async def change_phase(
     Raises:
         crossfade.errors.NotAllowedInPhase: the step skips a phase, or a guard does not hold; the phase is unchanged.
         crossfade.errors.StoreUnavailable: a store that must answer does not; the phase is unchanged.
-        crossfade.errors.OutcomeUnknown: the primary was asked to change it, and does not say whether it has.
+        crossfade.errors.OutcomeUnknown: the primary was asked to change it, and does not say whether it has; or it has,
+            and does not say who has read it.
     """
     before = (await migration.board.refresh()).control
     if before.state != STEADY:
@@ -109,13 +110,22 @@ async def change_phase(
     began = boot_clock()
     after = await _change(migration, before, lambda now: now.changed(by=by, reason=reason, **fields))
     on_step("waiting until every worker has read it")
-    silent = await until_all_have_read(migration, after, began)
     try:
+        silent = await until_all_have_read(migration, after, began)
         _assert_holds(await _ask(migration, target, before=before), force, target)
-    except errors.NotAllowedInPhase as cause:
-        on_step("going back: the guard no longer holds")
+    except (errors.NotAllowedInPhase, errors.StoreUnavailable) as cause:
         back = str(cause)
-        await _change(migration, after, lambda now: now.changed(by=by, reason=back, phase=before.phase))
+        if target.number < before.phase.number:
+            raise errors.OutcomeUnknown(
+                f"phase {target.value} was entered; who has read it is not known: {back}"
+            ) from cause
+        on_step("going back: the guard no longer holds, or cannot be asked")
+        try:
+            await _change(migration, after, lambda now: now.changed(by=by, reason=back, phase=before.phase))
+        except errors.StoreUnavailable as lost:
+            raise errors.OutcomeUnknown(
+                f"phase {target.value} was entered, and could not be left again ({lost}) although: {back}"
+            ) from cause
         raise
     if began_empty:
         on_step("comparing the first rows")

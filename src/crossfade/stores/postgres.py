@@ -1079,7 +1079,7 @@ class PostgresStore(PostgresServer):
         self, migration: str, entities: Iterable[str], *, timeout: float
     ) -> list[dict[str, Any]]:
         """The newest run of each kind and entity."""
-        names = ("entity", "kind", "state", "epoch", "counts", "started_at", "finished_at")
+        names = ("entity", "kind", "state", "epoch", "mapping", "counts", "started_at", "finished_at")
         rows = await self._ask("last_runs", timeout, migration=migration, entities=list(entities))
         runs = [dict(zip(names, row, strict=True)) for row in rows]
         for run in runs:

@@ -196,7 +196,8 @@ SELECT (SELECT count(*) FROM crossfade.quarantine
        (SELECT count(*) FROM crossfade.conflicts WHERE entity = ANY(%(entities)s))
 
 -- name: last_runs
-SELECT DISTINCT ON (entity, kind) entity, kind, state, epoch, counts, started_at, finished_at
+SELECT DISTINCT ON (entity, kind) entity, kind, state, epoch, (settings ->> 'mapping')::int, counts, started_at,
+    finished_at
 FROM crossfade.runs WHERE migration = %(migration)s AND entity = ANY(%(entities)s)
 ORDER BY entity, kind, started_at DESC
 
