@@ -278,8 +278,11 @@ class Coordinator:
         """
         record = self.migration.record
         ends = boot_clock() + self._deadline
+        before, new = self.now, make(self.now)
         while True:
-            new = make(self.now)
+            if self.now != before:
+                # Else just the same again: a request that was not answered may yet arrive.
+                before, new = self.now, make(self.now)
             unanswered: errors.StoreUnavailable | None = None
             try:
                 if await record.change(self.now, new, timeout=self._deadline, copy=False):

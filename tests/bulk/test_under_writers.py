@@ -92,3 +92,27 @@ async def test_a_backfill_among_writers_of_the_same_records_leaves_both_stores_e
         "SELECT count(*) FROM user_friends AS f JOIN users AS u ON u.id = f.friend_id WHERE f.friend_ref IS NULL"
     )
     assert dangling == 0
+
+
+async def test_a_backfill_begins_once_nobody_writes_without_debt(
+    stores, crossfade, user, mongo_uri, database_url
+):
+    crossfade("init")
+    document = user(1)
+    stores.collection.insert_one(document)
+    options = Options(lease=12.0, sweep=0, full_sweep=0)
+    cf = Crossfade(mongo_uri=mongo_uri, database_url=database_url, options=options, background=False)
+    accounts = cf.migration("accounts", [users])
+    async with cf:
+        await accounts.board.obtain_lease()
+        step = crossfade("phase", "set", "dual_write", wait=False)
+        await asyncio.to_thread(
+            stores.wait_until, "SELECT FROM crossfade.control WHERE record ->> 'phase' = 'dual_write'"
+        )
+        step.kill()  # while it waits for this worker
+        step.communicate()
+        await asyncio.to_thread(crossfade, "backfill", "--entity", "users")
+        await accounts.users.update(document["_id"], {"role": "admin"})
+        await accounts.board.refresh()
+        await accounts.reconciler.reconcile()
+    assert stores.rows("SELECT role FROM users") == [("admin",)]

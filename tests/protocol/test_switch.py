@@ -13,11 +13,11 @@ import pytest
 from bson.int64 import Int64
 
 from crossfade import Busy, DuplicateKey, FailureStrategy, NotAllowedInPhase, Phase, StoreUnavailable
-from crossfade.control import PREPARED, STEADY, SWITCHING, Control
+from crossfade.control import ANNOUNCED, PREPARED, STEADY, SWITCHING, Control
 from crossfade.primary_mongo import MongoPrimary
 from crossfade.primary_postgres import PostgresPrimary
 from crossfade.record import CF, Image, new_operation
-from crossfade.stores.errors import Fenced
+from crossfade.stores.errors import Fenced, Unanswered
 from crossfade.stores.postgres import Change
 from crossfade.switch import abort, resolve, resume
 from crossfade.transition import change_phase
@@ -166,6 +166,32 @@ async def test_of_two_coordinators_at_once_one_switches_and_the_other_is_told_so
     await first.m.board.refresh()
     assert first.m.phase is THERE[phase]
     assert first.control.state == STEADY
+
+
+async def test_an_announcement_that_arrives_late_is_the_coordinators_own(open_world, monkeypatch):
+    w = await open_world("postgres_read", primary_deadline=0.5)
+    store, late, answers = w.m.record.stores["mongo"], [], []
+    change, control = store.change_control, store.control
+
+    async def change_control(migration: str, record: dict[str, Any], **how: Any) -> bool:
+        if record["state"] == ANNOUNCED and not answers:
+            late.append(record)
+            raise Unanswered("mongo", "a test")
+        if late:
+            assert await change(migration, late[0], **how)
+            late.clear()
+        return await change(migration, record, **how)
+
+    async def read_control(*what: Any, **how: Any) -> Any:
+        if late:
+            answers.append(True)
+        return await control(*what, **how)
+
+    monkeypatch.setattr(store, "change_control", change_control)
+    monkeypatch.setattr(store, "control", read_control)
+    done = await go(w)
+    assert answers
+    assert done.after.phase is Phase.POSTGRES_PRIMARY
 
 
 @pytest.mark.parametrize("phase", BOTH_WAYS)

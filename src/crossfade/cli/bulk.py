@@ -53,12 +53,14 @@ from crossfade.cli.crew import (
     verify_of,
 )
 from crossfade.cli.jobs import Live
+from crossfade.clock import boot_clock
 from crossfade.entity import Entity
 from crossfade.errors import ConfigurationError, NotAllowedInPhase
 from crossfade.migration import Migration
 from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.bulk_postgres import BulkPostgres
 from crossfade.stores.runs import Steering
+from crossfade.transition import until_all_have_read
 
 EntityOption = Annotated[
     list[str] | None,
@@ -176,6 +178,8 @@ def backfill(
         else:
             async with open_migration(application, begin=False) as migration:
                 _assert_backfill_may_run(migration)
+                # Whoever is still in phase 0 leaves no debt of what is written behind the copy of it.
+                await until_all_have_read(migration, migration.control, boot_clock())
                 job = Job(
                     "backfill", migration, application, workers, dask_address, batch_size, restart, as_json,
                     keep_indexes, max_rate, max_latency, max_lag, max_debts,
