@@ -285,7 +285,7 @@ class Board:
         """
         if self.member is None:
             registry = Registry(self.migration, self.record.stores)
-            self.member = Membership(registry, self.gate, self.options.lease)
+            self.member = Membership(registry, self.gate, self.options.lease, self.options.board_age)
         # The first look says which store is primary; the entry stands there before the next. Where another look of
         # this process is just writing it, this one has not, and the one after that may have to.
         for _ in range(3):
@@ -636,7 +636,21 @@ class Board:
 
         Seeing the flag is not enough: another worker's board may be from just before it.
         """
-        await asyncio.sleep(max(0.0, since + self.options.board_age - boot_clock()))
+        oldest = await self._oldest_accepted()
+        await asyncio.sleep(max(0.0, since + oldest - boot_clock()))
+
+    async def _oldest_accepted(self) -> float:
+        """The greatest `Options.board_age` of all workers.
+
+        Those of one application have the same; a command has the default, whatever its application has.
+        """
+        own = self.options.board_age
+        if self.is_running:
+            return own
+        primary = self.control.phase.rules.primary
+        registry = Registry(self.migration, self.record.stores)
+        workers = await registry.workers(primary, timeout=self.options.primary_deadline)
+        return max([own, *(worker.board_age for worker in workers)])
 
     async def lift_unreadable(self, settle_everything: Callable[[], Awaitable[bool]]) -> bool:
         """Make the secondary readable again, if every debt can be settled first.

@@ -55,7 +55,7 @@ class Worker:
         beat: +1 with every sign of life.
         token: the epoch and the switch that it has acknowledged.
         holds: its writes wait.
-        lease: its `Options.lease`, in seconds.
+        lease, board_age: its `Options.lease` and `Options.board_age`, in seconds.
         term: seconds without a sign of life after which the entry counts for nothing.
         wrote: (entity, id text) written since the switch of ``token`` was announced; None: too many to name.
         waits: seconds that each write waited in that switch; ``failed``: writes that waited in vain.
@@ -71,12 +71,14 @@ class Worker:
     wrote: tuple[tuple[str, str], ...] | None = ()
     waits: tuple[float, ...] = ()
     failed: int = 0
+    board_age: float = 0.0
 
     def to_document(self) -> dict[str, Any]:
         """As stored: plain JSON."""
         return {
             "name": self.name, "beat": self.beat, "epoch": self.token[0], "attempt": self.token[1],
             "holds": self.holds, "lease": self.lease, "term": self.term, "failed": self.failed,
+            "board_age": self.board_age,
             "wrote": None if self.wrote is None else [list(key) for key in self.wrote],
             "waits": [round(wait, 4) for wait in self.waits],
         }  # fmt: skip
@@ -89,7 +91,7 @@ class Worker:
             id_, stored["name"], int(stored["beat"]), (int(stored["epoch"]), stored["attempt"]),
             bool(stored["holds"]), float(stored["lease"]), float(stored["term"]),
             None if wrote is None else tuple((entity, key) for entity, key in wrote),
-            tuple(stored["waits"]), int(stored["failed"]),
+            tuple(stored["waits"]), int(stored["failed"]), float(stored.get("board_age", 0.0)),
         )  # fmt: skip
 
 
@@ -262,6 +264,7 @@ class Membership:
     registry: Registry
     gate: Gate
     lease: float
+    board_age: float
     id: str = field(default_factory=new_operation)
     name: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
     token: tuple[int, str] = (0, "")
@@ -304,7 +307,7 @@ class Membership:
         told = self.gate.noted
         me = Worker(
             self.id, self.name, self._beat, control.token, control.holds_writes, self.lease, self.term,
-            **self.gate.report(control.attempt),
+            board_age=self.board_age, **self.gate.report(control.attempt),
         )  # fmt: skip
         rules = control.phase.rules
 

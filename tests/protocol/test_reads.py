@@ -517,6 +517,25 @@ async def test_who_has_not_heard_of_a_step_back_serves_no_row_older_than_what_wa
     assert (await reader.users.get(made.id))["n"] == 2
 
 
+async def test_a_command_that_steps_back_outlasts_the_oldest_board_that_a_worker_accepts(
+    open_world, postgres_proxy
+):
+    w = await open_world("postgres_read", postgres=postgres_proxy)
+    reader = await open_world("postgres_read", board_age=4.0)
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.owed()
+    await reader.m.board.refresh()
+    stepping = asyncio.create_task(change_phase(w.m, Phase.SHADOW_READ, by="a test", reason="a test"))
+    while w.m.board.control.phase is Phase.POSTGRES_READ:
+        await asyncio.sleep(0.02)
+        await w.m.board.refresh()
+    postgres_proxy.refuse()
+    await w.users.update(made.id, {"n": 2})
+    assert (await reader.users.get(made.id))["n"] == 2
+    await reader.m.board.refresh()
+    await stepping
+
+
 @pytest.mark.parametrize("phase", ["postgres_read", "postgres_primary"])
 async def test_who_is_in_no_registry_reads_no_store_as_the_primary_that_it_no_longer_is(
     open_world, mongo_proxy, postgres_proxy, phase
