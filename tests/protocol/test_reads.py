@@ -1,7 +1,9 @@
 """Found, absent and failed are kept apart, and nobody is served an older row than was acknowledged."""
 
 import asyncio
+from typing import Any
 
+import psycopg
 import pymongo
 import pytest
 from bson import ObjectId
@@ -515,6 +517,25 @@ async def test_who_has_not_heard_of_a_step_back_serves_no_row_older_than_what_wa
     postgres_proxy.refuse()
     await w.users.update(made.id, {"n": 2})
     assert (await reader.users.get(made.id))["n"] == 2
+
+
+async def test_a_list_misses_no_record_that_moves_while_it_is_read(open_world, monkeypatch):
+    w = await open_world("postgres_primary")
+    ann = await w.users.insert({"username": "Ann"})
+    bob = await w.users.insert({"username": "Bob", "n": 1})
+    await w.owed()
+    execute, moved = psycopg.AsyncConnection.execute, []
+
+    async def held(self: Any, query: Any, *more: Any, **how: Any) -> Any:
+        if " IS NOT NULL)" in repr(query) and not moved:
+            moved.append(True)
+            await w.users.update(bob.id, {"n": None})
+        return await execute(self, query, *more, **how)
+
+    monkeypatch.setattr(psycopg.AsyncConnection, "execute", held)
+    found = await w.users.find(order_by="n", after=(None, ann.id))
+    assert moved
+    assert [one.id for one in found] == [bob.id]
 
 
 async def test_a_command_that_steps_back_outlasts_the_oldest_board_that_a_worker_accepts(

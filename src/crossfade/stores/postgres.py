@@ -570,18 +570,28 @@ class PostgresStore(PostgresServer):
         """The records that a query asks for; see `can_find`. One statement, behind a place in an order at most two."""
         own = self.statements(entity)
         condition, values = self._condition(entity, query.where, query.order)
-        found: list[Image] = []
-        for behind, place in as_clauses_behind(entity, query):
-            asked = sql.SQL(" WHERE ({}) AND ({}) ORDER BY {} LIMIT %s OFFSET %s").format(
-                condition, behind, as_order(entity, query.order)
-            )
-            statement = own.select(asked, small=small)
-            left = query.limit - len(found)
-            rows = await self._rows(statement, [*values, *place, left, query.skip], timeout)
-            found += (own.image(row, small=small) for row in rows)
-            if len(found) == query.limit:
-                break
-        return found
+        clauses = as_clauses_behind(entity, query)
+
+        async def work() -> list[tuple[Any, ...]]:
+            rows: list[tuple[Any, ...]] = []
+            async with contextlib.AsyncExitStack() as stack:
+                connection = await stack.enter_async_context(self._connection(timeout))
+                if len(clauses) > 1:
+                    # A record that moves from one range to the other between two snapshots would be in neither.
+                    await stack.enter_async_context(connection.transaction())
+                    await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+                for behind, place in clauses:
+                    asked = sql.SQL(" WHERE ({}) AND ({}) ORDER BY {} LIMIT %s OFFSET %s").format(
+                        condition, behind, as_order(entity, query.order)
+                    )
+                    parameters = [*values, *place, query.limit - len(rows), query.skip]
+                    cursor = await connection.execute(own.select(asked, small=small), parameters)
+                    rows += await cursor.fetchall()
+                    if len(rows) == query.limit:
+                        break
+            return rows
+
+        return [own.image(row, small=small) for row in await self._bounded(work(), timeout)]
 
     async def count(self, entity: Entity, where: Sequence[Mapping[str, Any]], *, timeout: float) -> int:
         """How many records match these conditions; see `can_find`."""
