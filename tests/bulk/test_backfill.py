@@ -635,3 +635,35 @@ async def test_links_are_set_while_the_next_chunk_is_written_and_by_the_next_run
     report = await stores.backfill(batch_size=2)
     assert (report.state, report.counts.inserted, report.resumed) == ("complete", 6, 6)
     assert stores.rows(waiting) == [(0,)]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+async def test_a_document_that_is_deleted_while_its_chunk_is_written_is_not_in_quarantine(
+    stores, user, before
+):
+    nameless = user(1)
+    del nameless["username"]
+    stores.collection.insert_many([user(0), nameless])
+
+    def delete():
+        # As a delete does, from its decision to its end.
+        stores.collection.delete_one({"_id": nameless["_id"]})
+        stores.sql.execute(
+            "INSERT INTO crossfade.tombstones (entity, id, rev) VALUES ('users', %s, 1)", [key(nameless)]
+        )
+        stores.sql.execute("DELETE FROM crossfade.quarantine WHERE id = %s", [key(nameless)])
+
+    def hook(target):
+        quarantine = target._quarantine
+
+        async def held(*arguments):
+            if before:
+                delete()
+            await quarantine(*arguments)
+            if not before:
+                delete()
+
+        target._quarantine = held
+
+    await stores.backfill(hook=hook)
+    assert stores.rows("SELECT id FROM crossfade.quarantine") == []

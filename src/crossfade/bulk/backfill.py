@@ -26,7 +26,8 @@ from typing import Any
 
 import bson
 
-from crossfade.bulk.convert import Chunk, chunks, quiet_interpreter
+from crossfade.bulk.convert import NO_TEXT, Chunk, chunks, quiet_interpreter
+from crossfade.bulk.findings import text_of
 from crossfade.bulk.pace import Pace
 from crossfade.bulk.pieces import Pieces, at, plan
 from crossfade.bulk.plan import decode_position, encode_position
@@ -337,6 +338,11 @@ class Backfill:
         if "first" in work:
             self._counts.removed += await self._target.look_again(tables, work["first"], work["last"])
             links.append((work["first"], work["last"]))
+        if bad := work.get("bad"):
+            # Who deleted one meanwhile has taken it out of quarantine before it was there.
+            left = {text_of(raw) for raw in await asyncio.to_thread(self._source.fetch, self.entity, bad)}
+            gone = [text for text in map(id_to_text, bad) if text not in left]
+            await self._target.quarantine_release(self.entity, gone)
         if work["behind"] and self._on_behind is not None:
             await self._on_behind(self.entity, work["behind"])
         for id_, rule in work["violations"]:
@@ -366,12 +372,14 @@ def _set(counts: Counts, values: Mapping[str, Any]) -> None:
 
 def _pending(chunk: Chunk, written: Written, links: Sequence[tuple[str, str]]) -> bytes | None:
     """What a chunk leaves to do behind its commit, with the links that are not set yet of those before."""
-    if not chunk.rows and not links:
+    bad = [one.id for one in (*chunk.bad, *written.refused) if not one.text.startswith(NO_TEXT)]
+    if not chunk.rows and not links and not bad:
         return None
     work: dict[str, Any] = {
         "behind": written.behind,
         "violations": [[id_, rule] for id_, rule in written.violations],
         "links": [list(each) for each in links],
+        "bad": bad,
     }
     if chunk.rows:
         texts = [row.text for row in chunk.rows]

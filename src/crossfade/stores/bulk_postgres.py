@@ -638,6 +638,15 @@ class BulkPostgres:
             [(name, d.text, d.reason, d.field, d.rev, d.digest, d.raw) for d in documents],
         )
 
+    async def quarantine_release(self, entity: Entity, ids: Sequence[str]) -> None:
+        """Take documents that are gone out of quarantine, by id text."""
+        if ids:
+            with translated(self.address):
+                await self._connection.execute(
+                    "DELETE FROM crossfade.quarantine WHERE entity = %s AND id = ANY(%s)",
+                    [entity.name, list(ids)],
+                )
+
     async def look_again(self, tables: EntityTables, first: str, last: str) -> int:
         """Remove the rows from ``first`` to ``last`` (id texts) that a tombstone covers; how many.
 
