@@ -69,6 +69,7 @@ class Stepper:
         Raises:
             crossfade.errors.StoreUnavailable: the steps that are left stand.
             crossfade.errors.Busy: a record had an open ``ROLLBACK_BOTH`` write until ``ends`` (`boot_clock`).
+            crossfade.errors.Quarantined: the same, and its undo is refused, so it stays open.
         """
         assert anchor.steps is not None
         taken: list[Placed] = []
@@ -126,6 +127,10 @@ class Stepper:
                     return None  # taken; what else the record holds its own debt carries to quarantine
                 if done is not None:
                     return done
+            if image.is_open and image.debt is not None and image.debt.parked and boot_clock() >= ends:
+                raise errors.Quarantined(
+                    f"a record of {target.name} has an open write that cannot be taken back"
+                )
             await self._pause(target, ends)
 
     async def _glimpse(self, target: Entity, step: Step) -> Image | None:

@@ -461,6 +461,38 @@ async def test_postgres_never_shows_half_of_an_operation(open_friends, postgres_
     await assert_all_equal(w)
 
 
+async def test_a_step_whose_record_keeps_an_open_write_that_cannot_be_taken_back_is_parked(open_friends):
+    """Nothing ends that by itself, so a person is shown it, and nobody waits for it again and again."""
+    w = await open_friends(primary_deadline=0.5, tentative=0.5)
+    ids = await asked(w)
+    await w.settle()
+    die_after(w, 0)
+    with pytest.raises(Died):
+        await accept(w, *ids)
+    dying = await open_friends()
+    w.documents.create_index("n", unique=True, sparse=True)
+    await dying.users.update(ids[1], {"n": 1})
+
+    async def die(*_write):
+        raise Died
+
+    dying.m.writer.mongo._confirm = die
+    with pytest.raises(Died):
+        await dying.users.update(ids[1], {"n": 9}, strategy=ROLLBACK)
+    w.documents.insert_one({"username": "Eve", "n": 1})
+    other = await open_friends(primary_deadline=0.5, tentative=0.5)
+    for _ in range(2):
+        done = await other.m.reconciler.reconcile()
+    assert (done.open, done.parked) == (0, 2)
+    request = w.documents.database["friendrequests"].find_one({"_id": ids[0]})
+    assert "open" in request[CF]["debt"]["parked"]
+    w.documents.delete_one({"username": "Eve"})
+    for _ in range(2):
+        await other.reconcile(retry_parked=True)
+    assert await found(other, *ids) == ("accepted", True, True)
+    await assert_all_equal(other)
+
+
 async def test_what_one_of_an_operation_writes_openly_holds_the_others_off_postgres_until_its_outcome(
     open_friends, postgres_proxy
 ):
