@@ -350,6 +350,26 @@ async def test_an_insert_that_arrives_again_keeps_nobody_from_making_the_id_anew
         await w.assert_equal()
 
 
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_read"])
+@pytest.mark.parametrize("write", ["insert", "update"])
+async def test_an_insert_that_arrives_again_keeps_its_name_from_nobody(open_world, phase, write):
+    """Its record was deleted, and nobody sees it."""
+    w = await open_world(phase)
+    made, other = await w.users.insert({"username": "Bob"}), await w.users.insert({"username": "Ann"})
+    await w.settle()
+    late = w.document(made.id)
+    await w.users.delete(made.id)
+    late["_cf"]["debt"] = {"epoch": w.control.epoch}
+    w.documents.insert_one(late)
+    if write == "insert":
+        await w.users.insert({"username": "bob"})
+    else:
+        await w.users.update(other.id, {"username": "bob"})
+    assert w.document(made.id) is None
+    await w.reconcile()
+    await w.assert_equal()
+
+
 @pytest.mark.parametrize("deleted_in", ["postgres_primary", "postgres_read"])
 async def test_an_insert_that_arrives_again_after_a_switch_and_the_way_back_does_not_bring_a_deleted_record_back(
     open_world, deleted_in
