@@ -283,25 +283,16 @@ class Coordinator:
             if self.now != before:
                 # Else just the same again: a request that was not answered may yet arrive.
                 before, new = self.now, make(self.now)
-            unanswered: errors.StoreUnavailable | None = None
             try:
                 if await record.change(self.now, new, timeout=self._deadline, copy=False):
                     self.now = new
                     return
-            except errors.StoreUnavailable as cause:
-                unanswered = cause
-            try:
                 latest = await self._latest()
             except errors.StoreUnavailable:
                 if boot_clock() >= ends:
-                    raise unanswered or errors.StoreUnavailable(
-                        self._old, f"{self._old} does not answer"
-                    ) from None
+                    raise
                 await asyncio.sleep(_POLL)
                 continue
-            if latest == new:
-                self.now = latest
-                return
             mine = (self.now.attempt, self.now.state, self.now.coordinator, self.now.epoch)
             if (latest.attempt, latest.state, latest.coordinator, latest.epoch) != mine:
                 raise errors.NotAllowedInPhase(
