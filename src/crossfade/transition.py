@@ -9,6 +9,7 @@ writes wait.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -130,7 +131,8 @@ async def change_phase(
     if began_empty:
         on_step("comparing the first rows")
         after = await _began_empty(migration, after)
-    await migration.board.refresh()
+    with contextlib.suppress(errors.StoreUnavailable):  # it stands, whoever sees it when
+        await migration.board.refresh()
     return Changed(before, after, forced, silent=silent)
 
 

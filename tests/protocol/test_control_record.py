@@ -6,7 +6,7 @@ import contextlib
 import psycopg
 import pytest
 
-from crossfade import Phase, StoreUnavailable
+from crossfade import OutcomeUnknown, Phase, StoreUnavailable
 from crossfade.stores.errors import Fenced
 from crossfade.transition import change_phase
 
@@ -220,3 +220,19 @@ async def test_a_step_whose_answer_is_lost_is_told_as_it_was_decided(
     assert proxy.counts.faults == 1
     assert done.after.phase is target
     assert (await w.m.board.refresh()).control.version == done.after.version
+
+
+async def test_a_step_that_was_made_is_not_told_as_if_it_had_not_been(open_world, mongo_proxy):
+    """Its store goes away before it says who has read it."""
+    w = await open_world("shadow_read", mongo=mongo_proxy, primary_deadline=0.5)
+
+    def on_step(text: str) -> None:
+        if text.startswith("waiting"):
+            mongo_proxy.refuse()
+
+    with pytest.raises(OutcomeUnknown, match="dual_write"):
+        await change_phase(w.m, Phase.DUAL_WRITE, by="a test", reason="a test", on_step=on_step)
+    mongo_proxy.pass_through()
+    found = (await w.m.record.look(timeout=PATIENCE)).control
+    assert found is not None
+    assert found.phase is Phase.DUAL_WRITE
