@@ -178,3 +178,36 @@ def test_a_reference_follows_a_column_that_there_is():
     )
     with pytest.raises(ConfigurationError, match=r"notes\.writer_ref refers to what writer names"):
         Entity("notes", collection="notes", table=table, columns=[])
+
+
+async def test_a_row_that_was_locked_by_a_write_whose_caller_gave_up_is_linked_all_the_same(
+    open_world, mongo_proxy
+):
+    """Whoever comes meanwhile leaves it to that write, and no debt says that it was left."""
+    requests = requests_entity()
+    w = await open_world(mongo=mongo_proxy, others=[requests], primary_deadline=10.0, secondary_deadline=5.0)
+    other = await open_world(others=[requests])
+    ann = ObjectId()
+    held = await w.m["friend_requests"].insert({"sender": ann, "receiver": ObjectId(), "status": "pending"})
+    await w.settle()
+    mongo_proxy.delay(5.0)
+    updating = asyncio.create_task(w.m["friend_requests"].update(held.id, {"status": "accepted"}))
+
+    async def is_locked():
+        [(locked,)] = w.sql(
+            "SELECT count(*) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND state = 'idle in transaction'"
+        )
+        return locked == 1
+
+    await eventually(is_locked)
+    await other.users.insert({"_id": ann, "username": "Ann"})
+    await other.settle()
+    updating.cancel()
+    await asyncio.wait({updating})
+    mongo_proxy.delay(0)
+
+    async def is_linked():
+        return w.sql("SELECT sender_ref FROM friend_requests") == [(id_to_text(ann),)]
+
+    await eventually(is_linked, timeout=5.0)

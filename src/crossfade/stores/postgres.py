@@ -238,6 +238,8 @@ class PostgresStore(PostgresServer):
             # Others wait for this record meanwhile, and have as much time in all.
             if not await _decision(decided, timeout / 2):
                 await connection.execute(b"ROLLBACK")
+                # What was locked, others have left for whoever had locked it, and no debt says so.
+                await self._set_links(connection, records)
                 return
             await connection.execute(b"COMMIT")
             await self._committed(connection, answers, committed, migration, records, timeout, prompt=True)
