@@ -40,7 +40,7 @@ from crossfade.record import (
 )
 from crossfade.steps import LARGEST_GROUP, Placed, Stepper
 from crossfade.stores.errors import Fenced, RuleBroken
-from crossfade.stores.mongo import Tombstone
+from crossfade.stores.mongo import Tombstone, just
 from crossfade.stores.postgres import Ahead
 from crossfade.values import Unmappable, digest_of_stored, encode_document, id_texts, id_to_text, text_to_id
 
@@ -755,6 +755,7 @@ class Settler:
             unset: list[str] = [f"{CF}.steps"] if decider else []
             if note["kind"] == "insert":
                 marks[f"{CF}.deleted"] = True
+                unset.append(f"{CF}.keys")
             elif note["kind"] == "delete":
                 unset.append(f"{CF}.deleted")
             else:
@@ -768,7 +769,7 @@ class Settler:
                     )
                     if not mine:
                         continue
-                    also[name] = {"$eq": wrote[name]} if name in wrote else {"$exists": False}
+                    also[name] = just(wrote[name]) if name in wrote else {"$exists": False}
                     if name in before:
                         future[name] = set_back[name] = before[name]
                     else:

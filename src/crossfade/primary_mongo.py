@@ -38,6 +38,7 @@ from crossfade.record import (
 )
 from crossfade.steps import Placed, joined, members
 from crossfade.stores.errors import RuleBroken, Unanswered
+from crossfade.stores.mongo import just
 from crossfade.stores.postgres import Ahead
 from crossfade.values import Unmappable, equal
 
@@ -125,7 +126,7 @@ class MongoPrimary:
             keys = {r: k for r, k in plain.items() if not acceptable_key(stamped.get(r), k, id_)}
             nameless = [rule for rule in stamped if rule not in plain]
             tentative = None
-            also: dict[str, Any] = {name: {"$eq": value} for name, value in where.items()}
+            also: dict[str, Any] = {name: just(value) for name, value in where.items()}
             if seen is not None:
                 also |= _still(entity, seen)
             if o.rollback:
@@ -136,7 +137,7 @@ class MongoPrimary:
                     "keys": stamped,
                 }  # fmt: skip
                 # The values before must still stand when the write happens, or its undo would bring back others.
-                also |= {n: {"$eq": before[n]} if n in before else {"$exists": False} for n in changed}
+                also |= {n: just(before[n]) if n in before else {"$exists": False} for n in changed}
             marks = self._marks(entity, id_, o, rev + 1, {}, tentative, cf, carried.owed)
             set_ = {
                 **wrote,
@@ -853,13 +854,15 @@ class MongoPrimary:
         assert image.debt is not None
         assert image.debt.tentative is not None
         held = image.debt.tentative.get("keys", {})
+        # Of a record that goes its names are free from now on, whoever removes it when.
+        keys = {} if image.deleted else image.keys
         while True:
             try:
                 done = await self.pair.mongo.compare_and_set(
                     entity, image.id, rev=image.rev,
                     set_={
                         f"{CF}.op": o.op,
-                        **{f"{CF}.keys.{rule}": key for rule, key in image.keys.items()},
+                        **{f"{CF}.keys.{rule}": key for rule, key in keys.items()},
                         # Steps of an earlier operation, decided already, are not this one's to confirm.
                         **(
                             {f"{CF}.steps.state": "confirmed"}
@@ -869,7 +872,8 @@ class MongoPrimary:
                     },
                     unset=[
                         f"{CF}.debt.tentative",
-                        *(f"{CF}.keys.{rule}" for rule in held if rule not in image.keys),
+                        *([f"{CF}.keys"] if image.deleted else []),
+                        *(f"{CF}.keys.{rule}" for rule in held if rule not in keys),
                     ],
                     also={f"{CF}.op": o.op, f"{CF}.debt.tentative": {"$exists": True}},
                     left_out=dict.fromkeys(entity.parts), timeout=o.left(),

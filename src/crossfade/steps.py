@@ -33,6 +33,7 @@ from crossfade.entity import Entity
 from crossfade.part import carried_by
 from crossfade.record import CF, Debt, Image, Step, Steps, new_operation
 from crossfade.stores.errors import Unanswered
+from crossfade.stores.mongo import just
 from crossfade.values import Unmappable, id_to_text, text_to_id
 
 #: A record and its entity.
@@ -300,7 +301,7 @@ def _unchanged(image: Image, step: Step) -> dict[str, Any]:
         f"{CF}.debt.tentative": {"$exists": False},
         f"{CF}.deleted": {"$ne": True},
         **{
-            name: {"$eq": image.document[name]} if name in image.document else {"$exists": False}
+            name: just(image.document[name]) if name in image.document else {"$exists": False}
             for name in looked_at
         },
     }

@@ -711,3 +711,65 @@ async def test_what_a_foreign_writer_deletes_while_its_write_is_open_is_read_now
     assert await w.users.get(id_) is None
     await w.reconcile()
     await w.assert_equal()
+
+
+@pytest.mark.parametrize("operation", ["insert", "delete"])
+async def test_a_name_is_free_from_the_moment_on_in_which_its_record_is_told_to_be_gone(
+    open_world, postgres_proxy, monkeypatch, operation
+):
+    """Whatever keeps the document from going at once."""
+    w = await open_world(postgres=postgres_proxy)
+    id_ = await prepared(w, operation)
+
+    async def unheard(*args, **how):
+        raise Unanswered("mongo", "not now")
+
+    monkeypatch.setattr(w.mongo, "bury", unheard)
+    if operation == "insert":
+        postgres_proxy.refuse()
+        with pytest.raises(Undone):
+            await write(w, operation, id_)
+        postgres_proxy.pass_through()
+    else:
+        await write(w, operation, id_)
+    assert w.notes(id_)["deleted"], "it waits for a reconciler"
+    other = await open_world()
+    await other.users.insert({"username": "eve" if operation == "insert" else "bob"})
+    monkeypatch.undo()
+    await w.postgres_answers()
+    await w.reconcile()
+    await w.assert_equal()
+
+
+@pytest.mark.parametrize(
+    ("before", "foreign"),
+    [("a", {"$set": {"x": ["a"]}}), (None, {"$unset": {"x": ""}})],
+    ids=["array", "none"],
+)
+@pytest.mark.parametrize("moment", ["before the write", "before the undo"])
+async def test_an_undo_takes_no_value_for_the_one_that_a_filter_finds_it_by(
+    open_world, postgres_proxy, monkeypatch, before, foreign, moment
+):
+    """To a filter an array is each of its elements, and what is missing is null."""
+    w = await open_world("dual_write", postgres=postgres_proxy)
+    mine = "b" if moment == "before the write" else before
+    made = await w.users.insert({"username": "Bob", "x": before if moment == "before the write" else "b"})
+    await w.settle()
+    asked, turns = w.mongo.compare_and_set, []
+
+    async def overtaken(*record, **how):
+        turns.append(1)
+        if len(turns) == (1 if moment == "before the write" else 2):
+            w.documents.update_one({"_id": made.id}, foreign)
+        return await asked(*record, **how)
+
+    monkeypatch.setattr(w.mongo, "compare_and_set", overtaken)
+    postgres_proxy.refuse()
+    with pytest.raises(Undone):
+        await w.users.update(made.id, {"x": mine}, strategy=ROLLBACK)
+    document = w.document(made.id)
+    assert document.get("x", "none") == foreign.get("$set", {"x": "none"})["x"]
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    await w.reconcile()
+    await w.assert_equal()

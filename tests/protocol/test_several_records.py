@@ -1041,3 +1041,26 @@ async def test_a_slow_mongo_keeps_the_caller_of_an_operation_no_longer_than_that
     await w.reconcile()
     await assert_all_equal(w)
     assert await found(w, *there) == ("accepted", True, True)
+
+
+async def test_a_step_does_not_write_over_a_list_that_a_filter_finds_by_its_element(
+    open_friends, monkeypatch
+):
+    """Another application has made one of a single value since the step looked."""
+    w = await open_friends()
+    one, other = [(await w.users.insert({"username": name, "tags": "a"})).id for name in ("Ann", "Bob")]
+    write = w.mongo.compare_and_set
+
+    async def overtaken(entity, id_, **how):
+        if id_ == other:
+            monkeypatch.setattr(w.mongo, "compare_and_set", write)
+            w.documents.update_one({"_id": other}, {"$set": {"tags": ["a"]}})
+        return await write(entity, id_, **how)
+
+    monkeypatch.setattr(w.mongo, "compare_and_set", overtaken)
+    async with w.m.operation("Tag") as op:
+        op.update("users", one, {"n": 1})
+        op.also("users", other, add={"tags": ["b"]})
+    assert w.document(other)["tags"] == ["a", "b"]
+    await w.reconcile()
+    await w.assert_equal()

@@ -436,3 +436,26 @@ async def test_a_condition_asks_for_the_same_whichever_store_decides(open_world,
     with pytest.raises(ConditionNotMet):
         await w.users.update(made.id, {"n": 2}, where={"there": wanted})
     assert (await w.users.get(made.id)).get("n") is None
+
+
+@pytest.mark.parametrize(
+    ("there", "foreign"),
+    [("a", {"$set": {"x": ["a"]}}), (None, {"$unset": {"x": ""}})],
+    ids=["array", "none"],
+)
+async def test_a_condition_is_not_met_by_what_a_filter_takes_for_its_value(
+    open_world, monkeypatch, there, foreign
+):
+    """Another application writes between the look and the write."""
+    w = await open_world()
+    made = await w.users.insert({"username": "Bob", "x": there})
+    write = w.mongo.compare_and_set
+
+    async def overtaken(*record, **how):
+        w.documents.update_one({"_id": made.id}, foreign)
+        return await write(*record, **how)
+
+    monkeypatch.setattr(w.mongo, "compare_and_set", overtaken)
+    with pytest.raises(ConditionNotMet):
+        await w.users.update(made.id, {"n": 2}, where={"x": there})
+    assert "n" not in w.document(made.id)

@@ -181,6 +181,14 @@ def _tombstone(note: Mapping[str, Any], id_: Any) -> Tombstone:
     )  # fmt: skip
 
 
+def just(value: Any) -> dict[str, Any]:
+    """A filter's condition for just this value: ``$eq`` alone takes an array for each of its elements, too, and a field
+    that is missing for null.
+    """
+    exact = {"$eq": value, "$exists": True}
+    return exact if isinstance(value, list) else {**exact, "$not": {"$type": "array"}}
+
+
 def _rev_filter(rev: int) -> dict[str, Any]:
     return {f"{CF}.rev": Int64(rev)} if rev else {f"{CF}.rev": {"$exists": False}}
 
