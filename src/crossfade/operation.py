@@ -195,7 +195,7 @@ def assert_id(entity: Entity, id_: Any) -> None:
         if can_be_id(id_):
             id_to_text(id_)
             return
-        why = "an array, a regular expression or a condition cannot be an _id"
+        why = "an array, a regular expression, a reference (DBRef) or a condition cannot be an _id"
     except Unmappable as cause:
         why = str(cause)
     raise errors.ConfigurationError(f"no record of {entity.name} can be written with this _id: {why}")

@@ -477,12 +477,12 @@ def _equal_decimals(value: Decimal) -> Iterator[Decimal]:
 
 
 def can_be_id(value: Any) -> bool:
-    """Whether a record may have this `_id`; a filter would take other values for a condition on it."""
+    """Whether a record may have this `_id`; a filter, or the server, would take other values for a condition on it."""
     if isinstance(value, str):
         return is_unicode(value)
     if isinstance(value, Mapping):
         return not any(isinstance(key, str) and key.startswith("$") for key in value)
-    return not isinstance(value, list | tuple | Regex | re.Pattern)
+    return not isinstance(value, list | tuple | Regex | re.Pattern | DBRef)
 
 
 def is_unicode(text: str) -> bool:

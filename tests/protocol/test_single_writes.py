@@ -6,7 +6,7 @@ import re
 from datetime import UTC, datetime
 
 import pytest
-from bson import ObjectId, Regex
+from bson import DBRef, ObjectId, Regex
 
 from crossfade import (
     ConditionNotMet,
@@ -364,7 +364,9 @@ async def test_what_another_application_wrote_is_not_changed_on_its_way_in_the_b
 
 @pytest.mark.parametrize("phase", ["mongo_only", "dual_write", "postgres_primary"])
 @pytest.mark.parametrize(
-    "odd", [{"$gt": ""}, {"$ne": None}, re.compile("."), Regex("."), [1], "\ud800"], ids=ascii
+    "odd",
+    [{"$gt": ""}, {"$ne": None}, re.compile("."), Regex("."), [1], "\ud800", DBRef("users", 1)],
+    ids=ascii,
 )
 async def test_a_condition_is_nobodys_id(open_world, phase, odd):
     """What an application was sent as JSON and handed on."""
