@@ -854,8 +854,9 @@ class MongoPrimary:
         assert image.debt is not None
         assert image.debt.tentative is not None
         held = image.debt.tentative.get("keys", {})
-        # Of a record that goes its names are free from now on, whoever removes it when.
-        keys = {} if image.deleted else image.keys
+        keys, gone = image.keys, [f"{CF}.keys.{rule}" for rule in held if rule not in image.keys]
+        if image.deleted:
+            keys, gone = {}, [f"{CF}.keys"]  # its names are free from now on, whoever removes it when
         while True:
             try:
                 done = await self.pair.mongo.compare_and_set(
@@ -872,8 +873,7 @@ class MongoPrimary:
                     },
                     unset=[
                         f"{CF}.debt.tentative",
-                        *([f"{CF}.keys"] if image.deleted else []),
-                        *(f"{CF}.keys.{rule}" for rule in held if rule not in keys),
+                        *gone,
                     ],
                     also={f"{CF}.op": o.op, f"{CF}.debt.tentative": {"$exists": True}},
                     left_out=dict.fromkeys(entity.parts), timeout=o.left(),
