@@ -216,6 +216,11 @@ def whoami() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
+def _step(control: Control) -> tuple[str, str, str, int]:
+    """What of a version is the coordinator's to change; the rest are flags that workers set and lift."""
+    return control.attempt, control.state, control.coordinator, control.epoch
+
+
 def _assert_steady(control: Control) -> None:
     if control.state != STEADY:
         raise errors.NotAllowedInPhase(
@@ -293,8 +298,10 @@ class Coordinator:
                     raise
                 await asyncio.sleep(_POLL)
                 continue
-            mine = (self.now.attempt, self.now.state, self.now.coordinator, self.now.epoch)
-            if (latest.attempt, latest.state, latest.coordinator, latest.epoch) != mine:
+            if _step(latest) == _step(new) != _step(self.now):
+                self.now = latest  # made after all, and flagged by a worker since
+                return
+            if _step(latest) != _step(self.now):
                 raise errors.NotAllowedInPhase(
                     f"somebody else moves migration {self.migration.name}: {latest.changed_by} ({latest.reason}). It "
                     f"is {latest.state}, and {latest.phase.rules.primary} is primary"
