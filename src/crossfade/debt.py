@@ -137,8 +137,12 @@ class Settler:
                             other, text_to_id(text), timeout=self.pair.options.primary_deadline
                         )
                         if buried is not None and buried.owed:
-                            found.append((other, _deleted(buried)))
+                            found.append((other, buried.as_image()))
                         continue
+                    key = (name, id_to_text(there.id))
+                    if key != member and key in known:
+                        continue  # a number, named in another type than it is kept in
+                    known.add(key)
                     if there.debt is not None and there.debt.parked is None:
                         # Only for what ends: one that is refused waits for a person.
                         is_early |= there.is_open or there.steps is not None
@@ -411,7 +415,7 @@ class Settler:
         buried = await self.pair.mongo.tombstone(entity, id_, timeout=self.pair.options.primary_deadline)
         if buried is None or not buried.group:
             return await self.bring_tombstone(entity, id_, control, timeout=timeout)
-        return await self._bring_owed(entity, _deleted(buried), control, timeout=timeout)
+        return await self._bring_owed(entity, buried.as_image(), control, timeout=timeout)
 
     async def bring_tombstone(self, entity: Entity, id_: Any, control: Control, *, timeout: float) -> Settled:
         """Bring a tombstone to PostgreSQL, and erase its debt after a second look."""
@@ -704,7 +708,7 @@ class Settler:
             await self.stepper.close(steps)
         elif undo:
             anchor = await self.pair.mongo.read_owed(decider, id_, timeout=self.pair.options.primary_deadline)
-            if anchor is not None and anchor.op == note["op"]:
+            if anchor is not None and anchor.op == note["op"] and anchor.is_open:
                 await self.undo(decider, anchor, control)
         return Settled.OPEN
 
@@ -998,12 +1002,6 @@ def _no_longer(entity: Entity) -> Fenced:
 def _same(one: Any, other: Any) -> bool:
     """Whether two values are the same BSON: 1 is not true, and a NaN equals itself."""
     return encode_document({"v": one}) == encode_document({"v": other})
-
-
-def _deleted(buried: Tombstone) -> Image:
-    """What a tombstone is to whoever brings it together with others."""
-    debt = Debt(0, group=buried.group)
-    return Image(buried.id, {"_id": buried.id}, buried.rev, buried.op, {}, b"", debt, deleted=True)
 
 
 def _owed_with(image: Image) -> tuple[tuple[str, str], ...]:

@@ -559,7 +559,7 @@ class MongoPrimary:
             if now is None and o.kind == "delete":
                 buried = await self.pair.mongo.tombstone(entity, id_, timeout=o.left())
                 if buried is not None and buried.op == o.op:
-                    return Image(id_, {"_id": id_}, buried.rev, o.op, {}, b"", deleted=True)
+                    return buried.as_image()
             if now is not None and now.rev == rev:
                 # Something else is in the way of this one, and the first may yet arrive once it has gone.
                 await self._again(o, unknown)
@@ -611,7 +611,8 @@ class MongoPrimary:
         Raises:
             crossfade.errors.OutcomeUnknown: not all of it could be done now; it will be.
         """
-        assert image.steps is not None
+        if image.steps is None or image.steps.op != o.op:
+            return []  # answered late: whoever came upon them meanwhile has done all of it
         try:
             together = await self.settler.stepper.take(entity, image, o.control, ends=o.ends)
             await self.settler.stepper.erase(entity, image.id, image.steps)

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from bson import CodecOptions, Decimal128, ObjectId
+from bson.int64 import Int64
 from bson.raw_bson import RawBSONDocument
 
 from crossfade import (
@@ -1062,5 +1063,85 @@ async def test_a_step_does_not_write_over_a_list_that_a_filter_finds_by_its_elem
         op.update("users", one, {"n": 1})
         op.also("users", other, add={"tags": ["b"]})
     assert w.document(other)["tags"] == ["a", "b"]
+    await w.reconcile()
+    await w.assert_equal()
+
+
+async def test_an_operation_that_others_have_carried_out_before_it_was_answered_is_told_as_made(
+    open_friends, monkeypatch
+):
+    w, other = await open_friends(), await open_friends()
+    ids = await asked(w)
+    await w.settle()
+    compare_and_set, answers = w.mongo.compare_and_set, []
+
+    async def unanswered(entity, id_, **how):
+        image = await compare_and_set(entity, id_, **how)
+        if image is None or image.id != ids[0] or answers:
+            return image
+        answers.append(image)
+        with pytest.raises(ConditionNotMet):
+            await accept(other, *ids)  # comes upon the steps, and carries them out
+        raise Unanswered("mongo", "a test")
+
+    monkeypatch.setattr(w.mongo, "compare_and_set", unanswered)
+    assert (await accept(w, *ids)).document["status"] == "accepted"
+    assert len(answers) == 1
+    assert await found(w, *ids) == ("accepted", True, True)
+    await w.reconcile()
+    await assert_all_equal(w)
+
+
+async def test_a_step_whose_operation_is_confirmed_between_two_looks_is_not_undone(open_friends, monkeypatch):
+    w = await open_friends()
+    ids = await asked(w)
+    await w.settle()
+    outcome, looks = w.settler.stepper.outcome, []
+
+    async def confirmed_behind(note):
+        answer = await outcome(note)
+        if not looks:
+            looks.append(answer[2])
+            deciding.set()
+            await accepting
+        return answer
+
+    deciding, confirm = asyncio.Event(), w.m.reconciler.writer.mongo._confirm
+
+    async def held(*what):
+        open_ = await w.image(ids[2])
+        monkeypatch.setattr(w.settler.stepper, "outcome", confirmed_behind)
+        reconciling.append(
+            asyncio.create_task(w.settler.settle_one(w.entity, open_.id, w.control, undo_tentative=True))
+        )
+        await deciding.wait()
+        return await confirm(*what)
+
+    reconciling = []
+    monkeypatch.setattr(w.m.reconciler.writer.mongo, "_confirm", held)
+    accepting = asyncio.create_task(accept(w, *ids, ROLLBACK))
+    await accepting
+    assert await reconciling[0] is Settled.OPEN
+    assert looks[0].state != "confirmed"
+    assert await found(w, *ids) == ("accepted", True, True)
+    await w.reconcile()
+    await assert_all_equal(w)
+
+
+async def test_a_number_named_in_two_types_has_one_place_in_its_group(open_world, postgres_proxy):
+    """Enough of them are applied by one statement, which takes no record twice."""
+    w = await open_world(postgres=postgres_proxy)
+    for n in range(1, 8):
+        await w.users.insert({"_id": Int64(n), "username": f"u{n}"})
+    await w.settle()
+    postgres_proxy.refuse()
+    for n in range(1, 8):
+        async with w.m.operation("Ring") as op:
+            op.update("users", n, {"a": n})
+            op.also("users", n % 7 + 1, {"b": n})
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    placed, _ = await w.settler.with_groups([(w.entity, await w.image(Int64(1)))])
+    assert sorted(int(image.id) for _, image in placed) == list(range(1, 8))
     await w.reconcile()
     await w.assert_equal()

@@ -159,6 +159,11 @@ class Tombstone:
     born: tuple[str, ...] = ()
     group: tuple[tuple[str, str], ...] = ()
 
+    def as_image(self) -> Image:
+        """What it is to whoever brings it, together with others of its operation."""
+        debt = Debt(0, group=self.group)
+        return Image(self.id, {"_id": self.id}, self.rev, self.op, {}, b"", debt, deleted=True)
+
 
 def _owed(note: Mapping[str, Any]) -> Owed:
     """From a document's notes with its entity's name, or from a tombstone."""
