@@ -514,7 +514,10 @@ class Settler:
         if image.deleted:
             return await self._finish_delete_together(entity, image, control)
         if image.debt is not None and image.debt.delivery:
-            return await self.deliverer.end_delivery(entity, id_)  # left from the time before the switch back
+            # Left from the time before the switch back.
+            ended = await self.deliverer.end_delivery(entity, id_)
+            if ended is not Settled.SUPERSEDED:
+                return ended
         if not await pair.mongo.standing(entity, [image], timeout=timeout):
             # An insert that a delete overtook: settled as it is, it would stand at a revision that was told before.
             return await self.bring_tombstone(entity, id_, control, timeout=timeout)

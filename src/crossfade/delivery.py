@@ -360,6 +360,8 @@ class Deliverer:
     async def end_delivery(self, entity: Entity, id_: Any) -> Settled:
         """Remove a document that was delivered late, after the delete of its record; or its mark, where it stands.
 
+        SUPERSEDED: PostgreSQL knows nothing of the record, so nothing says what becomes of it.
+
         Raises:
             crossfade.errors.StoreUnavailable: one of the stores does not answer.
         """
@@ -381,6 +383,8 @@ class Deliverer:
             return Settled.OPEN  # the delivery of the delete finds it
         elif (held.tombstone or -1) >= image.rev:
             await pair.mongo.deliver_removal(entity, raw, timeout=timeout)
+        else:
+            return Settled.SUPERSEDED
         return Settled.CONFIRMED
 
     async def _make_way(self, entity: Entity, row: Image, *, timeout: float) -> bool:

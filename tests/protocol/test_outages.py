@@ -901,3 +901,17 @@ async def test_records_of_many_rows_are_not_all_read_at_once(open_world, mongo_p
     assert max(read) <= 2 * len(friends)
     assert alone
     await w.assert_equal()
+
+
+async def test_a_record_that_was_delivered_and_that_postgres_has_lost_is_brought_there_after_the_switch_back(
+    open_world,
+):
+    """Its mark outlived the switch, and PostgreSQL comes from a backup."""
+    w = await open_world("postgres_read")
+    made = await w.users.insert({"username": "Bob"})
+    await w.settle()
+    w.documents.update_one({"_id": made.id}, {"$set": {"_cf.debt": {"epoch": 1, "delivery": True}}})
+    w.sql("DELETE FROM users")
+    await w.reconcile()
+    await w.assert_equal()
+    assert "debt" not in w.notes(made.id)
