@@ -74,7 +74,8 @@ class Options:
         reconcile_age: how long a debt must have been seen before the reconciler takes it: a write in
             flight settles its own.
         parked_retry: between two attempts at a debt that PostgreSQL's rules refuse.
-        sweep: between two sweeps for foreign writes by ``updatedAt``; 0: none.
+        sweep: between two sweeps for foreign writes by ``updatedAt``; with PostgreSQL deciding, between two looks for
+            what reached MongoDB late, and for the end of its feeding. 0: none of all that but by a command.
         full_sweep: between two full passes against the rows' digests; 0: none.
         board_limit: ids per entity on the board, and tombstones, or deliveries, of all of them; more than that: the
             whole entity, or every one, is read from the primary.
