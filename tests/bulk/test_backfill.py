@@ -19,6 +19,7 @@ from crossfade.stores import bulk_postgres
 from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.bulk_postgres import BulkPostgres
 from crossfade.stores.errors import Fenced
+from crossfade.stores.postgres import PostgresStore
 from crossfade.values import id_to_text
 from scorekeeper.legacy import generate
 from scorekeeper.users.entity import users
@@ -260,6 +261,46 @@ async def test_a_delete_that_commits_while_a_chunk_is_written_wins(stores, user)
     report = await stores.backfill(hook=hook)
     assert buried not in stores.ids()
     assert report.counts.removed == 1
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the chunk looks", "after it has looked"])
+async def test_nobody_reads_what_was_deleted_while_its_chunk_was_written(stores, user, database_url, late):
+    """A worker tells its caller of a delete once PostgreSQL has committed it, and readers go by the row."""
+    documents = [user(n) for n in range(5)]
+    stores.collection.insert_many(documents)
+    id_ = documents[3]["_id"]
+    live, seen = PostgresStore(database_url), []
+
+    async def delete():
+        await live.apply_deletes(users, [(id_, 1, None)], migration="accounts", epoch=1, timeout=30.0)
+        seen.append(key(documents[3]) in stores.ids())
+
+    def hook(target):
+        put, checkpoint, deleting = target._put_at_once, target.runs.checkpoint, []
+
+        async def put_at_once(*arguments):
+            outcome = await put(*arguments)
+            if not late:
+                await delete()
+            return outcome
+
+        async def noted(*arguments, **how):
+            if late and not deleting:
+                deleting.append(asyncio.create_task(delete()))
+                await asyncio.wait(deleting, timeout=0.5)
+            return await checkpoint(*arguments, **how)
+
+        async def look_again(*arguments):
+            await asyncio.gather(*deleting)
+            seen.append(key(documents[3]) in stores.ids())
+            return 0
+
+        target._put_at_once, target.runs.checkpoint, target.look_again = put_at_once, noted, look_again
+
+    await live.open()
+    await stores.backfill(hook=hook)
+    await live.close()
+    assert seen == [False, False]
 
 
 async def test_a_decided_delete_is_left_to_its_own_debt(stores, user):

@@ -322,6 +322,7 @@ class Backfill:
         counts.inserted += written.inserted
         counts.updated += written.updated
         counts.same += written.same
+        counts.removed += written.removed
         counts.quarantined += len(chunk.bad) + len(written.refused)
         counts.behind += len(written.behind)
         counts.violations += len(written.violations)

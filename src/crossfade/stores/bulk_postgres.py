@@ -117,6 +117,7 @@ class Written:
 
     Attributes:
         inserted, updated, same: rows.
+        removed: of those, that a delete has covered before the chunk was committed.
         behind: ids of documents whose row is newer, or a fork, or covered by a tombstone.
         violations: (id, rule) of documents that break a unique rule or a reference; not written.
         refused: documents that the table does not take for another reason; in quarantine.
@@ -125,6 +126,7 @@ class Written:
     inserted: int = 0
     updated: int = 0
     same: int = 0
+    removed: int = 0
     behind: list[Any] = field(default_factory=list)
     violations: list[tuple[Any, str]] = field(default_factory=list)
     refused: list[BadDocument] = field(default_factory=list)
@@ -513,6 +515,13 @@ class BulkPostgres:
                 await connection.execute(create)
             await self._put(tables, rows, written, quarantined=bool(quarantined), whole=True)
         await self._quarantine(name, [*bad, *written.refused])
+        if rows:
+            # A delete since the statement before has found no row, and may have been told of: see `lock_deletes`.
+            await connection.execute(
+                "SELECT pg_advisory_xact_lock(hashtextextended('crossfade:' || %s, 4))", [name]
+            )
+            texts = [row.text for row in rows]
+            written.removed = await self._drop_covered(tables, min(texts), max(texts))
         await checkpoint(written)
         return written
 

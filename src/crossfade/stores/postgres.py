@@ -10,7 +10,7 @@ import asyncio
 import base64
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -200,8 +200,9 @@ class PostgresStore(PostgresServer):
         records = [(entity, id_to_text(image.id)) for entity, image, _ in images]
         async with self._connection(timeout) as connection:
             answers = await self._transaction(
-                connection, migration, statements, looks, records=records, defer=len(images) > 1
-            )
+                connection, migration, statements, looks, records=records, defer=len(images) > 1,
+                deletes_of={entity.name for entity, _, rows in images if rows is None},
+            )  # fmt: skip
             await self._committed(connection, answers, committed, migration, records, timeout, prompt=prompt)
 
     async def _applying_ahead(
@@ -317,6 +318,7 @@ class PostgresStore(PostgresServer):
                     self._delete(entity, buried, migration, epoch),
                     [look],
                     records=records,
+                    deletes_of=[entity.name],
                 )
                 await self._look_again(connection, migration, records, link=False)
             return answers
@@ -356,6 +358,7 @@ class PostgresStore(PostgresServer):
         looks: Sequence[Statement],
         *,
         records: Sequence[tuple[Entity, str]] = (),
+        deletes_of: Collection[str] = (),
         defer: bool = False,
         begin: bool = True,
         commit: bool = True,
@@ -375,6 +378,8 @@ class PostgresStore(PostgresServer):
             for query, parameters in statements:
                 await connection.execute(query, parameters)
             cursors = [await connection.execute(query, parameters) for query, parameters in looks]
+            for name in sorted(deletes_of):
+                await connection.execute(QUERIES["lock_deletes"], {"entity": name})
             if commit:
                 await connection.execute(b"COMMIT")
         return [row for cursor in cursors for row in await cursor.fetchall()]

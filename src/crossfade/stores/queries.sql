@@ -8,6 +8,11 @@
 SELECT pg_advisory_xact_lock_shared(hashtextextended('crossfade:' || %(migration)s, 0)),
        (SELECT count(pg_advisory_xact_lock(hashtextextended(record, 1))::text) FROM unnest(%(records)s::text[]) AS record)
 
+-- name: lock_deletes
+-- The last thing before a delete commits; a chunk of a backfill takes it exclusively and then looks for tombstones, so none
+-- commits between that look and the chunk's commit, and is told of while the chunk shows what it deleted.
+SELECT pg_advisory_xact_lock_shared(hashtextextended('crossfade:' || %(entity)s, 4))
+
 -- name: claim
 SELECT pg_try_advisory_xact_lock(hashtextextended('crossfade:' || %(work)s, 2))
 
