@@ -271,7 +271,9 @@ class Deliverer:
         notes = _delivered_notes(row)
         # It may arrive when whoever sent it is gone, and the record too: then `end_deliveries` finds it by this.
         mark = Debt(control.epoch, delivery=True, sending=new_operation())
-        if raw is None:
+        # So it may be upon one that came late, behind the delete of its record, which had found nothing.
+        is_new = raw is None or (there is not None and _is_marked(there))
+        if is_new:
             notes["debt"] = mark.to_document()
         mongo = self.pair.mongo
         try:
@@ -285,7 +287,7 @@ class Deliverer:
             ):
                 raise
             return False
-        if raw is not None:
+        if not is_new:
             return True
         # Whoever inserts looks for a tombstone afterwards: the delete may have found nothing to remove.
         buried = await mongo.buried_among(entity, [row.id], timeout=timeout)
@@ -322,6 +324,8 @@ class Deliverer:
         }
         notes = _delivered_notes(row)
         notes.pop("parts", None)
+        if there.debt is not None and _is_marked(there):
+            notes["debt"] = there.debt.to_document()
         # The digest tells what we leave there from what a foreign writer makes of it.
         notes["digest"] = Image.from_document({**small, CF: dict(notes)}, entity.parts).digest
         if notes["digest"] == there.digest:
@@ -465,7 +469,12 @@ def _as_left(
         return None
     expected = (now.base_digest, there.delivered, row.digest)
     stands = there.digest in expected and there.rev <= row.rev and (not left_out or there.noted == row.parts)
-    return there if stands else None
+    return there if stands and not _is_marked(there) else None
+
+
+def _is_marked(there: Image) -> bool:
+    """Whether a document is an insert that was delivered, and that nobody has confirmed yet."""
+    return there.debt is not None and there.debt.delivery
 
 
 def _delivered_notes(row: Image) -> dict[str, Any]:

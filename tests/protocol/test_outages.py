@@ -915,3 +915,41 @@ async def test_a_record_that_was_delivered_and_that_postgres_has_lost_is_brought
     await w.reconcile()
     await w.assert_equal()
     assert "debt" not in w.notes(made.id)
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
+async def test_a_delivery_upon_an_insert_that_came_behind_the_delete_of_its_record_does_not_keep_it(
+    open_world, monkeypatch, many
+):
+    """Its worker had read the row before the delete, and reads the document when the insert has arrived."""
+    w, slow, other = [await open_world("postgres_primary") for _ in range(3)]
+    id_, arrive = await inserted_by_a_dying_worker(w, monkeypatch)
+    if many:
+
+        async def unanswered(*what, **how):
+            raise Unanswered("mongo", "a test")
+
+        monkeypatch.setattr(other.mongo, "deliver", unanswered)
+        await other.users.update(id_, {"n": 1})
+        monkeypatch.undo()
+    reads = "read_raw_many" if many else "read_raw"
+    read, read_first = getattr(slow.mongo, reads), []
+
+    async def behind_the_delete(*what, **how):
+        if not read_first:
+            read_first.append(True)
+            await other.users.delete(id_)
+            await other.reconcile()
+            assert (other.document(id_), other.outbox()) == (None, [])
+            await arrive()
+        return await read(*what, **how)
+
+    monkeypatch.setattr(slow.mongo, reads, behind_the_delete)
+    if many:
+        await slow.settler.deliverer.deliver_many(slow.entity, [id_], slow.control)
+    else:
+        await slow.reconcile()
+    assert read_first
+    await other.reconcile()
+    assert other.document(id_) is None
+    await other.assert_equal()
