@@ -38,7 +38,7 @@ from crossfade.record import (
 )
 from crossfade.steps import Placed, joined, members
 from crossfade.stores.errors import RuleBroken, Unanswered
-from crossfade.stores.mongo import just
+from crossfade.stores.mongo import just, same_birth
 from crossfade.stores.postgres import Ahead
 from crossfade.values import Unmappable, equal
 
@@ -127,8 +127,7 @@ class MongoPrimary:
             nameless = [rule for rule in stamped if rule not in plain]
             tentative = None
             also: dict[str, Any] = {name: just(value) for name, value in where.items()}
-            if seen is not None:
-                also |= _still(entity, seen)
+            also |= _same_birth(cf) if seen is None else _still(entity, seen)
             if o.rollback:
                 changed = (*wrote, *removed)
                 before = {name: notes[name] for name in changed if name in notes}
@@ -181,8 +180,8 @@ class MongoPrimary:
             set_ = {f"{CF}.{name}": value for name, value in marks.items()} | {f"{CF}.deleted": True}
             # The names that it held are free from this moment on, unless it may yet be undone.
             gone = [] if o.rollback else [f"{CF}.keys"]
-            none = dict.fromkeys(entity.parts)
-            image = await self._set_until_decided(entity, id_, rev, set_, gone, {}, {}, o, left_out=none)
+            none, also = dict.fromkeys(entity.parts), _same_birth(notes.get(CF) or {})
+            image = await self._set_until_decided(entity, id_, rev, set_, gone, also, {}, o, left_out=none)
             if image is None:
                 continue
             o.say("MongoDB delete decided")
@@ -938,6 +937,10 @@ def _foreseen(
         return Image.from_document({**document, **its_parts, CF: notes}, entity.parts)
 
     return _meanwhile(after)
+
+
+def _same_birth(cf: Mapping[str, Any]) -> dict[str, Any]:
+    return same_birth(cf.get("op"), cf.get("born"), Debt.from_document(cf.get("debt")))
 
 
 def _still(entity: Entity, seen: Image) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from crossfade.entity import Entity
 from crossfade.part import carried_by
 from crossfade.record import CF, Debt, Image, Step, Steps, new_operation
 from crossfade.stores.errors import Unanswered
-from crossfade.stores.mongo import just
+from crossfade.stores.mongo import just, same_birth
 from crossfade.values import Unmappable, id_to_text, text_to_id
 
 #: A record and its entity.
@@ -300,6 +300,7 @@ def _unchanged(image: Image, step: Step) -> dict[str, Any]:
     return {
         f"{CF}.debt.tentative": {"$exists": False},
         f"{CF}.deleted": {"$ne": True},
+        **same_birth(image.op, image.born, image.debt),
         **{
             name: just(image.document[name]) if name in image.document else {"$exists": False}
             for name in looked_at

@@ -7,6 +7,7 @@ import pytest
 from bson import ObjectId
 
 from crossfade import Busy, FailureStrategy, NotFound, OutcomeUnknown, StoreUnavailable, Undone, UndoPending
+from crossfade.record import new_operation
 from crossfade.stores.errors import Unanswered
 from crossfade.testing.failure_points import Failure, FailurePoints
 
@@ -415,6 +416,43 @@ async def test_an_insert_that_arrives_again_is_not_written_upon_by_who_has_read_
     await w.reconcile()
     await w.assert_equal()
     assert w.document(id_) is None
+
+
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_read"])
+@pytest.mark.parametrize("write", ["update", "operation"])
+@pytest.mark.parametrize("settled", [True, False], ids=["settled", "in debt"])
+async def test_an_insert_that_arrives_again_behind_the_look_of_a_writer_is_not_written_upon(
+    open_world, phase, write, settled, monkeypatch
+):
+    w, writer = await open_world(phase), await open_world(phase)
+    id_, own = (await w.users.insert({"username": "Bob"})).id, (await w.users.insert({"username": "Ann"})).id
+    await w.settle()
+    late = w.document(id_)
+    late["_cf"]["debt"] = {"epoch": w.control.epoch, "sending": new_operation()}
+    if not settled:
+        owed = {"epoch": w.control.epoch, "sending": new_operation()}
+        w.documents.update_one({"_id": id_}, {"$set": {"_cf.debt": owed}})
+    compare_and_set, looked = writer.mongo.compare_and_set, []
+
+    async def behind(entity, of, **how):
+        if of == id_ and not looked:
+            looked.append(of)
+            await w.users.delete(id_)
+            w.documents.insert_one(late)
+        return await compare_and_set(entity, of, **how)
+
+    monkeypatch.setattr(writer.mongo, "compare_and_set", behind)
+    if write == "update":
+        with pytest.raises(NotFound):
+            await writer.users.update(id_, {"n": 2})
+    else:
+        async with writer.m.operation("Befriend") as op:
+            op.update("users", own, {"n": 1})
+            op.also("users", id_, {"n": 2})
+    assert looked
+    await w.reconcile()
+    assert w.document(id_) is None
+    await w.assert_equal()
 
 
 @pytest.mark.parametrize("phase", ["mongo_only", "dual_write"])

@@ -194,6 +194,17 @@ def just(value: Any) -> dict[str, Any]:
     return exact if isinstance(value, list) else {**exact, "$not": {"$type": "array"}}
 
 
+def same_birth(op: str | None, born: str | None, debt: Debt | None) -> dict[str, Any]:
+    """What keeps a write off an insert repeated that came, behind a delete, in the place of a record that was seen.
+
+    It is at the same revision, and owed as it was sent; its sendings are told apart. One of phase 0 owes nothing.
+    """
+    if op is None or born != op:
+        return {}
+    settled = {f"{CF}.debt": {"$exists": False}}
+    return settled if debt is None else {"$or": [settled, {f"{CF}.debt.sending": {"$eq": debt.sending}}]}
+
+
 def _rev_filter(rev: int) -> dict[str, Any]:
     return {f"{CF}.rev": Int64(rev)} if rev else {f"{CF}.rev": {"$exists": False}}
 
