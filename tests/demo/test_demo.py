@@ -37,7 +37,7 @@ def test_users_move_under_traffic_through_two_outages_over_and_back_and_nothing_
     process = play("--users", "150", "--seconds", "1", "--json", environment=environment)
     out, err = process.communicate(timeout=400)
     result = json.loads(out)
-    assert process.returncode == 0, (err, result.get("problems"), result.get("failures"))
+    assert process.returncode == 0, (result.get("error"), result.get("problems"), result.get("failures"), err)
     assert result["ok"]
     assert result["failed"] == 0
     assert result["answers_503"] == 0

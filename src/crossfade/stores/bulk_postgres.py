@@ -38,7 +38,6 @@ import psycopg
 from psycopg import AsyncConnection, sql
 from psycopg.abc import Buffer
 from psycopg.adapt import Loader
-from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import Format
 from sqlalchemy import Table
 
@@ -51,6 +50,7 @@ from crossfade.stores.loading import Loading
 from crossfade.stores.references import PORTION, followers, identifier, link_range, linked_rows
 from crossfade.stores.rows import assignments
 from crossfade.stores.runs import LEASE, Piece, Run, Runs
+from crossfade.stores.server import address_of
 
 STORE = "postgres"
 #: Times a chunk is tried when the server breaks a deadlock or a snapshot conflict by refusing it.
@@ -363,14 +363,7 @@ class BulkPostgres:
             crossfade.errors.ConfigurationError: the URL cannot be understood.
             crossfade.errors.StoreUnavailable: no connection to be had.
         """
-        try:
-            parts = conninfo_to_dict(url)
-        except psycopg.ProgrammingError as cause:
-            raise errors.ConfigurationError(
-                f"DATABASE_URL cannot be used: {str(cause).strip()}. "
-                "Write postgresql://user:password@host:port/database"
-            ) from None
-        address = f"{parts.get('host', 'the local socket')}:{parts.get('port', 5432)}"
+        address = address_of(url)
         with translated(address):
             connection = await _open(url, connect_timeout)
         connection.adapters.register_loader("jsonb", _RawJson)

@@ -57,6 +57,26 @@ async def _configure(connection: AsyncConnection[Any]) -> None:
     connection.prepared_max = 1000
 
 
+def address_of(url: str) -> str:
+    """Host and port, for people.
+
+    Raises:
+        crossfade.errors.ConfigurationError: the URL cannot be understood, or names no database.
+    """
+    try:
+        parts = conninfo_to_dict(url)
+    except psycopg.ProgrammingError as cause:
+        raise errors.ConfigurationError(
+            f"DATABASE_URL cannot be used: {str(cause).strip()}. "
+            "Write postgresql://user:password@host:port/database"
+        ) from None
+    if not parts.get("dbname"):
+        raise errors.ConfigurationError(
+            "DATABASE_URL names no database: write postgresql://user:password@host:port/database"
+        )
+    return f"{parts.get('host', 'the local socket')}:{parts.get('port', 5432)}"
+
+
 class PostgresServer:
     """A database of one PostgreSQL, and its answers within a deadline.
 
@@ -70,18 +90,7 @@ class PostgresServer:
     """
 
     def __init__(self, url: str, *, max_pool: int = 20, connect_timeout: int = 2) -> None:
-        try:
-            parts = conninfo_to_dict(url)
-        except psycopg.ProgrammingError as cause:
-            raise errors.ConfigurationError(
-                f"DATABASE_URL cannot be used: {str(cause).strip()}. "
-                "Write postgresql://user:password@host:port/database"
-            ) from None
-        if not parts.get("dbname"):
-            raise errors.ConfigurationError(
-                "DATABASE_URL names no database: write postgresql://user:password@host:port/database"
-            )
-        self.address = f"{parts.get('host', 'the local socket')}:{parts.get('port', 5432)}"
+        self.address = address_of(url)
         self._url = url
         self._connect_timeout = connect_timeout
         self._pool: AsyncConnectionPool[AsyncConnection[Any]] = AsyncConnectionPool(
