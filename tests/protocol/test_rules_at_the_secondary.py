@@ -232,11 +232,8 @@ async def test_a_name_freed_by_an_unsent_rename_can_be_found_under_both_names(op
 # --- keys that collide already ---
 
 
-async def test_a_name_that_two_old_documents_have_is_delivered_once_the_holder_of_its_key_gives_way(
-    open_world, mongo_proxy
-):
-    """The other one, whose key is its own, is in nobody's way."""
-    w = await open_world("mongo_only", mongo=mongo_proxy)
+async def two_of_a_name_and_a_third(w, mongo_proxy):
+    """The oldest Bob, who has the key, another, and one made when the oldest was renamed; MongoDB has neither yet."""
     oldest, other = (w.documents.insert_one({"username": "Bob"}).inserted_id for _ in range(2))
     await w.m.prepare()
     await w.set_phase("dual_write")
@@ -245,13 +242,22 @@ async def test_a_name_that_two_old_documents_have_is_delivered_once_the_holder_o
     await w.set_phase("postgres_primary")
     mongo_proxy.refuse()
     await w.users.update(oldest, {"username": "Robert"})
-    made = await w.users.insert({"username": "Bob"})
+    made = (await w.users.insert({"username": "Bob"})).id
+    return oldest, other, made
+
+
+async def test_a_name_that_two_old_documents_have_is_delivered_once_the_holder_of_its_key_gives_way(
+    open_world, mongo_proxy
+):
+    """The other one, whose key is its own, is in nobody's way."""
+    w = await open_world("mongo_only", mongo=mongo_proxy)
+    oldest, other, made = await two_of_a_name_and_a_third(w, mongo_proxy)
     mongo_proxy.pass_through()
     owed = {debt.id: debt for debt in await w.owed()}
-    assert await w.settler.deliverer.deliver(owed[made.id], w.control, timeout=5) is Settled.CONFIRMED
+    assert await w.settler.deliverer.deliver(owed[made], w.control, timeout=5) is Settled.CONFIRMED
     await w.reconcile()
     assert {d["_id"]: d["username"] for d in w.documents.find()} == {
-        oldest: "Robert", other: "Bob", made.id: "Bob",
+        oldest: "Robert", other: "Bob", made: "Bob",
     }  # fmt: skip
     await w.assert_equal()
 
@@ -261,15 +267,7 @@ async def test_a_name_that_was_just_delivered_is_not_set_aside_for_a_record_of_t
 ):
     """Whoever delivered it settles it next: nothing would ever bring the name back."""
     w, quick = await open_world("mongo_only", mongo=mongo_proxy), await open_world("mongo_only")
-    oldest, other = (w.documents.insert_one({"username": "Bob"}).inserted_id for _ in range(2))
-    await w.m.prepare()
-    await w.set_phase("dual_write")
-    await w.m.reconciler.full_sweep()
-    await w.reconcile()
-    await w.set_phase("postgres_primary")
-    mongo_proxy.refuse()
-    await w.users.update(oldest, {"username": "Robert"})
-    made = await w.users.insert({"username": "Bob"})
+    _, other, made = await two_of_a_name_and_a_third(w, mongo_proxy)
     await w.users.update(other, {"n": 2})
     mongo_proxy.pass_through()
     owed = {debt.id: debt for debt in await quick.owed()}
@@ -277,7 +275,7 @@ async def test_a_name_that_was_just_delivered_is_not_set_aside_for_a_record_of_t
 
     async def late(entity, id_, rev, op, **how):
         assert w.document(other)["n"] == 2
-        await w.settler.deliverer.deliver(owed[made.id], w.control, timeout=5)
+        await w.settler.deliverer.deliver(owed[made], w.control, timeout=5)
         return await settle(entity, id_, rev, op, **how)
 
     quick.postgres.settle = late

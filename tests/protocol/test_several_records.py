@@ -55,6 +55,18 @@ async def accept(w, request, ann, bob, strategy=None):
     return op.result
 
 
+async def with_an_operation_owed(open_friends, postgres_proxy):
+    """A worker, and (request, Ann, Bob): PostgreSQL, which answers again, has nothing of what was accepted."""
+    w = await open_friends(postgres=postgres_proxy)
+    ids = await asked(w)
+    await w.settle()
+    postgres_proxy.refuse()
+    await accept(w, *ids)
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    return w, ids
+
+
 async def withdraw(w, request, ann, bob, strategy=None):
     async with w.m.operation("Friend Withdraw", strategy=strategy) as op:
         op.delete("friend_requests", request)
@@ -497,13 +509,7 @@ async def test_a_step_whose_record_keeps_an_open_write_that_cannot_be_taken_back
 async def test_what_one_of_an_operation_writes_openly_holds_the_others_off_postgres_until_its_outcome(
     open_friends, postgres_proxy
 ):
-    w = await open_friends(postgres=postgres_proxy)
-    ids = await asked(w)
-    await w.settle()
-    postgres_proxy.refuse()
-    await accept(w, *ids)
-    postgres_proxy.pass_through()
-    await w.postgres_answers()
+    w, ids = await with_an_operation_owed(open_friends, postgres_proxy)
     dying = await open_friends()
     die_after(dying, 0)
     with pytest.raises(Died):
@@ -558,13 +564,7 @@ async def test_an_operation_is_taken_back_in_one_transaction_of_postgres(open_fr
 async def test_a_record_that_is_brought_anew_brings_all_of_an_operation_that_is_still_owed(
     open_friends, postgres_proxy
 ):
-    w = await open_friends(postgres=postgres_proxy)
-    ids = await asked(w)
-    await w.settle()
-    postgres_proxy.refuse()
-    await accept(w, *ids)
-    postgres_proxy.pass_through()
-    await w.postgres_answers()
+    w, ids = await with_an_operation_owed(open_friends, postgres_proxy)
     looks = halves_seen(w, ids)
     assert await w.settler.bring_anew(w.entity, ids[1], w.control) is Settled.CONFIRMED
     assert set(looks) == {3}
