@@ -258,10 +258,13 @@ class PostgresPrimary:
                     raise errors.Quarantined(f"[{o.context}] {cause}; nothing was changed") from cause
                 raise errors.DuplicateKey(entity.name, found or cause.constraint) from cause
             except Unanswered as cause:
-                unknown, unanswered = True, len(mine)
-                o.fate.unanswered = True
+                if len(mine) > unanswered:  # else nothing was sent: it did not even say what stands there
+                    unknown, unanswered = True, len(mine)
+                    o.fate.unanswered = True
                 if boot_clock() >= o.ends:
                     o.say(f"PostgreSQL write not answered: {cause}", warn=True)
+                    if not unknown:
+                        raise errors.StoreUnavailable("postgres", str(cause)) from cause
                     raise errors.OutcomeUnknown(
                         f"[{o.context}] PostgreSQL did not say within the deadline whether it holds the write"
                     ) from cause

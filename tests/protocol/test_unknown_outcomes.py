@@ -157,6 +157,25 @@ async def test_a_primary_that_is_down_changes_nothing_and_says_so(open_world, mo
     await w.assert_equal()
 
 
+@pytest.mark.parametrize("silent", [False, True], ids=["refuses", "silent"])
+@pytest.mark.parametrize("operation", [insert, update, delete])
+async def test_a_write_that_postgres_never_heard_of_is_told_as_failed(
+    open_world, postgres_proxy, operation, silent
+):
+    w = await open_world("postgres_primary", postgres=postgres_proxy, primary_deadline=1.0)
+    id_ = await prepared(w, operation)
+    before = w.document(id_)
+    # Nothing is sent to be kept before PostgreSQL has said what there is.
+    postgres_proxy.swallow_answers() if silent else postgres_proxy.refuse()
+    with pytest.raises(StoreUnavailable):
+        await operation(w, id_)
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    assert w.document(id_) == before
+    await w.reconcile()
+    await w.assert_equal()
+
+
 async def test_a_delete_that_was_made_is_not_told_as_failed_because_postgres_goes_away_before_it_can_say_so(
     open_world, postgres_proxy, monkeypatch
 ):
