@@ -38,7 +38,7 @@ from crossfade.clock import boot_clock
 from crossfade.control import ANNOUNCED, PREPARED, STEADY, SWITCHING, Control
 from crossfade.guard import guard, refusals, told
 from crossfade.migration import Migration
-from crossfade.phase import Phase
+from crossfade.phase import Phase, check_transition
 from crossfade.values import text_to_id
 from crossfade.workers import SKEW, Registry, Worker
 
@@ -132,7 +132,8 @@ async def switch(
         crossfade.errors.StoreUnavailable: the same; or the old primary's store was lost, and the message says so.
     """
     before = (await migration.board.refresh()).control
-    _assert_steady(before)
+    # Others may have moved it since the guard was asked.
+    assert_is_next(before, target)
     coordinator = Coordinator(migration, before, by=by, limit=limit, on_step=on_step)
     coordinator.adopted = await coordinator.compare_all()
     await coordinator.announce(target, reason=reason, forced=forced)
@@ -221,12 +222,18 @@ def _step(control: Control) -> tuple[str, str, str, int]:
     return control.attempt, control.state, control.coordinator, control.epoch
 
 
-def _assert_steady(control: Control) -> None:
+def assert_is_next(control: Control, target: Phase) -> None:
+    """That a step to ``target`` can be asked for at all, whatever its guard says.
+
+    Raises:
+        crossfade.errors.NotAllowedInPhase: a switch is under way, or the step skips a phase, or leads nowhere.
+    """
     if control.state != STEADY:
         raise errors.NotAllowedInPhase(
             f"migration {control.migration} is switching to {control.target}, by {control.coordinator}; if that is "
             "gone, run `crossfade switch --resume` or `--abort`"
         )
+    check_transition(control.phase, target, feeding=control.feeding)
 
 
 @dataclass

@@ -20,10 +20,10 @@ from crossfade.clock import boot_clock
 from crossfade.control import STEADY, Control
 from crossfade.guard import Statement, guard, refusals, told
 from crossfade.migration import Migration
-from crossfade.phase import Phase, check_transition
+from crossfade.phase import Phase
 from crossfade.stores.errors import Unanswered
 from crossfade.strategy import FailureStrategy, check_strategy
-from crossfade.switch import PAUSE_LIMIT, Changed, OnStep, switch
+from crossfade.switch import PAUSE_LIMIT, Changed, OnStep, assert_is_next, switch
 from crossfade.values import Unmappable
 from crossfade.workers import SKEW, Registry
 
@@ -79,12 +79,7 @@ async def change_phase(
             and does not say who has read it.
     """
     before = (await migration.board.refresh()).control
-    if before.state != STEADY:
-        raise errors.NotAllowedInPhase(
-            f"migration {migration.name} is switching to {before.target}, by {before.coordinator}; if that is gone, "
-            "run `crossfade switch --resume` or `--abort`"
-        )
-    check_transition(before.phase, target, feeding=before.feeding)
+    assert_is_next(before, target)
     if target is Phase.DUAL_WRITE and before.phase is Phase.MONGO_ONLY:
         on_step("preparing tables, indexes and normalised keys")
         await migration.prepare()

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from .conftest import Command, said
+from crossfade.phase import Phase
+
+from .conftest import Command, Worker, said
 
 pytestmark = pytest.mark.long
 
@@ -54,3 +56,44 @@ def test_each_statement_of_a_guard_says_whether_it_holds_why_and_what_mends_it(
     assert not statements["backfill"]["holds"]
     assert statements["backfill"]["mend"] == "crossfade backfill"
     assert "not backfilled" in statements["backfill"]["why"]
+
+
+@pytest.mark.parametrize("words", [("back",), ("phase", "set", "postgres_primary")], ids=["back", "set"])
+async def test_what_would_be_refused_is_not_told_to_be_open(
+    crossfade: Command, worker: Worker, words: tuple[str, ...]
+) -> None:
+    async with worker("postgres_only"):
+        pass  # where MongoDB is not fed
+    for more in ((), ("--dry-run",)):
+        done = crossfade(*words, *more)
+        assert done.returncode == 1, (more, done.stdout)
+        assert "MongoDB is no longer fed" in said(done)
+
+
+async def test_a_phase_that_is_skipped_or_under_way_is_not_told_to_be_open(
+    crossfade: Command, worker: Worker
+) -> None:
+    async with worker("postgres_read") as migration:
+        assert "the migration is in phase postgres_read already" in said(
+            crossfade("phase", "set", "postgres_read", "--dry-run")
+        )
+        assert "set postgres_primary first" in said(crossfade("phase", "set", "postgres_only", "--dry-run"))
+        now = migration.control
+        coming = now.announced(
+            Phase.POSTGRES_PRIMARY, by="somebody", reason="", limit=2.0, coordinator="gone", forced=()
+        )
+        assert await migration.record.change(now, coming, timeout=5)
+        assert "is switching to postgres_primary" in said(crossfade("switch", "--dry-run"))
+
+
+async def test_a_switch_that_is_asked_for_in_two_ways_is_not_made(crossfade: Command, worker: Worker) -> None:
+    async with worker("postgres_read") as migration:
+        assert "--primary is for --resolve" in said(crossfade("switch", "--primary", "mongo"))
+        now = migration.control
+        coming = now.announced(
+            Phase.POSTGRES_PRIMARY, by="somebody", reason="", limit=2.0, coordinator="gone", forced=()
+        )
+        assert await migration.record.change(now, coming, timeout=5)
+        for way in ("--abort", "--resume"):
+            assert "exclude each other" in said(crossfade("switch", way, "--dry-run"))
+        assert (await migration.board.refresh()).control == coming

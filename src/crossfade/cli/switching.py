@@ -17,7 +17,7 @@ from crossfade.guard import Statement, guard
 from crossfade.migration import Migration
 from crossfade.phase import Phase
 from crossfade.strategy import FailureStrategy
-from crossfade.switch import PAUSE_LIMIT, Changed, abort, resolve, resume
+from crossfade.switch import PAUSE_LIMIT, Changed, abort, assert_is_next, resolve, resume
 from crossfade.transition import change_phase, next_phase, phase_before, set_strategy
 from crossfade.workers import Registry
 
@@ -99,6 +99,7 @@ async def move(
 ) -> Exit:
     """Change the phase, and say what came of it; ``dry_run``: say what would be in the way."""
     if dry_run:
+        assert_is_next((await migration.board.refresh()).control, target)
         statements = await guard(migration, target)
         if as_json:
             print(
@@ -191,8 +192,12 @@ def switch(
     """Make the other store the primary: from phase 3 to 4, or back."""
 
     async def work() -> Exit:
-        if sum((go_back, go_on, decide)) > 1:
-            raise errors.ConfigurationError("--abort, --resume and --resolve exclude each other")
+        if sum((go_back, go_on, decide, dry_run)) > 1:
+            raise errors.ConfigurationError("--abort, --resume, --resolve and --dry-run exclude each other")
+        if primary is not None and not decide:
+            raise errors.ConfigurationError(
+                "--primary is for --resolve; without it the other store becomes the primary, whichever that is"
+            )
         async with open_migration(app, begin=False, needs_both=False, looks=not decide) as migration:
             if decide:
                 return await _resolve(migration, primary, as_json=as_json)
