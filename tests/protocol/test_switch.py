@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from bson.int64 import Int64
 
-from crossfade import Busy, DuplicateKey, FailureStrategy, NotAllowedInPhase, Phase, StoreUnavailable
+from crossfade import Busy, DuplicateKey, FailureStrategy, NotAllowedInPhase, Phase, StoreUnavailable, Undone
 from crossfade.control import ANNOUNCED, PREPARED, STEADY, SWITCHING, Control
 from crossfade.primary_mongo import MongoPrimary
 from crossfade.primary_postgres import PostgresPrimary
@@ -481,6 +481,39 @@ async def late_write(w: World, id_: Any, rev: int, epoch: int, **fields: Any) ->
     change = {**fields, **{f"{CF}.{name}": value for name, value in marks.items()}}
     done = w.documents.update_one({"_id": id_, f"{CF}.rev": Int64(rev)}, {"$set": change})
     assert done.matched_count == 1
+
+
+async def test_a_write_that_is_open_while_all_is_compared_does_not_end_the_switch_back(
+    open_world, mongo_proxy, monkeypatch
+):
+    w = await open_world("postgres_primary")
+    other = await open_world("postgres_primary", mongo=mongo_proxy, background=True)
+    made = await other.users.insert({"username": "Bob", "n": 1})
+    await w.reconcile()
+    w.documents.update_one({"_id": made.id}, {"$set": {"n": 2}})  # something to deliver anew
+    deliver_anew, writing = w.settler.deliverer.deliver_anew, []
+
+    async def is_open() -> bool:
+        return bool(w.outbox())
+
+    async def deliver_what_is_being_written(*of: Any, **how: Any) -> Any:
+        mongo_proxy.delay(0.3)
+        writing.append(
+            asyncio.create_task(other.users.update(made.id, {"n": 3}, strategy=FailureStrategy.ROLLBACK_BOTH))
+        )
+        await eventually(is_open)
+        return await deliver_anew(*of, **how)
+
+    monkeypatch.setattr(w.settler.deliverer, "deliver_anew", deliver_what_is_being_written)
+    await go(w)
+    assert w.m.primary == "mongo"
+    mongo_proxy.pass_through()
+    with contextlib.suppress(Undone):
+        await writing[0]
+    assert len(writing) == 1
+    await w.reconcile()
+    await w.assert_equal()
+    assert [document["n"] for _, document in w.conflicts()] == [2]
 
 
 async def test_a_late_write_upon_what_postgres_still_holds_becomes_a_write_of_postgres(open_world):
