@@ -19,7 +19,7 @@ from crossfade.primary_postgres import PostgresPrimary
 from crossfade.record import CF, Image, new_operation
 from crossfade.stores.errors import Fenced, Unanswered
 from crossfade.stores.postgres import Change
-from crossfade.switch import abort, resolve, resume
+from crossfade.switch import Coordinator, abort, resolve, resume
 from crossfade.transition import change_phase
 from crossfade.values import digest, id_to_text
 from crossfade.workers import Registry
@@ -481,6 +481,47 @@ async def late_write(w: World, id_: Any, rev: int, epoch: int, **fields: Any) ->
     change = {**fields, **{f"{CF}.{name}": value for name, value in marks.items()}}
     done = w.documents.update_one({"_id": id_, f"{CF}.rev": Int64(rev)}, {"$set": change})
     assert done.matched_count == 1
+
+
+async def test_however_often_a_switch_was_announced_the_fence_waits_for_writes_under_way(
+    open_world, monkeypatch
+):
+    worker, w = await open_world("postgres_read", background=True), await open_world("postgres_read")
+    made = await worker.users.insert({"username": "Bob", "n": 1})
+    await worker.settle()
+    monkeypatch.setattr("crossfade.switch._LONG_ANNOUNCEMENT", 0.0)
+    become = Coordinator.become
+
+    async def become_and_be_heard(coordinator: Coordinator, make: Any) -> None:
+        await become(coordinator, make)
+        if coordinator.now.state == ANNOUNCED:
+
+            async def heard() -> bool:
+                return worker.m.board.member.token == coordinator.now.token
+
+            await eventually(heard)
+
+    monkeypatch.setattr(Coordinator, "become", become_and_be_heard)
+    under_way, released = asyncio.Event(), asyncio.Event()
+    compare_and_set = worker.mongo.compare_and_set
+
+    async def late(*of: Any, **how: Any) -> Any:
+        under_way.set()
+        await released.wait()
+        return await compare_and_set(*of, **how)
+
+    monkeypatch.setattr(worker.mongo, "compare_and_set", late)
+    writing = asyncio.create_task(worker.users.update(made.id, {"n": 2}))
+    await under_way.wait()
+    # By then a switch that does not wait for the write has been decided.
+    fenced = once("2", lambda: asyncio.get_running_loop().call_later(1.0, released.set))
+    await go(w, on_step=fenced)
+    assert (await writing)["n"] == 2
+    assert w.m.primary == "postgres"
+    assert (await w.users.get(made.id))["n"] == 2
+    assert (await w.m.reconciler.strays.merge_all(w.control))["applied"] == 0
+    await w.reconcile()
+    await w.assert_equal()
 
 
 async def test_a_write_that_is_open_while_all_is_compared_does_not_end_the_switch_back(
