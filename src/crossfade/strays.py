@@ -104,6 +104,8 @@ class Strays:
             )  # a foreign writer broke it since: it is delivered over when its record is written
         if image.debt is None or image.debt.delivery:
             return Merged.NONE
+        if image.debt.epoch > control.epoch:
+            return Merged.NONE  # no stray: MongoDB decides again, which this round has not heard of
         # Its writer had not seen what MongoDB has not got: the number of a revision alone does not tell that.
         undelivered = await pair.postgres.outbox_row(entity, owed.id, timeout=timeout) is not None
         held = await pair.postgres.held(entity, owed.id, timeout=timeout)

@@ -12,11 +12,20 @@ from typing import Any
 import pytest
 from bson.int64 import Int64
 
-from crossfade import Busy, DuplicateKey, FailureStrategy, NotAllowedInPhase, Phase, StoreUnavailable, Undone
+from crossfade import (
+    Busy,
+    DuplicateKey,
+    FailureStrategy,
+    NotAllowedInPhase,
+    Phase,
+    StoreUnavailable,
+    Undone,
+    UndoPending,
+)
 from crossfade.control import ANNOUNCED, PREPARED, STEADY, SWITCHING, Control
 from crossfade.primary_mongo import MongoPrimary
 from crossfade.primary_postgres import PostgresPrimary
-from crossfade.record import CF, Image, new_operation
+from crossfade.record import CF, Image, Settled, new_id, new_operation
 from crossfade.stores.errors import Fenced, Unanswered
 from crossfade.stores.postgres import Change
 from crossfade.switch import Coordinator, abort, resolve, resume
@@ -724,6 +733,54 @@ async def test_a_late_write_that_two_workers_find_is_no_conflict(open_world, mon
     assert (await w.users.get(made.id))["n"] == 2
     await w.assert_equal()
     assert w.conflicts() == []
+
+
+@pytest.mark.parametrize("kind", ["operation", "open"])
+async def test_a_look_for_late_writes_that_the_switch_back_overtakes_leaves_what_mongo_decides(
+    open_world, postgres_proxy, monkeypatch, kind
+):
+    w = await open_world("postgres_primary")
+    other = await open_world(
+        "postgres_primary", postgres=postgres_proxy, primary_deadline=5.0, secondary_deadline=0.5
+    )
+    friend = await other.users.insert({"username": "Ann", "n": 1})
+    await other.reconcile()
+    asked, released, debts = asyncio.Event(), asyncio.Event(), w.mongo.debts
+
+    async def late(*of: Any, **how: Any) -> Any:
+        asked.set()
+        await released.wait()
+        return await debts(*of, **how)
+
+    monkeypatch.setattr(w.mongo, "debts", late)
+    looking = asyncio.create_task(w.m.reconciler.strays.merge_all(w.control))
+    await asked.wait()
+    await go(other)
+    postgres_proxy.refuse()
+    if kind == "operation":
+        async with other.m.operation("Registration") as op:
+            op.insert("users", {"username": "Bob", "n": 2})
+            op.also("users", friend.id, set={"n": 2})
+        made = op.result.id
+    else:
+        made = new_id()
+        monkeypatch.setattr(other.settler, "undo", lambda *_, **__: asyncio.sleep(0, Settled.OPEN))
+        with pytest.raises(UndoPending):
+            await other.users.insert(
+                {"_id": made, "username": "Bob", "n": 2}, strategy=FailureStrategy.ROLLBACK_BOTH
+            )
+    before = w.document(made)
+    released.set()
+    with contextlib.suppress(Fenced):
+        await looking
+    assert w.document(made) == before
+    assert w.conflicts() == []
+    postgres_proxy.pass_through()
+    await other.postgres_answers()
+    monkeypatch.undo()
+    await other.reconcile()
+    await other.assert_equal()
+    assert (w.document(made) is not None) is (kind == "operation")
 
 
 async def test_a_sweep_that_a_switch_overtakes_leaves_what_postgres_has_acknowledged(open_world, monkeypatch):
