@@ -558,6 +558,26 @@ async def test_another_field_changed_by_another_application_while_postgres_decid
     assert (kept["n"], kept["theirs"], kept["picture"]) == (7, 1, OLD)
 
 
+async def test_what_another_application_writes_in_the_very_instant_of_a_small_delivery_is_kept(
+    open_pictured, monkeypatch
+):
+    w = await open_pictured("postgres_primary")
+    made = await with_picture(w)
+    deliver_small = w.mongo.deliver_small
+
+    async def late(*of, **how):
+        monkeypatch.undo()
+        w.documents.update_one({"_id": made.id}, {"$set": {"n": [1, 7]}})
+        return await deliver_small(*of, **how)
+
+    monkeypatch.setattr(w.mongo, "deliver_small", late)
+    await w.users.update(made.id, {"username": "Robert"})
+    await w.reconcile()
+    await w.assert_equal()
+    [(_, kept)] = w.conflicts()
+    assert (kept["n"], kept["picture"]) == ([1, 7], OLD)
+
+
 # --- the whole collection, the way there and back -------------------------------------------------------------
 
 

@@ -1319,7 +1319,7 @@ def _over_small(
     stay = [name for name in names if name in document]
     if stay + new != wanted or len(new) > 1 or not all(map(_is_path, {*names, *wanted})):
         return None  # an update puts new fields to the end, several of them in an order of its own
-    seen = {name: {"$eq": value, "$exists": True} for name, value in before.items()}
+    seen = {name: just(value) for name, value in before.items()}
     update: dict[str, Any] = {"$set": {name: value for name, value in document.items() if name != "_id"}}
     if gone:
         update["$unset"] = dict.fromkeys(gone, "")
