@@ -150,8 +150,10 @@ class Strays:
             rev = max(image.rev, tombstone) + 1
             if before is not None and before.digest == image.digest and not image.deleted:
                 return None  # an empty write: a lift
+            if before is None and image.deleted:
+                return None  # another worker was quicker
             upon = tombstone if before is None else before.rev
-            if upon != image.rev - 1 or (before is None and (image.deleted or image.op != image.born)):
+            if upon != image.rev - 1 or (before is None and image.op != image.born):
                 raise _Conflict
             if image.deleted:
                 return Change(None, None, rev, op)

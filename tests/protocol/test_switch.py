@@ -735,6 +735,32 @@ async def test_a_late_write_that_two_workers_find_is_no_conflict(open_world, mon
     assert w.conflicts() == []
 
 
+@pytest.mark.parametrize("buried", [False, True], ids=["document", "tombstone"])
+async def test_a_late_delete_that_two_workers_find_is_no_conflict(open_world, monkeypatch, buried):
+    w, other = await open_world("postgres_read"), await open_world("postgres_read", enlisted=False)
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    await w.settle()
+    epoch = w.control.epoch
+    await go(w)
+    await other.m.board.refresh()
+    await late_write(w, made.id, 1, epoch, **{f"{CF}.deleted": True})
+    if buried:
+        await w.settler.bury(w.entity, await w.image(made.id))
+    strays = w.m.reconciler.strays
+    is_applied = strays._is_applied
+
+    async def behind_another(*stray: Any) -> bool:
+        await other.m.reconciler.strays.merge_all(other.control)
+        return await is_applied(*stray)
+
+    monkeypatch.setattr(strays, "_is_applied", behind_another)
+    await strays.merge_all(w.control)
+    await w.reconcile()
+    assert await w.users.get(made.id) is None
+    await w.assert_equal()
+    assert w.conflicts() == []
+
+
 @pytest.mark.parametrize("kind", ["operation", "open"])
 async def test_a_look_for_late_writes_that_the_switch_back_overtakes_leaves_what_mongo_decides(
     open_world, postgres_proxy, monkeypatch, kind
