@@ -27,7 +27,7 @@ from typing import Any
 from bson import Regex
 
 from crossfade.errors import ConfigurationError
-from crossfade.values import Unmappable, can_be_id, encode_document, is_unicode
+from crossfade.values import Unmappable, can_be_id, is_unicode, normal_form
 
 #: All of a mapping's conditions hold; of a sequence of mappings, all those of at least one.
 Where = Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -138,10 +138,12 @@ def _condition(said: str, key: Any, condition: Any) -> Any:
             )
         return condition if is_unicode(condition.text) else AnyOf(())
     values = condition.values if isinstance(condition, AnyOf) else (condition,)
-    held = tuple(value for value in values if not isinstance(value, str) or is_unicode(value))
-    for value in held:
-        _assert_value(said, key, value, f"a field has {_CONDITIONS}")
-    return condition if len(held) == len(values) else AnyOf(held)
+    held = tuple(
+        _as_stored(said, key, value, f"a field has {_CONDITIONS}")
+        for value in values
+        if not isinstance(value, str) or is_unicode(value)
+    )
+    return AnyOf(held) if isinstance(condition, AnyOf) or not held else held[0]
 
 
 def assert_values(entity: str, where: Mapping[str, Any]) -> None:
@@ -155,7 +157,7 @@ def assert_values(entity: str, where: Mapping[str, Any]) -> None:
         _assert_path(said, key, instead)
         if "." in key:
             raise ConfigurationError(f"{said} has the path {key!r}: {instead}")
-        _assert_value(said, key, value, instead)
+        _as_stored(said, key, value, instead)
 
 
 def _assert_path(said: str, key: Any, instead: str) -> None:
@@ -165,10 +167,11 @@ def _assert_path(said: str, key: Any, instead: str) -> None:
         raise ConfigurationError(f"{said} has the operator {key!r}, which there is not: {instead}")
     if "[" in key:
         raise ConfigurationError(f"{said} has the key {key!r}: a path goes into lists by itself, without []")
-    _assert_storable(said, key, None)
+    _storable(said, key, None)
 
 
-def _assert_value(said: str, key: str, value: Any, instead: str) -> None:
+def _as_stored(said: str, key: str, value: Any, instead: str) -> Any:
+    """The value as both stores keep it: a date is the same one in whatever zone, and in milliseconds."""
     operator = (
         next((str(name) for name in value if str(name)[:1] == "$"), "") if isinstance(value, Mapping) else ""
     )
@@ -179,12 +182,12 @@ def _assert_value(said: str, key: str, value: Any, instead: str) -> None:
     if isinstance(value, AnyOf | Contains | IsSet | Regex | re.Pattern):
         # In a list of values a server takes a pattern for a condition.
         raise ConfigurationError(f"{said} has {type(value).__name__} in {key!r} for a value: {instead}")
-    _assert_storable(said, key, value)
+    return _storable(said, key, value)
 
 
-def _assert_storable(said: str, key: str, value: Any) -> None:
+def _storable(said: str, key: str, value: Any) -> Any:
     try:
-        encode_document({key: value})
+        return normal_form({key: value}).get(key, value)
     except Unmappable as cause:
         raise ConfigurationError(f"{said} can be met by no record: {cause}") from None
 
@@ -215,10 +218,8 @@ def query(
         if len(after) != wanted:
             names = "(id,)" if wanted == 1 else f"({order.field}, id)"
             raise ConfigurationError(f"find(order_by={order_by!r}) begins behind after={names}")
-        place = (after[0], after[-1])
         said = f"after= of {entity!r}"
         if not can_be_id(after[-1]):
             raise ConfigurationError(f"{said} ends with {type(after[-1]).__name__}, which is no id")
-        _assert_storable(said, order.field, after[0])
-        _assert_storable(said, "_id", after[-1])
+        place = (_storable(said, order.field, after[0]), _storable(said, "_id", after[-1]))
     return Query(alternatives(entity, where), order, place, limit, skip)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import psycopg
@@ -105,6 +105,9 @@ QUESTIONS: list[Any] = [
     {"n": None, "name": None},
     {"at": DAY},
     {"at": datetime(2024, 1, 1, 12, tzinfo=UTC)},
+    {"at": DAY.replace(tzinfo=None)},
+    {"at": DAY.astimezone(timezone(timedelta(hours=5)))},
+    {"at": any_of([DAY + timedelta(microseconds=7)])},
     {"at": None},
     {"gone": False},
     {"gone": any_of([False, None])},
@@ -216,6 +219,9 @@ async def test_both_stores_find_and_count_the_same_records(world: World) -> None
     assert found_by["[]"] == 0
     assert found_by["{'n': 2}"] == 4
     assert found_by["{'gone': AnyOf(values=(False, None))}"] == len(DOCUMENTS) - 2
+    # A date is the same one in whatever zone, and kept in milliseconds.
+    dates = [found for said, found in found_by.items() if said.startswith("{'at': ") and "2024, 1, 1" in said]
+    assert sorted(dates) == [0, 3, 3, 3, 3]
     assert found_by["{'role': 'user'}"] == 8
     assert found_by["{'aliases.name': 'bob'}"] == 2
     assert found_by["{'links': ObjectId('777777777777777777777777')}"] == 2
@@ -248,6 +254,16 @@ async def test_pages_join_without_gap_or_repetition(world: World, order_by: str)
             store
         ]
         assert skipped == everything[3:7]
+
+
+async def test_a_page_begins_behind_a_date_in_whatever_zone_it_is_said(world: World) -> None:
+    place = DAY.astimezone(timezone(timedelta(hours=5))) + timedelta(microseconds=7)
+    for order_by in ("at", "-at"):
+        asked = [
+            query("players", None, order_by=order_by, after=(value, id_of(0)), limit=100, skip=0)
+            for value in (DAY, place)
+        ]
+        assert await both(world, asked[0]) == await both(world, asked[1])
 
 
 async def test_both_stores_have_one_order_where_values_fit_their_columns(world: World) -> None:
