@@ -35,6 +35,7 @@ from crossfade.record import (
     acceptable_key,
     new_operation,
     stamped_keys,
+    unique_key,
 )
 from crossfade.steps import Placed, joined, members
 from crossfade.stores.errors import RuleBroken, Unanswered
@@ -97,11 +98,13 @@ class MongoPrimary:
         o: Operation,
     ) -> Record:
         """Upon what was seen of the record last, if that still stands, else upon what there is."""
-        unique_fields = [rule.field for rule in entity.unique]
+        ruled = {rule.rule: rule.field for rule in entity.unique}
+        unique_fields = list(ruled.values())
         where = o.request.where
         looked_at = {*unique_fields, *where, *((*wrote, *removed) if o.rollback else ())}
         o.say("Writing to MongoDB...")
         seen, kept = self._seen(entity, id_, {*wrote, *removed}, if_revision, o) or (None, None)
+        suffixed: set[str] = set()
         for _ in range(ATTEMPTS * 4):
             if seen is not None:
                 debt = None if seen.debt is None else seen.debt.to_document()
@@ -123,7 +126,11 @@ class MongoPrimary:
             for name in removed:
                 future.pop(name, None)
             plain = entity.keys(future)
-            keys = {r: k for r, k in plain.items() if not acceptable_key(stamped.get(r), k, id_)}
+            keys = {
+                rule: unique_key(key, id_) if rule in suffixed else key
+                for rule, key in plain.items()
+                if not acceptable_key(stamped.get(rule), key, id_)
+            }
             nameless = [rule for rule in stamped if rule not in plain]
             tentative = None
             also: dict[str, Any] = {name: just(value) for name, value in where.items()}
@@ -158,10 +165,17 @@ class MongoPrimary:
                 if not any(child.field in wrote or child.field in removed for child in entity.children):
                     upon = seen
             with self._ahead(entity, foreseen, o, upon=upon) as ahead:
-                image = await self._set_until_decided(
-                    entity, id_, rev, set_, gone, also, future, o, left_out=carried.left_out,
-                    foreseen=foreseen,
-                )  # fmt: skip
+                try:
+                    image = await self._set_until_decided(
+                        entity, id_, rev, set_, gone, also, future, o, left_out=carried.left_out,
+                        foreseen=foreseen,
+                    )  # fmt: skip
+                except errors.DuplicateKey as cause:
+                    if cause.rule in suffixed or cause.rule not in keys or ruled[cause.rule] in wrote:
+                        raise
+                    # A foreign writer has taken that name, not this caller: it gets a key of its own, as in `lift`.
+                    suffixed.add(cause.rule)
+                    continue
                 if image is not None:
                     if ahead is not None:
                         await ahead.decide(image)

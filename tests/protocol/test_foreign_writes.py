@@ -11,7 +11,7 @@ import pytest
 from bson import ObjectId
 from bson.raw_bson import RawBSONDocument
 
-from crossfade.errors import ConditionNotMet, CrossfadeError, Quarantined
+from crossfade.errors import ConditionNotMet, CrossfadeError, DuplicateKey, Quarantined
 from crossfade.record import CF
 from crossfade.testing.failure_points import Failure, FailurePoints, Killed
 from crossfade.values import Unmappable
@@ -417,3 +417,28 @@ async def test_a_condition_that_another_application_breaks_before_the_write_is_n
     with pytest.raises(ConditionNotMet, match="in n by now"):
         await w.users.update(id_, {"won": True}, where={"n": 1})
     assert (w.document(id_)["n"], "won" in w.document(id_)) == (2, False)
+
+
+@pytest.mark.parametrize("phase", ["mongo_only", "dual_write", "postgres_read"])
+@pytest.mark.parametrize("made", [True, False])
+async def test_a_name_that_another_application_took_twice_keeps_off_no_write_of_other_fields(
+    open_world, phase, made
+):
+    w = await open_world(phase, foreign_writers=True)
+    bob = await inserted(w, {"username": "Bob"})
+    if made:
+        other = w.documents.insert_one({"username": "BOB"}).inserted_id
+    else:
+        other = (await inserted(w, {"username": "Eve"})).id
+        w.documents.update_one({"_id": other}, {"$set": {"username": "BOB"}})
+    # No sweep has come by: in `mongo_only` none ever does.
+    await w.users.update(other, {"n": 1})
+    assert w.document(other)["n"] == 1
+    assert w.notes(other)["keys"]["username"] == f"bob#{other}"
+    assert w.notes(bob.id)["keys"]["username"] == "bob"
+    # Who takes it is told so.
+    eve = await inserted(w, {"username": "eve"})
+    with pytest.raises(DuplicateKey):
+        await w.users.update(eve.id, {"username": "bob"})
+    if phase != "mongo_only":
+        await w.assert_equal()
