@@ -25,6 +25,7 @@ from crossfade.board import Look, Pair
 from crossfade.clock import boot_clock
 from crossfade.control import Control
 from crossfade.entity import Entity, UniqueRule
+from crossfade.fields import key_of
 from crossfade.phase import Phase
 from crossfade.query import Query
 from crossfade.record import CF, Image, Record
@@ -116,12 +117,13 @@ class Reader:
         """The record that holds ``value`` under a unique rule: exactly as spelt, else normalised; or None."""
         without = () if parts else entity.parts
         rule = _rule(entity, rule_name)
-        if not is_unicode(value):
+        key = key_of(rule, value) if is_unicode(value) else None
+        if key is None:
             return None
         phase = self.pair.board.control.phase
 
         async def mongo(timeout: float) -> Image | None:
-            return await self._mongo_by_key(entity, rule, value, phase, timeout, without)
+            return await self._mongo_by_key(entity, rule, value, key, phase, timeout, without)
 
         async def postgres(timeout: float) -> Image | None:
             if "\0" in value:
@@ -129,7 +131,7 @@ class Reader:
                 return None
             columns = {column.field: column.to for column in entity.columns}
             return await self.pair.postgres.look_up(
-                entity, columns[rule.field], value, rule.to, rule.normalise(value), timeout=timeout,
+                entity, columns[rule.field], value, rule.to, key, timeout=timeout,
                 small=bool(without),
             )  # fmt: skip
 
@@ -150,13 +152,14 @@ class Reader:
         entity: Entity,
         rule: UniqueRule,
         value: str,
+        key: str,
         phase: Phase,
         timeout: float,
         without: Collection[str],
     ) -> Image | None:
         spellings: list[dict[str, Any]] = [
             {rule.field: value},
-            {f"{CF}.keys.{rule.rule}": rule.normalise(value)},
+            {f"{CF}.keys.{rule.rule}": key},
         ]
         found = await self.pair.mongo.look_up(entity, spellings, timeout=timeout, without=without)
         if not found and phase is Phase.MONGO_ONLY:

@@ -600,3 +600,12 @@ async def test_who_has_not_been_copied_yet_is_found_just_as_spelt(open_world):
     await w.owed()
     assert (await w.users.find_by_key("username", "Bob")).source == "postgres"
     assert (await w.users.find_by_key("username", "bob")).id == bob
+
+
+@pytest.mark.parametrize("phase", ["dual_write", "postgres_read", "postgres_primary"])
+async def test_a_name_that_is_longer_than_a_key_is_found_in_another_spelling(open_world, phase):
+    w = await open_world(phase)
+    made = await w.users.insert({"username": "Bob " * 200})
+    await w.owed()
+    assert (await w.users.find_by_key("username", "bob " * 200)).id == made.id
+    assert await w.users.find_by_key("username", "bob " * 199) is None
