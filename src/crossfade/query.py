@@ -3,7 +3,7 @@
 The words are few, because each of them must have the same answer in both stores, whatever old documents hold:
 
 - a value: the field equals it; None: it is null or missing. A field that is declared with a `missing` value has that
-  value where it is missing.
+  value where it is missing. A list where the mapping has a single value is none of its elements.
 - `any_of`: the field equals one of these values.
 - `is_set`: the field is neither null nor missing.
 - `contains`: the field is text with this text somewhere in it. Letter case counts, since servers differ in what the

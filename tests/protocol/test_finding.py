@@ -227,6 +227,28 @@ async def test_both_stores_find_and_count_the_same_records(world: World) -> None
     assert found_by["{'links': ObjectId('777777777777777777777777')}"] == 2
 
 
+#: A list where the mapping knows a single value: to MongoDB's own words it is each of its elements, too.
+LISTS: list[dict[str, Any]] = [
+    {"name": ["ann", "x"], "n": [2], "at": [DAY], "gone": [True], "owner": [OWNER], "role": ["user"]},
+    {"name": [None, "b"], "n": [], "owner": [None], "role": [None]},
+]
+
+
+async def test_a_list_in_the_place_of_a_single_value_is_none_of_its_elements(world: World) -> None:
+    documents = world.documents.database["players"]
+    documents.insert_many({"_id": f"list {n}", **document} for n, document in enumerate(LISTS))
+    await world.m.reconciler.full_sweep()
+    found = 0
+    for where in QUESTIONS:
+        asked = query("players", where, order_by="_id", after=None, limit=100, skip=0)
+        from_mongo, from_postgres = await both(world, asked)
+        assert by_id(from_mongo) == by_id(from_postgres), where
+        found += sum(str(document["_id"]).startswith("list") for document in from_mongo)
+    assert found > 4  # everything, and what is set
+    # As in MongoDB's own words where the list itself is asked for: PostgreSQL has no column for it.
+    assert [r.id for r in await world.m["players"].find({"n": [2]})] == ["list 0"]
+
+
 def place_of(document: dict[str, Any], order_by: str) -> tuple[Any, ...]:
     field = order_by.removeprefix("-")
     return (document["_id"],) if field == "_id" else (document.get(field), document["_id"])

@@ -55,6 +55,10 @@ def _values(condition: Any) -> tuple[Any, ...]:
     return condition.values if isinstance(condition, AnyOf) else (condition,)
 
 
+def _has_list(values: Sequence[Any]) -> bool:
+    return any(isinstance(value, list) for value in values)
+
+
 def _declared(entity: Entity, field: str) -> FieldColumn | None:
     return next((column for column in entity.columns if column.field == field), None)
 
@@ -75,20 +79,23 @@ def as_filter(entity: Entity, where: Sequence[Mapping[str, Any]]) -> Filter:
 
 
 def _filter(entity: Entity, key: str, condition: Any) -> Filter:
+    declared = _declared(entity, key)
+    values = () if isinstance(condition, Contains | IsSet) else _values(condition)
+    single = declared is not None and not isinstance(entity.table.c[declared.to].type, JSONB)
+    # To a filter a list is each of its elements, too; to a column of single values it is something else.
+    itself: Filter = {"$not": {"$type": "array"}} if single and not _has_list(values) else {}
     if isinstance(condition, Contains):
         if "\0" in condition.text:
             return {"_id": {"$in": []}}  # neither store can be asked for it
-        return {key: {"$regex": re.escape(condition.text)}}
+        return {key: {"$regex": re.escape(condition.text), **itself}}
     if isinstance(condition, IsSet):
-        return {key: {"$ne": None}}
-    values = _values(condition)
-    declared = _declared(entity, key)
+        return {"$or": [{key: {"$ne": None}}, {key: {"$type": "array"}}]} if single else {key: {"$ne": None}}
     stands_for_missing = MISSING if declared is None else declared.missing
     if stands_for_missing is MISSING:
-        return {key: {"$in": list(values)}} if len(values) != 1 else {key: {"$eq": values[0]}}
-    ways: list[Filter] = [{key: {"$in": [value for value in values if value is not None]}}]
+        return {key: {**({"$in": list(values)} if len(values) != 1 else {"$eq": values[0]}), **itself}}
+    ways: list[Filter] = [{key: {"$in": [value for value in values if value is not None], **itself}}]
     if None in values:
-        ways.append({key: {"$type": "null"}})
+        ways.append({key: {"$type": "null", **itself}})
     if stands_for_missing in values:
         ways.append({key: {"$exists": False}})
     return {"$or": ways}
