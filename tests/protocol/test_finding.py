@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
@@ -276,6 +277,22 @@ async def test_pages_join_without_gap_or_repetition(world: World, order_by: str)
             store
         ]
         assert skipped == everything[3:7]
+
+
+async def test_pages_join_where_a_value_is_no_number(world: World) -> None:
+    documents = world.documents.database["players"]
+    for value in (math.nan, Decimal128("NaN"), -math.inf, math.inf, Decimal128("-2")):
+        documents.insert_one({"n": value})
+    await world.m.reconciler.full_sweep()
+    for order_by in ("n", "-n"):
+        whole = await both(world, query("players", None, order_by=order_by, after=None, limit=100, skip=0))
+        for store, everything in enumerate(whole):
+            for number, document in enumerate(everything[:-1]):
+                asked = query(
+                    "players", None, order_by=order_by, after=place_of(document, order_by), limit=100, skip=0
+                )
+                behind = (await both(world, asked))[store]
+                assert [each["_id"] for each in behind] == [each["_id"] for each in everything[number + 1 :]]
 
 
 async def test_a_page_begins_behind_a_date_in_whatever_zone_it_is_said(world: World) -> None:

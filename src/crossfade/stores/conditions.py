@@ -13,6 +13,7 @@ What they differ in, and what is done about it:
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
@@ -132,13 +133,25 @@ def _beyond(field: str, value: Any, *, descending: bool) -> list[Filter]:
     names = [name for name, _ in _BRACKETS]
     others = names[1:own] if descending else names[own + 1 :]
     ways: list[Filter] = []
-    if value is not None:
+    if _is_nan(value):
+        # The least of all numbers to an order, and beside them to a comparison.
+        if not descending:
+            ways.append({field: {"$gte": -math.inf}})
+    elif value is not None:
         ways.append({field: {"$lt" if descending else "$gt": value}})
+        if descending and _BRACKETS[own][0] == "number":
+            ways.append({field: {"$eq": math.nan}})
     if others:
         ways.append({field: {"$type": others}})
     if descending and value is not None:
         ways.append({field: {"$eq": None}})
     return ways or [{"_id": {"$in": []}}]
+
+
+def _is_nan(value: Any) -> bool:
+    if isinstance(value, Decimal128):
+        return value.to_decimal().is_nan()
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _bracket(value: Any) -> int:
