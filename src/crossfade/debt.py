@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -335,12 +335,39 @@ class Settler:
                         timeout=timeout,
                     )
                 except RuleBroken:
-                    # An older record has the plain key: this one keeps its name, and gets a key of its own.
-                    suffixed |= set(stale)
+                    if not await self.name_is_freed(entity, image.document, id_):
+                        # An older record has the plain key: this one keeps its name, and gets a key of its own.
+                        suffixed |= set(stale)
                     continue
                 if lifted is not None and not keys_to_stamp(entity, lifted):
                     return lifted
             return None
+
+    async def name_is_freed(self, entity: Entity, fields: Mapping[str, Any], id_: Any) -> bool:
+        """Whether a name of these fields was held by nobody that has it, and no longer is.
+
+        By an insert repeated, which nobody sees: that is removed. Or by a record that a foreign writer has renamed: it
+        gets the key of its present name, or none where another record has that, until it is lifted.
+        """
+        mongo, timeout = self.pair.mongo, self.pair.options.primary_deadline
+        wanted = entity.keys(fields)
+        if not wanted:
+            return False
+        held = [{f"{CF}.keys.{rule}": key} for rule, key in wanted.items()]
+        with contextlib.suppress(Unmappable):  # what cannot be read keeps its name
+            for rival in await mongo.look_up(entity, held, timeout=timeout):
+                if rival.id == id_ or rival.is_open:
+                    continue
+                if rival.is_newborn and await self.is_echo(entity, rival):
+                    return True
+                named = entity.keys(rival.document)
+                for rule in entity.unique:
+                    key = wanted.get(rule.rule)
+                    if key is None or rival.keys.get(rule.rule) != key or named.get(rule.rule) == key:
+                        continue
+                    if await mongo.restamp(entity, rival, rule, named.get(rule.rule), timeout=timeout):
+                        return True
+        return False
 
     async def is_echo(self, entity: Entity, image: Image) -> bool:
         """Whether this document is an insert repeated, of a record that has been deleted since; then it is removed.

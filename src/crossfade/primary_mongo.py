@@ -293,7 +293,7 @@ class MongoPrimary:
                         raise written_since(entity, o) from cause
                     if mine is not None and await self._roll_delete_forward(entity, mine, o):
                         return None
-                    if mine is None and await self._name_is_freed(entity, stored, stored["_id"]):
+                    if mine is None and await self.settler.name_is_freed(entity, stored, stored["_id"]):
                         continue
                     rule = (
                         "_id"
@@ -363,18 +363,6 @@ class MongoPrimary:
                 if not unknown:
                     raise
                 await self._again(o, cause)
-
-    async def _name_is_freed(self, entity: Entity, fields: Mapping[str, Any], id_: Any) -> bool:
-        """Whether a name of these fields was held by an insert repeated, which nobody sees: that is removed."""
-        held = [{f"{CF}.keys.{rule}": key} for rule, key in entity.keys(fields).items()]
-        if not held:
-            return False
-        with contextlib.suppress(Unmappable):  # what cannot be read keeps its name
-            rivals = await self.pair.mongo.look_up(entity, held, timeout=self.pair.options.primary_deadline)
-            for rival in rivals:
-                if rival.id != id_ and rival.is_newborn and await self.settler.is_echo(entity, rival):
-                    return True
-        return False
 
     async def _broken_rule(
         self, entity: Entity, fields: Mapping[str, Any], id_: Any, cause: RuleBroken
@@ -559,7 +547,7 @@ class MongoPrimary:
                 if unknown is not None:
                     # The request that was not answered may yet arrive, once the value is free.
                     raise written_since(entity, o) from cause
-                if await self._name_is_freed(entity, fields, id_):
+                if await self.settler.name_is_freed(entity, fields, id_):
                     continue
                 rule = await self._broken_rule(entity, fields, id_, cause)
                 o.say(f"MongoDB write refused: the rule {rule!r} is broken")

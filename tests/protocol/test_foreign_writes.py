@@ -442,3 +442,29 @@ async def test_a_name_that_another_application_took_twice_keeps_off_no_write_of_
         await w.users.update(eve.id, {"username": "bob"})
     if phase != "mongo_only":
         await w.assert_equal()
+
+
+@pytest.mark.parametrize("names", [("Bob", "Xavier"), ("Bob", "Yves")])
+async def test_a_name_that_another_application_moved_on_is_still_held_by_who_has_it(w, names):
+    y, x = [(await inserted(w, {"username": name})).id for name in ("Yves", "Bob")]
+    for id_, name in zip((y, x), names, strict=True):
+        w.documents.update_one({"_id": id_}, {"$set": {"username": name}})
+    # Who takes the name is looked at first, while who has left it is still stamped with it.
+    await swept(w)
+    for name in names:
+        with pytest.raises(DuplicateKey):
+            await w.users.insert({"username": name.upper()})
+    assert w.notes(y)["keys"] == {"username": "bob"}
+
+
+@pytest.mark.parametrize("phase", ["mongo_only", "dual_write", "postgres_read"])
+async def test_a_name_that_another_application_gave_up_is_free_before_a_sweep(open_world, phase):
+    w = await open_world(phase, foreign_writers=True)
+    bob = await inserted(w, {"username": "Bob"})
+    w.documents.update_one({"_id": bob.id}, {"$set": {"username": "Robert"}})
+    await inserted(w, {"username": "BOB"})
+    assert w.notes(bob.id)["keys"] == {"username": "robert"}
+    with pytest.raises(DuplicateKey):
+        await w.users.insert({"username": "ROBERT"})
+    if phase != "mongo_only":
+        await swept(w)

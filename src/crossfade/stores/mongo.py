@@ -46,7 +46,7 @@ from pymongo.read_preferences import ReadPreference
 from pymongo.write_concern import WriteConcern
 
 from crossfade import errors
-from crossfade.entity import Entity
+from crossfade.entity import Entity, UniqueRule
 from crossfade.part import Part
 from crossfade.query import Query
 from crossfade.record import CF, Debt, DebtKey, Image, new_operation
@@ -1102,6 +1102,29 @@ class MongoStore:
                     else:
                         raise Unanswered(STORE, self._unreachable("a bulk write failed")) from cause
         return unstamped
+
+    async def restamp(
+        self, entity: Entity, image: Image, rule: UniqueRule, key: str | None, *, timeout: float
+    ) -> bool:
+        """Give a document that still holds this name under another's key its own, None: none; whether it lost that.
+
+        Without a revision, as by `stamp`: keys are no content.
+        """
+        path = f"{CF}.keys.{rule.rule}"
+        there = rule.field in image.document
+        still = {
+            "_id": image.id,
+            path: image.keys[rule.rule],
+            f"{CF}.debt.tentative": {"$exists": False},
+            rule.field: just(image.document[rule.field]) if there else {"$exists": False},
+        }
+        for change in ({"$set": {path: key}}, {"$unset": {path: ""}})[key is None :]:
+            try:
+                with self._asking(timeout):
+                    return (await self._documents(entity).update_one(still, change)).matched_count == 1
+            except RuleBroken:
+                continue
+        return False
 
     # --- the control record ------------------------------------------------------------------------------
 
