@@ -60,6 +60,14 @@ def keys_to_stamp(entity: Entity, image: Image) -> dict[str, str]:
     }
 
 
+def _is_misnamed(entity: Entity, image: Image) -> bool:
+    """Whether its keys are another name's: a foreign writer renamed it while it was in debt, and no sweep sees that."""
+    with contextlib.suppress(Unmappable):
+        named = entity.keys(image.document)
+        return named.keys() != image.keys.keys() or bool(keys_to_stamp(entity, image))
+    return False  # it goes to quarantine
+
+
 @dataclass
 class Settler:
     """Settles single records of one migration, and many at once after an outage."""
@@ -558,6 +566,9 @@ class Settler:
             if adopted is None:
                 return Settled.CONFIRMED
             image = adopted
+        elif _is_misnamed(entity, image):
+            with contextlib.suppress(errors.Quarantined):  # no room for a key
+                image = await self.lift(entity, id_, above=image.rev, control=control) or image
         return await self._bring_owed(entity, image, control, timeout=timeout)
 
     async def _bring_owed(self, entity: Entity, image: Image, control: Control, *, timeout: float) -> Settled:
@@ -645,6 +656,7 @@ class Settler:
                 or owes_more
                 or image.debt.delivery
                 or id_to_text(image.id) in buried
+                or _is_misnamed(entity, image)
             ):
                 continue
             with contextlib.suppress(Unmappable):

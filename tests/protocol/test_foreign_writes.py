@@ -468,3 +468,20 @@ async def test_a_name_that_another_application_gave_up_is_free_before_a_sweep(op
         await w.users.insert({"username": "ROBERT"})
     if phase != "mongo_only":
         await swept(w)
+
+
+@pytest.mark.parametrize("many", [False, True])
+async def test_a_foreign_rename_of_what_is_owed_restamps_the_key(open_world, postgres_proxy, many):
+    w = await open_world("postgres_read", foreign_writers=True, postgres=postgres_proxy)
+    made = [await inserted(w, {"username": name}) for name in ("Bob", *map(str, range(60 if many else 0)))]
+    postgres_proxy.refuse()
+    for record in made:
+        await w.users.update(record.id, {"n": 1})
+    w.documents.update_one({"_id": made[0].id}, {"$set": {"username": "Robert"}})
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    await w.reconcile()
+    await w.assert_equal()
+    assert w.notes(made[0].id)["keys"] == {"username": "robert"}
+    await w.users.insert({"username": "BOB"})
+    await swept(w)
