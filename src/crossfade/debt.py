@@ -25,7 +25,7 @@ from crossfade.clock import boot_clock
 from crossfade.control import Control
 from crossfade.delivery import ATTEMPTS, MOST_TOGETHER, Deliverer
 from crossfade.entity import Entity, Rows, UniqueRule
-from crossfade.erasing import Eraser, confirmed
+from crossfade.erasing import Eraser, confirmed, is_misnamed
 from crossfade.part import carried_by, digest_with, parts_of
 from crossfade.record import (
     CF,
@@ -58,14 +58,6 @@ def keys_to_stamp(entity: Entity, image: Image) -> dict[str, str]:
         for rule, plain in entity.keys(image.document).items()
         if not acceptable_key(image.keys.get(rule), plain, image.id)
     }
-
-
-def _is_misnamed(entity: Entity, image: Image) -> bool:
-    """Whether its keys are another name's: a foreign writer renamed it while it was in debt, and no sweep sees that."""
-    with contextlib.suppress(Unmappable):
-        named = entity.keys(image.document)
-        return named.keys() != image.keys.keys() or bool(keys_to_stamp(entity, image))
-    return False  # it goes to quarantine
 
 
 @dataclass
@@ -364,10 +356,12 @@ class Settler:
         held = [{f"{CF}.keys.{rule}": key} for rule, key in wanted.items()]
         with contextlib.suppress(Unmappable):  # what cannot be read keeps its name
             for rival in await mongo.look_up(entity, held, timeout=timeout):
-                if rival.id == id_ or rival.is_open:
+                if rival.id == id_:
                     continue
                 if rival.is_newborn and await self.is_echo(entity, rival):
                     return True
+                if rival.is_open:
+                    continue  # it may get the name back
                 named = entity.keys(rival.document)
                 for rule in entity.unique:
                     key = wanted.get(rule.rule)
@@ -566,7 +560,7 @@ class Settler:
             if adopted is None:
                 return Settled.CONFIRMED
             image = adopted
-        elif _is_misnamed(entity, image):
+        elif is_misnamed(entity, image):
             with contextlib.suppress(errors.Quarantined):  # no room for a key
                 image = await self.lift(entity, id_, above=image.rev, control=control) or image
         return await self._bring_owed(entity, image, control, timeout=timeout)
@@ -583,6 +577,8 @@ class Settler:
         brought = await self.bring_together(placed, control, timeout=timeout)
         for at, ((each, one), settled) in enumerate(zip(placed, brought, strict=True)):
             if settled is Settled.CONFIRMED and (key := confirmed(each, one)) is not None:
+                if one is not image and is_misnamed(each, one):
+                    continue  # whoever settles that one stamps it
                 if not await self.stepper.erase_marks(each, one):
                     brought[at] = Settled.PARKED  # with the record that decided, whose steps are refused
                     continue
@@ -656,7 +652,7 @@ class Settler:
                 or owes_more
                 or image.debt.delivery
                 or id_to_text(image.id) in buried
-                or _is_misnamed(entity, image)
+                or is_misnamed(entity, image)
             ):
                 continue
             with contextlib.suppress(Unmappable):
@@ -758,8 +754,9 @@ class Settler:
         """Lift a document without debt whose content is not the row's; None: they are equal."""
         async with self._mongo_decides(entity, image.id, control):
             held = await self.pair.postgres.held(entity, image.id, timeout=self.pair.options.primary_deadline)
-            if not keys_to_stamp(entity, image):
-                if held.rev == image.rev and held.digest == image.digest and not _covered(held):
+            same = held.rev == image.rev and held.digest == image.digest and not _covered(held)
+            if not is_misnamed(entity, image):
+                if same:
                     return None if held.mapping == entity.mapping_version else image
                 if image.rev > held.highest:
                     return image  # nothing in PostgreSQL stands against it
@@ -772,7 +769,12 @@ class Settler:
                     return None  # written since it was read: that write brings its own
                 # A document from a backup: what is gone with it is not lost.
                 await self._note_row(entity, image, held)
-            return await self.lift(entity, image.id, above=held.highest, control=control)
+            try:
+                return await self.lift(entity, image.id, above=held.highest, control=control)
+            except errors.Quarantined:
+                if same:
+                    return None  # nothing is wrong with it but that it has no room for a key
+                raise
 
     # --- ROLLBACK_BOTH, MongoDB primary ----------------------------------------------------------------------
 

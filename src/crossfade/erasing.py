@@ -14,7 +14,8 @@ from crossfade import errors
 from crossfade.board import Pair, end
 from crossfade.entity import Entity
 from crossfade.part import Part
-from crossfade.record import DebtKey, Image
+from crossfade.record import DebtKey, Image, acceptable_key
+from crossfade.values import Unmappable
 
 
 def confirmed(entity: Entity, image: Image) -> DebtKey | None:
@@ -33,6 +34,16 @@ def confirmed(entity: Entity, image: Image) -> DebtKey | None:
             part = None
         noted.append((name, part))
     return key._replace(parts=tuple(noted))
+
+
+def is_misnamed(entity: Entity, image: Image) -> bool:
+    """Whether its keys are another name's: a foreign writer renamed it, and no sweep sees that in what is settled."""
+    with contextlib.suppress(Unmappable):
+        named = entity.keys(image.document)
+        return named.keys() != image.keys.keys() or any(
+            not acceptable_key(image.keys[rule], key, image.id) for rule, key in named.items()
+        )
+    return False  # it goes to quarantine
 
 
 @dataclass
@@ -59,8 +70,11 @@ class Eraser:
     def soon(self, entity: Entity, image: Image, behind: Sequence[asyncio.Task[None]] = ()) -> None:
         """Erase a confirmed debt with the next batch; a full queue leaves it to the reconciler.
 
-        ``behind``: see `PostgresStore.apply`. If that fails, the debt stands.
+        ``behind``: see `PostgresStore.apply`. If that fails, the debt stands. So does that of a record that has to be
+        stamped anew: the reconciler does that.
         """
+        if image.debt is not None and not image.debt.delivery and is_misnamed(entity, image):
+            return
         if (key := confirmed(entity, image)) is not None:
             with contextlib.suppress(asyncio.QueueFull):
                 self._queue.put_nowait(_Confirmed(entity, key, tuple(behind)))

@@ -134,7 +134,14 @@ class MongoPrimary:
             nameless = [rule for rule in stamped if rule not in plain]
             tentative = None
             also: dict[str, Any] = {name: just(value) for name, value in where.items()}
-            also |= _same_birth(cf) if seen is None else _still(entity, seen)
+            if seen is not None:
+                also |= _still(entity, seen)
+            else:
+                # The keys are those of the names that were seen; a foreign writer counts no revision up.
+                names = [name for name in unique_fields if name not in wrote and name not in removed]
+                also |= _same_birth(cf) | {
+                    name: just(notes[name]) if name in notes else {"$exists": False} for name in names
+                }
             if o.rollback:
                 changed = (*wrote, *removed)
                 before = {name: notes[name] for name in changed if name in notes}

@@ -25,6 +25,7 @@ from crossfade.clock import boot_clock
 from crossfade.control import STEADY, Control
 from crossfade.debt import Settler
 from crossfade.entity import Entity
+from crossfade.erasing import is_misnamed
 from crossfade.record import Image, Settled
 from crossfade.stores.errors import Fenced
 from crossfade.stores.mongo import Owed
@@ -558,19 +559,27 @@ class Reconciler:
     ) -> int:
         adopted = 0
         batch: list[Image | tuple[Any, bytes]] = []
+        misnamed: set[str] = set()
         async for one in found:
+            if isinstance(one, Image) and is_misnamed(entity, one):
+                misnamed.add(id_to_text(one.id))
             # Without its content: a thousand whole documents may be more than a worker has room for.
             batch.append(replace(one, document={}) if isinstance(one, Image) else (one[0], b""))
             if len(batch) >= _BATCH:
                 if makes_way and self.pair.board.control.state != STEADY:
                     return adopted
-                adopted += await self._adopt_batch(entity, batch, control)
-                batch = []
-        return adopted + await self._adopt_batch(entity, batch, control)
+                adopted += await self._adopt_batch(entity, batch, misnamed, control)
+                batch, misnamed = [], set()
+        return adopted + await self._adopt_batch(entity, batch, misnamed, control)
 
     async def _adopt_batch(
-        self, entity: Entity, batch: Sequence[Image | tuple[Any, bytes]], control: Control
+        self,
+        entity: Entity,
+        batch: Sequence[Image | tuple[Any, bytes]],
+        misnamed: Collection[str],
+        control: Control,
     ) -> int:
+        """``misnamed``: whose keys are another name's, by id text; a backfill has copied them so."""
         if not batch:
             return 0
         timeout = self.pair.options.bulk_deadline
@@ -584,7 +593,7 @@ class Reconciler:
                 if one.debt is not None and (one.debt.parked is None or key not in quarantined):
                     continue  # the debt brings it
                 # Steps without a debt: a worker had decided them that had not heard of phase 1.
-                done = not one.deleted and one.steps is None
+                done = not one.deleted and one.steps is None and key not in misnamed
                 if done and held.get(key) == (one.rev, one.digest):
                     if key in quarantined:
                         carried.append(id_)  # by a write that had not heard yet that it was there

@@ -485,3 +485,57 @@ async def test_a_foreign_rename_of_what_is_owed_restamps_the_key(open_world, pos
     assert w.notes(made[0].id)["keys"] == {"username": "robert"}
     await w.users.insert({"username": "BOB"})
     await swept(w)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+async def test_a_foreign_rename_between_the_look_and_the_write_restamps_the_key(w, monkeypatch, seen):
+    bob = await inserted(w, {"username": "Bob"})
+    set_ = w.mongo.compare_and_set
+
+    async def renamed_before(entity, id_, **how):
+        monkeypatch.setattr(w.mongo, "compare_and_set", set_)
+        w.documents.update_one({"_id": id_}, {"$set": {"username": "Robert"}})
+        return await set_(entity, id_, **how)
+
+    id_ = bob.id
+    if not seen:
+        del bob
+    monkeypatch.setattr(w.mongo, "compare_and_set", renamed_before)
+    await w.users.update(id_, {"n": 1})
+    assert w.document(id_)["n"] == 1
+    assert w.notes(id_)["keys"] == {"username": "robert"}
+    await swept(w)
+
+
+async def test_a_step_upon_what_another_application_renamed_leaves_the_key_to_who_stamps_it(w):
+    bob, eve = [(await inserted(w, {"username": name})).id for name in ("Bob", "Eve")]
+    w.documents.update_one({"_id": bob}, {"$set": {"username": "Robert"}})
+    async with w.m.operation("Test") as op:
+        op.update("users", eve, {"n": 1})
+        op.also("users", bob, {"n": 1})
+    await w.settle()
+    await swept(w)
+    assert w.notes(bob)["keys"] == {"username": "robert"}
+
+
+async def test_a_sweep_stamps_what_another_application_named_before_a_backfill_copied_it(open_world):
+    w = await open_world("mongo_only", foreign_writers=True)
+    bob = w.documents.insert_one({"username": "Bob"}).inserted_id
+    await w.m.prepare()
+    w.documents.update_one({"_id": bob}, {"$set": {"username": "Robert"}})
+    eve = w.documents.insert_one({"username": "Eve"}).inserted_id
+    await w.set_phase("dual_write")
+    for id_ in (bob, eve):
+        image = await w.image(id_)
+        rows = w.entity.to_rows(image.document, image.keys or None)
+        await w.postgres.apply(
+            [(w.entity, image, rows)], migration="accounts", epoch=w.control.epoch, timeout=PATIENCE
+        )
+    await swept(w)
+    assert await swept(w) == 0
+    assert [w.notes(id_)["keys"]["username"] for id_ in (bob, eve)] == ["robert", "eve"]
+    for name in ("ROBERT", "EVE"):
+        with pytest.raises(DuplicateKey):
+            await w.users.insert({"username": name})
+    assert (await w.users.find_by_key("username", "ROBERT")).id == bob
+    await inserted(w, {"username": "BOB"})
