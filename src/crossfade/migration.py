@@ -469,6 +469,11 @@ class Migration:
             found = await mongo.stamp(entity, path, name, keys, timeout=timeout)
             too_large = [id_ for id_, _, _ in found.no_room]
             for id_, value, key in found.taken:
+                if await self.settler.name_is_freed(entity, {path: value}, id_):
+                    again = await mongo.stamp(entity, path, name, [(id_, value, key)], timeout=timeout)
+                    if not again.taken:
+                        too_large += [id_ for id_, _, _ in again.no_room]
+                        continue
                 own = await mongo.stamp(
                     entity, path, name, [(id_, value, unique_key(key, id_))], timeout=timeout
                 )

@@ -539,3 +539,15 @@ async def test_a_sweep_stamps_what_another_application_named_before_a_backfill_c
             await w.users.insert({"username": name})
     assert (await w.users.find_by_key("username", "ROBERT")).id == bob
     await inserted(w, {"username": "BOB"})
+
+
+async def test_init_gives_a_name_that_another_application_moved_on_to_who_has_it(open_world):
+    w = await open_world("mongo_only", foreign_writers=True)
+    x = w.documents.insert_one({"username": "Bob"}).inserted_id
+    await w.m.prepare()
+    w.documents.update_one({"_id": x}, {"$set": {"username": "Xavier"}})
+    y = w.documents.insert_one({"username": "Bob"}).inserted_id
+    assert (await w.m.prepare()).colliding == {"username": []}
+    assert [w.notes(id_)["keys"]["username"] for id_ in (x, y)] == ["xavier", "bob"]
+    with pytest.raises(DuplicateKey):
+        await w.users.insert({"username": "BOB"})
