@@ -5,16 +5,37 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import bson
 import psycopg
 import pytest
 from bson import Binary, Decimal128, Int64, ObjectId, Timestamp
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    Double,
+    Enum,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Numeric,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    Uuid,
+    create_engine,
+)
+from sqlalchemy.dialects.postgresql import CITEXT, JSONB
 
-from crossfade import errors
+from crossfade import DocumentId, Entity, column, errors, record_columns
 from crossfade.bulk import pieces
 from crossfade.bulk.backfill import Backfill
+from crossfade.bulk.verify import Verify
 from crossfade.stores import bulk_postgres
 from crossfade.stores.bulk_mongo import BulkMongo
 from crossfade.stores.bulk_postgres import BulkPostgres
@@ -566,6 +587,74 @@ async def test_ids_of_other_types_are_not_missed_also_after_interruptions(stores
     assert report.counts.read == report.counts.inserted == len(documents)
     verified = await stores.verify(chunk=3)
     assert (verified.counts.equal, verified.counts.mismatches) == (len(documents), 0)
+
+
+async def test_a_column_of_every_type_is_loaded_and_written_over(stores):
+    every = Table(
+        "every",
+        MetaData(),
+        Column("id", DocumentId, primary_key=True),
+        Column("text", Text),
+        Column("short", String(5)),
+        Column("choice", Enum("a", "b", name="choice")),
+        Column("tag", CITEXT),
+        Column("at", DateTime(timezone=True)),
+        Column("tiny", SmallInteger),
+        Column("int", Integer),
+        Column("long", BigInteger),
+        Column("double", Double),
+        Column("price", Numeric(10, 2)),
+        Column("number", Numeric),
+        Column("flag", Boolean),
+        Column("data", LargeBinary),
+        Column("uuid", Uuid),
+        Column("any", JSONB),
+        Column("ref", DocumentId),
+        *record_columns(),
+    )
+    fields = [c.name for c in every.columns][1:17]
+    entity = Entity("every", collection="every", table=every, columns=[column(f) for f in fields])
+    # As the extension makes it, which not every server has.
+    stores.sql.execute("CREATE TYPE citext")
+    for use, given, returned in [("in", "cstring", "citext"), ("out", "citext", "cstring"),
+                                 ("recv", "internal", "citext"), ("send", "citext", "bytea")]:  # fmt: skip
+        stores.sql.execute(
+            f"CREATE FUNCTION citext{use}({given}) RETURNS {returned} AS 'text{use}' LANGUAGE internal STRICT"
+        )
+    stores.sql.execute(
+        "CREATE TYPE citext (INPUT = citextin, OUTPUT = citextout, RECEIVE = citextrecv, SEND = citextsend, "
+        "LIKE = text)"
+    )
+    engine = create_engine(stores.database_url.replace("postgresql://", "postgresql+psycopg://", 1))
+    every.metadata.create_all(engine)
+    engine.dispose()
+    documents = [
+        {
+            "_id": n, "text": "x", "short": "12345", "choice": "a", "tag": "T",
+            "at": datetime(2024, 1, 1, tzinfo=UTC), "tiny": 1, "int": 2, "long": Int64(3), "double": -0.0,
+            "price": Decimal128("-12.50"), "number": Decimal128("1234567890123456789012345678901234"), "flag": True,
+            "data": b"x", "uuid": Binary(bytes(16), 4), "any": {"a": 1}, "ref": ObjectId(),
+        }
+        for n in range(3)
+    ]  # fmt: skip
+    documents.append({"_id": 3})
+    documents.append({"_id": 4, "price": Decimal128("NaN"), "number": 5, "double": Decimal128("5")})
+    collection = stores.collection.database["every"]
+    collection.insert_many(documents)
+    source, target = BulkMongo(stores.mongo_uri), await BulkPostgres.connect(stores.database_url)
+    try:
+        report = await Backfill(entity, source, target, migration="accounts", epoch=1).run()
+        assert (report.counts.inserted, report.counts.quarantined) == (5, 0)
+        collection.update_many({}, {"$set": {"price": Decimal128("0.10"), "_cf.rev": 7}})
+        report = await Backfill(entity, source, target, migration="accounts", epoch=1).run(restart=True)
+        assert (report.counts.updated, report.counts.quarantined) == (5, 0)
+        report = await Verify(entity, source, target, migration="accounts", epoch=1, wait=0.01, looks=2).run()
+        assert (report.counts.equal, report.counts.mismatches) == (5, 0)
+    finally:
+        await target.close()
+        await asyncio.to_thread(source.close)
+    assert stores.rows("SELECT DISTINCT price FROM every") == [(Decimal("0.10"),)]
+    assert stores.rows("SELECT number FROM every WHERE id = 'j:4'") == [(5,)]
 
 
 async def test_chunks_end_at_a_number_of_bytes_too(stores, user):

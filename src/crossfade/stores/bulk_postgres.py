@@ -39,6 +39,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.abc import Buffer
 from psycopg.adapt import Loader
 from psycopg.pq import Format
+from psycopg.types.string import TextBinaryLoader
 from sqlalchemy import Table
 
 from crossfade import errors
@@ -424,7 +425,12 @@ class BulkPostgres:
             "WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped",
             [_quoted(table)],
         )
-        return {name: ColumnType(kind, oid, is_enum) for name, kind, oid, is_enum in await cursor.fetchall()}
+        types = {name: ColumnType(kind, oid, is_enum) for name, kind, oid, is_enum in await cursor.fetchall()}
+        # The driver does not know the types that a database made itself; their binary form is their text.
+        for column in types.values():
+            if column.is_enum or column.name == "citext":
+                self._connection.adapters.register_loader(column.oid, TextBinaryLoader)
+        return types
 
     # --- writing -----------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import psycopg
-from psycopg.adapt import PyFormat
+from psycopg import pq
 
 #: What stands before the first row: signature, flags, length of the header's extension.
 HEADER: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
@@ -139,7 +139,7 @@ def _expressions(types: Sequence[ColumnType]) -> tuple[dict[str, Any], list[str]
 
 def _driver_dump(column: ColumnType) -> Callable[[Any], bytes]:
     """The driver's own binary form of a type that is not in the table above (numeric, date ...)."""
-    dumper = psycopg.adapters.get_dumper_by_oid(column.oid, PyFormat.BINARY)(object)  # type: ignore[arg-type]
+    dumper = psycopg.adapters.get_dumper_by_oid(column.oid, pq.Format.BINARY)(object)
 
     def dump(value: Any) -> bytes:
         data = bytes(dumper.dump(value) or b"")
