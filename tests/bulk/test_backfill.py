@@ -3,6 +3,7 @@ import itertools
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -242,6 +243,19 @@ async def test_what_others_never_let_go_of_is_one_clear_error(
     assert stores.rows("SELECT id, cf_rev FROM users ORDER BY id") == [(first, 0), (last, 0)]
     report = await stores.backfill()
     assert (report.state, report.counts.updated) == ("complete", 2)
+
+
+async def test_a_run_waits_for_the_commit_of_who_steers_it(stores, user, database_url):
+    stores.collection.insert_many([user(n) for n in range(3)])
+    with psycopg.connect(database_url) as steering:
+
+        def steer(_counts):
+            steering.execute("UPDATE crossfade.runs SET steering = steering")
+            # Longer than a chunk waits for a row, as a commit is where the disk is busy.
+            threading.Timer(bulk_postgres.LOCK_SECONDS + 1, steering.rollback).start()
+
+        report = await stores.backfill(on_progress=steer)
+    assert (report.state, report.counts.inserted) == ("complete", 3)
 
 
 async def test_a_deleted_record_does_not_come_back(stores, user):

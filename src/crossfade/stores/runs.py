@@ -12,8 +12,8 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, LiteralString
 
@@ -97,6 +97,20 @@ class Runs:
         self._translated = translated
         self._me = f"{socket.gethostname()}:{os.getpid()}"
 
+    @asynccontextmanager
+    async def _holding(self) -> AsyncIterator[None]:
+        """A transaction that waits for whoever else has a run's row.
+
+        That one has it for no longer than a commit takes. The session's own limit is for the rows of records, and on
+        a slow machine a commit takes longer.
+        """
+        with self._translated():
+            async with self._connection.transaction():
+                await self._connection.execute(
+                    "SELECT set_config('lock_timeout', %s, true)", [f"{int(LEASE)}s"]
+                )
+                yield
+
     async def latest(
         self, migration: str, entity: Entity, kind: str, *, state: str | None = None
     ) -> Run | None:
@@ -159,35 +173,34 @@ class Runs:
             crossfade.errors.Busy: ``restart``, and somebody is at work on the present one.
         """
         run = Run(uuid.uuid4(), epoch, "running", {}, {**settings, **(more or {})})
-        with self._translated():
-            async with self._connection.transaction():
-                await self._connection.execute(
-                    "SELECT pg_advisory_xact_lock(hashtextextended(%s, 3))",
-                    [f"{kind}:{migration}:{entity.name}"],
-                )
-                last = await self.latest(migration, entity, kind)
-                if last is not None and last.state == "running":
-                    same = all(last.settings.get(name) == value for name, value in settings.items())
-                    if not restart and last.epoch == epoch and same:
-                        return last
-                    if await self._workers(last.run):
-                        raise errors.Busy(
-                            f"another {kind} of {entity.name} is running, with other settings; wait for it or stop it"
-                        )
-                await self._connection.execute(
-                    "UPDATE crossfade.runs SET state = 'abandoned', updated_at = now() "
-                    "WHERE migration = %s AND entity = %s AND kind = %s AND state = 'running'",
-                    [migration, entity.name, kind],
-                )
-                await self._connection.execute(
-                    "INSERT INTO crossfade.runs (run, migration, entity, kind, epoch, state, settings) "
-                    "VALUES (%s, %s, %s, %s, %s, 'running', %s::jsonb)",
-                    [run.run, migration, entity.name, kind, epoch, orjson.dumps(run.settings).decode()],
-                )
-                await self._connection.cursor().executemany(
-                    "INSERT INTO crossfade.ranges (run, number, after, last) VALUES (%s, %s, %s, %s)",
-                    [(run.run, number, after, last) for number, (after, last) in enumerate(pieces)],
-                )
+        async with self._holding():
+            await self._connection.execute(
+                "SELECT pg_advisory_xact_lock(hashtextextended(%s, 3))",
+                [f"{kind}:{migration}:{entity.name}"],
+            )
+            last = await self.latest(migration, entity, kind)
+            if last is not None and last.state == "running":
+                same = all(last.settings.get(name) == value for name, value in settings.items())
+                if not restart and last.epoch == epoch and same:
+                    return last
+                if await self._workers(last.run):
+                    raise errors.Busy(
+                        f"another {kind} of {entity.name} is running, with other settings; wait for it or stop it"
+                    )
+            await self._connection.execute(
+                "UPDATE crossfade.runs SET state = 'abandoned', updated_at = now() "
+                "WHERE migration = %s AND entity = %s AND kind = %s AND state = 'running'",
+                [migration, entity.name, kind],
+            )
+            await self._connection.execute(
+                "INSERT INTO crossfade.runs (run, migration, entity, kind, epoch, state, settings) "
+                "VALUES (%s, %s, %s, %s, %s, 'running', %s::jsonb)",
+                [run.run, migration, entity.name, kind, epoch, orjson.dumps(run.settings).decode()],
+            )
+            await self._connection.cursor().executemany(
+                "INSERT INTO crossfade.ranges (run, number, after, last) VALUES (%s, %s, %s, %s)",
+                [(run.run, number, after, last) for number, (after, last) in enumerate(pieces)],
+            )
         return run
 
     async def _workers(self, run: uuid.UUID) -> int:
@@ -307,23 +320,20 @@ class Runs:
 
     async def finish(self, run: Run) -> bool:
         """Record that a run is done, with the sum of its counts; False: something is left of it."""
-        with self._translated():
-            async with self._connection.transaction():
-                await self._connection.execute(
-                    "SELECT FROM crossfade.runs WHERE run = %s FOR UPDATE", [run.run]
-                )
-                counts = await self.totals(run)
-                cursor = await self._connection.execute(
-                    "UPDATE crossfade.runs AS o SET state = 'complete', counts = %s::jsonb, updated_at = now(), "
-                    "finished_at = coalesce(finished_at, now()) WHERE run = %s AND state IN ('running', 'complete') "
-                    "AND NOT EXISTS (SELECT FROM crossfade.ranges AS r WHERE r.run = o.run AND r.state = 'open')",
-                    [orjson.dumps(counts).decode(), run.run],
-                )
+        async with self._holding():
+            await self._connection.execute("SELECT FROM crossfade.runs WHERE run = %s FOR UPDATE", [run.run])
+            counts = await self.totals(run)
+            cursor = await self._connection.execute(
+                "UPDATE crossfade.runs AS o SET state = 'complete', counts = %s::jsonb, updated_at = now(), "
+                "finished_at = coalesce(finished_at, now()) WHERE run = %s AND state IN ('running', 'complete') "
+                "AND NOT EXISTS (SELECT FROM crossfade.ranges AS r WHERE r.run = o.run AND r.state = 'open')",
+                [orjson.dumps(counts).decode(), run.run],
+            )
         return cursor.rowcount == 1
 
     async def steer(self, run: Run, fields: Mapping[str, Any]) -> None:
         """Ask something of the workers of a run; see `Steering`. A field that is None is as if it was never set."""
-        with self._translated():
+        async with self._holding():
             await self._connection.execute(
                 "UPDATE crossfade.runs SET steering = jsonb_strip_nulls(steering || %s::jsonb), updated_at = now() "
                 "WHERE run = %s",
