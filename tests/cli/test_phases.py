@@ -205,6 +205,15 @@ def test_status_before_init_says_what_to_do(crossfade: Command) -> None:
     assert "run `crossfade init`" in said(done)
 
 
+def test_status_without_postgresql_does_not_count_what_it_cannot_ask(crossfade: Command) -> None:
+    crossfade("init")
+    done = crossfade("status", DATABASE_URL="postgresql://nobody@127.0.0.1:9/none")
+    assert done.returncode == 0
+    assert "postgres down" in done.stdout
+    assert "not known while PostgreSQL is down" in done.stdout
+    assert "None" not in done.stdout
+
+
 def test_an_application_that_cannot_be_loaded_is_explained(crossfade: Command) -> None:
     done = crossfade("status", CROSSFADE_APP="nowhere:notes")
     assert done.returncode == 2

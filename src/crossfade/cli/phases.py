@@ -195,7 +195,12 @@ def _show_status(found: dict[str, Any]) -> None:
         table.add_row(
             "secondary", "[yellow]marked unreadable since a write failed; reads go to the primary[/]"
         )
-    table.add_row("quarantine", f"{found['quarantined']} records; {found['conflicts']} conflicts noted")
+    table.add_row(
+        "quarantine",
+        "[red]not known[/] while PostgreSQL is down"
+        if found["quarantined"] is None
+        else f"{found['quarantined']} records; {found['conflicts']} conflicts noted",
+    )
     shadow = found["shadow"]
     if shadow is not None and (shadow["comparisons"] or shadow["open"] or found["reads"] == "shadow"):
         table.add_row(
