@@ -22,7 +22,9 @@ KILLS = 50 if os.environ.get("SOAK") else 8
 
 def kill_with_its_workers(command):
     for process in [*psutil.Process(command.pid).children(recursive=True), psutil.Process(command.pid)]:
-        process.send_signal(signal.SIGKILL)
+        # One that has ended since it was looked for is dead as well.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
     command.communicate()
 
 
