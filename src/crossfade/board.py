@@ -344,8 +344,12 @@ class Board:
     async def _reap(self) -> None:
         if self.member is not None and boot_clock() - self._reaped >= _REAP:
             self._reaped = boot_clock()
-            primary = self.control.phase.rules.primary
-            await self.member.registry.reap(primary, timeout=self.options.lease / 2)
+            rules, registry = self.control.phase.rules, self.member.registry
+            await registry.reap(rules.primary, timeout=self.options.lease / 2)
+            if self.look is not None and self.look.secondary_answers and not self.control.retired:
+                # Once that one decides, who has died is not to be waited for, nor shown.
+                with contextlib.suppress(errors.CrossfadeError):
+                    await registry.reap(rules.secondary, timeout=self.options.poll)
 
     async def refresh(self, *, spares: bool = False) -> Look:
         """Look now.
@@ -372,8 +376,9 @@ class Board:
                 f"migration {self.migration!r} has no control record: run `crossfade init`"
             )
         if not seen.decisive:
+            primary = control.phase.rules.primary
             raise errors.StoreUnavailable(
-                control.phase.rules.primary, f"{control.phase.rules.primary} does not answer"
+                primary, self.record.stores[primary].unreachable(f"no answer within {options.lease / 2:g} s")
             )
         if control.state != STEADY:
             await self._hear(control, seen, began)

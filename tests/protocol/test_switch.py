@@ -31,7 +31,7 @@ from crossfade.stores.postgres import Change
 from crossfade.switch import Coordinator, abort, resolve, resume
 from crossfade.transition import change_phase
 from crossfade.values import digest, id_to_text
-from crossfade.workers import Registry
+from crossfade.workers import Registry, Worker
 
 from .conftest import PATIENCE, World, eventually, users_entity
 
@@ -292,6 +292,26 @@ async def test_a_silent_worker_delays_the_announcement_and_not_the_pause(open_wo
     done = await go(w, limit=3.9)
     assert done.silent == (worker.m.board.member.name,)
     assert done.pause.whole < 3.9
+
+
+@pytest.mark.parametrize("store", ["mongo", "postgres"])
+async def test_who_has_died_is_taken_out_of_either_registry(open_world, monkeypatch, store):
+    """Else a switch waits for him, and `crossfade workers` shows him, once that store is the primary."""
+    monkeypatch.setattr("crossfade.workers._TERM", 1.0)
+    monkeypatch.setattr("crossfade.board._REAP", 0.2)
+    w = await open_world("postgres_read", background=True, lease=0.5)
+    registry = Registry("accounts", w.m.record.stores)
+    dead = Worker("the dead one", "elsewhere:1", 7, w.control.token, False, lease=0.5, term=1.0)
+    await registry.put(store, dead, timeout=PATIENCE)
+
+    async def there() -> set[str]:
+        return {each.id for each in await registry.workers(store, timeout=PATIENCE)}
+
+    async def is_gone() -> bool:
+        return dead.id not in await there()
+
+    await eventually(is_gone)
+    assert w.m.board.member.id in await there()
 
 
 async def test_a_worker_that_does_not_know_of_the_decision_writes_nothing(open_world, mongo_proxy):

@@ -16,7 +16,6 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from crossfade import errors
 from crossfade.bulk.backfill import Backfill
 from crossfade.bulk.backfill import Counts as BackfillCounts
 from crossfade.bulk.backfill import Report as BackfillReport
@@ -30,6 +29,7 @@ from crossfade.bulk.verify import Verify
 from crossfade.cli.bars import Show, bars
 from crossfade.cli.context import (
     AppOption,
+    EndedElsewhere,
     Exit,
     JsonOption,
     as_json_text,
@@ -350,11 +350,7 @@ class Job:
             outcomes = await lead(crew.executor, workers, order, look, crew.is_manned)
         for outcome in outcomes:
             if outcome.error:
-                raise (
-                    errors.StoreUnavailable("a store", outcome.error)
-                    if outcome.unreachable
-                    else errors.CrossfadeError(outcome.error)
-                )
+                raise EndedElsewhere(outcome.error, outcome.status)
         # What is left: all of it where it is little, or what a worker left that died.
         report: Any = await made.run(begun, stop=stop)
         for outcome in outcomes:

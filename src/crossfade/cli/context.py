@@ -28,6 +28,7 @@ from crossfade import errors
 from crossfade.board import Options
 from crossfade.entity import Entity
 from crossfade.migration import Crossfade, Migration
+from crossfade.stores.errors import Fenced
 
 console = Console()
 problems = Console(stderr=True)
@@ -43,6 +44,27 @@ class Exit(IntEnum):
     WRONG_USE = 2
     UNREACHABLE = 3
     INTERRUPTED = 130
+
+
+class EndedElsewhere(errors.CrossfadeError):
+    """Another process of this command ended with an error: what it said, and the exit status of that."""
+
+    def __init__(self, message: str, status: Exit) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def status_of(cause: errors.CrossfadeError) -> Exit:
+    """The exit status of a command that ends with this error."""
+    match cause:
+        case EndedElsewhere():
+            return cause.status
+        case errors.StoreUnavailable() | errors.OutcomeUnknown():
+            return Exit.UNREACHABLE
+        case errors.NotAllowedInPhase() | errors.Busy() | Fenced():
+            return Exit.FOUND
+        case _:
+            return Exit.WRONG_USE
 
 
 AppOption = Annotated[
@@ -189,12 +211,8 @@ def run(work: Callable[[], Coroutine[Any, Any, Exit | None]], *, as_json: bool =
         status = asyncio.run(work())
     except KeyboardInterrupt:
         fail("interrupted; run the command again to go on", Exit.INTERRUPTED, as_json=as_json)
-    except (errors.StoreUnavailable, errors.OutcomeUnknown) as cause:
-        fail(str(cause), Exit.UNREACHABLE, as_json=as_json)
-    except errors.NotAllowedInPhase as cause:
-        fail(str(cause), Exit.FOUND, as_json=as_json)
     except errors.CrossfadeError as cause:
-        fail(str(cause), Exit.WRONG_USE, as_json=as_json)
+        fail(str(cause), status_of(cause), as_json=as_json)
     if status:
         raise typer.Exit(int(status))
 

@@ -22,7 +22,7 @@ from typing import Any, cast
 from crossfade import errors
 from crossfade.bulk.backfill import Backfill
 from crossfade.bulk.verify import Verify
-from crossfade.cli.context import address, open_migration, problems
+from crossfade.cli.context import Exit, address, open_migration, problems, status_of
 from crossfade.entity import Entity
 from crossfade.migration import Migration
 from crossfade.record import Settled
@@ -68,12 +68,12 @@ class Outcome:
 
     Attributes:
         samples: what the report shows examples of, by name.
-        error: why it ended, if it did; ``unreachable``: because a store is gone.
+        error, status: why it ended, if it did, and the exit status of that.
     """
 
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     error: str = ""
-    unreachable: bool = False
+    status: Exit = Exit.DONE
 
 
 def give_way() -> None:
@@ -156,7 +156,7 @@ def work(order: Order) -> Outcome:
     try:
         return asyncio.run(_work(order))
     except errors.CrossfadeError as cause:
-        return Outcome(error=str(cause), unreachable=isinstance(cause, errors.StoreUnavailable))
+        return Outcome(error=str(cause), status=status_of(cause))
 
 
 async def _work(order: Order) -> Outcome:

@@ -287,26 +287,27 @@ class MongoStore:
             case DuplicateKeyError():
                 return self._rule_broken(cause)
             case ServerSelectionTimeoutError() | WaitQueueTimeoutError():
-                return errors.StoreUnavailable(STORE, self._unreachable("no server answers"))
+                return errors.StoreUnavailable(STORE, self.unreachable("no server answers"))
             case DocumentTooLarge() | BSONError() | OverflowError() | UnicodeEncodeError():
                 return errors.Quarantined(f"MongoDB cannot hold this document: {cause}")
             case OperationFailure() if _VIOLATION.search(str(cause)):
                 return self._rule_broken(cause)
             case OperationFailure() if cause.code in _AUTHENTICATION:
                 return errors.StoreUnavailable(
-                    STORE, self._unreachable("it refuses the user or password in MONGO_URI")
+                    STORE, self.unreachable("it refuses the user or password in MONGO_URI")
                 )
             case OperationFailure() if _TOO_LARGE.search(str(cause)):
                 return errors.Quarantined(f"MongoDB cannot hold this document: {cause}")
             case OperationFailure():
                 # Compatible services report their engine's failure as an ordinary command error.
-                return Unanswered(STORE, self._unreachable(f"error {cause.code}"))
+                return Unanswered(STORE, self.unreachable(f"error {cause.code}"))
             case AutoReconnect() | InvalidOperation():
-                return Unanswered(STORE, self._unreachable("the connection failed"))
+                return Unanswered(STORE, self.unreachable("the connection failed"))
             case _:
-                return Unanswered(STORE, self._unreachable(type(cause).__name__))
+                return Unanswered(STORE, self.unreachable(type(cause).__name__))
 
-    def _unreachable(self, cause: str) -> str:
+    def unreachable(self, cause: str) -> str:
+        """What to tell of this store where it cannot be asked, and what to do."""
         return f"cannot reach MongoDB at {self.address} ({cause}). Is it running? MONGO_URI sets the address."
 
     @staticmethod
@@ -1100,7 +1101,7 @@ class MongoStore:
                     elif _TOO_LARGE.search(error["errmsg"]):
                         unstamped.no_room.append(key)
                     else:
-                        raise Unanswered(STORE, self._unreachable("a bulk write failed")) from cause
+                        raise Unanswered(STORE, self.unreachable("a bulk write failed")) from cause
         return unstamped
 
     async def restamp(

@@ -154,7 +154,7 @@ class PostgresServer:
             raise
         except _NoAnswer:
             self._abandon(task)
-            raise Unanswered(STORE, self._unreachable(f"no answer within {timeout:g} s")) from None
+            raise Unanswered(STORE, self.unreachable(f"no answer within {timeout:g} s")) from None
         finally:
             timer.cancel()
 
@@ -179,7 +179,7 @@ class PostgresServer:
         try:
             yield
         except (PoolTimeout, PoolClosed, TooManyRequests) as cause:
-            raise errors.StoreUnavailable(STORE, self._unreachable("no connection to be had")) from cause
+            raise errors.StoreUnavailable(STORE, self.unreachable("no connection to be had")) from cause
         except (psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation) as cause:
             raise RuleBroken(
                 STORE,
@@ -204,12 +204,13 @@ class PostgresServer:
             ) from cause
         except (psycopg.errors.InvalidPassword, psycopg.errors.InvalidAuthorizationSpecification) as cause:
             raise errors.StoreUnavailable(
-                STORE, self._unreachable("it refuses the user or password in DATABASE_URL")
+                STORE, self.unreachable("it refuses the user or password in DATABASE_URL")
             ) from cause
         except psycopg.Error as cause:
-            raise Unanswered(STORE, self._unreachable(_first_line(cause))) from cause
+            raise Unanswered(STORE, self.unreachable(_first_line(cause))) from cause
 
-    def _unreachable(self, cause: str) -> str:
+    def unreachable(self, cause: str) -> str:
+        """What to tell of this store where it cannot be asked, and what to do."""
         return (
             f"cannot reach PostgreSQL at {self.address} ({cause}). Is it running? "
             "DATABASE_URL sets the address."
