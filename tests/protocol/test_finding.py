@@ -9,7 +9,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from bson import Decimal128, Int64, ObjectId, Regex
+from bson import Decimal128, Int64, MinKey, ObjectId, Regex
 from sqlalchemy import Boolean, Column, DateTime, ForeignKey, Integer, MetaData, Table, Text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB
@@ -283,13 +283,40 @@ async def test_pages_join_where_a_value_is_no_number(world: World) -> None:
     documents = world.documents.database["players"]
     for value in (math.nan, Decimal128("NaN"), -math.inf, math.inf, Decimal128("-2")):
         documents.insert_one({"n": value})
+    await assert_pages_join(world)
+
+
+async def test_pages_join_where_a_list_is_in_the_place_of_a_value(world: World) -> None:
+    """To an order of MongoDB it is the least of its elements, or the greatest."""
+    documents = world.documents.database["players"]
+    lists: tuple[list[Any], ...] = (
+        [2, 9], [9, 2, 5], [None, 4], [-1, "a"], ["z", "b"], [True], [2], [DAY, 3], [{"a": 1}, {"a": 0}], [0.5, DAY],
+        [[1]], [b"b", b"aa"], [Decimal128("7"), math.nan],
+    )  # fmt: skip
+    for value in lists:
+        documents.insert_one({"n": value})
+    await assert_pages_join(world)
+    # Beside null an empty one has its place from the server: before it, or among it.
+    documents.delete_one({"n": [None, 4]})
+    for _ in range(2):
+        documents.insert_one({"n": []})
+    await assert_pages_join(world, {"n": is_set()})
+
+
+async def test_no_page_begins_behind_what_has_no_place_in_an_order(world: World) -> None:
+    asked = query("players", None, order_by="n", after=(MinKey(), id_of(0)), limit=100, skip=0)
+    with pytest.raises(ConfigurationError, match="cannot begin behind a value of type MinKey"):
+        await both(world, asked)
+
+
+async def assert_pages_join(world: World, where: Any = None) -> None:
     await world.m.reconciler.full_sweep()
     for order_by in ("n", "-n"):
-        whole = await both(world, query("players", None, order_by=order_by, after=None, limit=100, skip=0))
+        whole = await both(world, query("players", where, order_by=order_by, after=None, limit=100, skip=0))
         for store, everything in enumerate(whole):
             for number, document in enumerate(everything[:-1]):
                 asked = query(
-                    "players", None, order_by=order_by, after=place_of(document, order_by), limit=100, skip=0
+                    "players", where, order_by=order_by, after=place_of(document, order_by), limit=100, skip=0
                 )
                 behind = (await both(world, asked))[store]
                 assert [each["_id"] for each in behind] == [each["_id"] for each in everything[number + 1 :]]

@@ -16,11 +16,12 @@ import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
 import orjson
-from bson import Binary, DatetimeMS, Decimal128, ObjectId
+from bson import Binary, DatetimeMS, Decimal128, ObjectId, Timestamp
 from psycopg import sql
 from sqlalchemy import Column, Enum, String
 from sqlalchemy.dialects.postgresql import JSONB
@@ -48,7 +49,9 @@ _BRACKETS: tuple[tuple[str, tuple[type, ...]], ...] = (
     ("binData", (bytes, Binary)),
     ("objectId", (ObjectId,)),
     ("bool", (bool,)),
-    ("date", (object,)),
+    ("date", (datetime, DatetimeMS)),
+    ("timestamp", (Timestamp,)),
+    ("regex", ()),
 )
 
 
@@ -111,24 +114,46 @@ def as_sort(order: Order) -> list[tuple[str, int]]:
 
 
 def as_filter_behind(query: Query) -> Filter:
-    """What comes behind ``query.after``, in the query's order."""
+    """What comes behind ``query.after``, in the query's order.
+
+    A list is sorted by the least of its elements, or by the greatest where the order descends, and an empty one before
+    null; but a condition looks at each of its elements. So of lists only those are asked for that have no element on
+    this side of the place.
+    """
     if query.after is None:
         return {}
     value, id_ = query.after
-    order = query.order
-    if order.field == "_id":
-        return {"$or": _beyond("_id", id_, descending=order.descending)}
-    among_equals = _beyond("_id", id_, descending=order.descending)
-    return {
-        "$or": [
-            *_beyond(order.field, value, descending=order.descending),
-            {order.field: {"$eq": value}, "$or": among_equals},
-        ]
-    }
+    field, descending = query.order.field, query.order.descending
+    among_equals = [{"_id": beyond} for beyond in _beyond(id_, descending=descending)]
+    if field == "_id":
+        return {"$or": among_equals}
+    an_empty_list: Filter = {field: {"$size": 0}}
+    if value == []:
+        behind = [] if descending else [{"$nor": [an_empty_list]}]
+        return {"$or": [*behind, {**an_empty_list, "$or": among_equals}]}
+    if isinstance(value, list):
+        value = (max if descending else min)(value, key=_rank)
+    before = _among_elements(field, _beyond(value, descending=not descending))
+    not_behind = _among_elements(field, _beyond(value, descending=not descending, or_equal=True))
+    ways: list[Filter] = [
+        {field: {"$eq": value}, "$or": among_equals, **({"$nor": before} if before else {})}
+    ]
+    if descending:
+        ways.append(an_empty_list)
+    else:
+        not_behind.append(an_empty_list)
+    beyond = [{field: condition} for condition in _beyond(value, descending=descending)]
+    if beyond:
+        ways.append({"$or": beyond, "$nor": not_behind})
+    return {"$or": ways}
 
 
-def _beyond(field: str, value: Any, *, descending: bool) -> list[Filter]:
-    """Alternatives: greater (or less) than ``value`` within its type, or of a type that sorts behind (before) it."""
+def _among_elements(field: str, conditions: Sequence[Filter]) -> list[Filter]:
+    return [{field: {"$elemMatch": condition}} for condition in conditions]
+
+
+def _beyond(value: Any, *, descending: bool, or_equal: bool = False) -> list[Filter]:
+    """Conditions, any of them: greater (or less) than ``value`` within its type, or of a type that sorts so."""
     own = _bracket(value)
     names = [name for name, _ in _BRACKETS]
     others = names[1:own] if descending else names[own + 1 :]
@@ -136,16 +161,18 @@ def _beyond(field: str, value: Any, *, descending: bool) -> list[Filter]:
     if _is_nan(value):
         # The least of all numbers to an order, and beside them to a comparison.
         if not descending:
-            ways.append({field: {"$gte": -math.inf}})
+            ways.append({"$gte": -math.inf})
+        if or_equal:
+            ways.append({"$eq": math.nan})
     elif value is not None:
-        ways.append({field: {"$lt" if descending else "$gt": value}})
-        if descending and _BRACKETS[own][0] == "number":
-            ways.append({field: {"$eq": math.nan}})
+        ways.append({("$lt" if descending else "$gt") + ("e" if or_equal else ""): value})
+        if descending and names[own] == "number":
+            ways.append({"$eq": math.nan})
     if others:
-        ways.append({field: {"$type": others}})
-    if descending and value is not None:
-        ways.append({field: {"$eq": None}})
-    return ways or [{"_id": {"$in": []}}]
+        ways.append({"$type": others})
+    if (descending and value is not None) or (or_equal and value is None):
+        ways.append({"$eq": None})
+    return ways
 
 
 def _is_nan(value: Any) -> bool:
@@ -157,9 +184,36 @@ def _is_nan(value: Any) -> bool:
 def _bracket(value: Any) -> int:
     if isinstance(value, bool):
         return [name for name, _ in _BRACKETS].index("bool")
-    if isinstance(value, DatetimeMS):
-        return len(_BRACKETS) - 1
-    return next(place for place, (_, types) in enumerate(_BRACKETS) if isinstance(value, types))
+    for place, (_, types) in enumerate(_BRACKETS):
+        if isinstance(value, types):
+            return place
+    raise ConfigurationError(f"a page cannot begin behind a value of type {type(value).__name__}")
+
+
+def _rank(value: Any) -> tuple[int, Any]:
+    """By what MongoDB sorts a value that is in a list."""
+    within: Any = value
+    match value:
+        case None:
+            within = ()
+        case bool():
+            pass
+        case int() | float() | Decimal128():
+            number = value.to_decimal() if isinstance(value, Decimal128) else Decimal(value)
+            within = (not number.is_nan(), Decimal() if number.is_nan() else number)
+        case str():
+            within = value.encode()
+        case Mapping():
+            within = [(_bracket(each), name.encode(), _rank(each)) for name, each in value.items()]
+        case list():
+            within = [_rank(each) for each in value]
+        case bytes():
+            within = (len(value), getattr(value, "subtype", 0), bytes(value))
+        case DatetimeMS():
+            within = int(value)
+        case datetime():
+            within = int(DatetimeMS(value))
+    return _bracket(value), within
 
 
 # --- PostgreSQL ------------------------------------------------------------------------------------------
