@@ -293,11 +293,14 @@ class Settler:
         with board.gate.entered(epoch, [(entity.name, id_to_text(id_))]):
             yield
 
-    async def lift(self, entity: Entity, id_: Any, *, above: int, control: Control) -> Image | None:
+    async def lift(
+        self, entity: Entity, id_: Any, *, above: int, control: Control, yields: bool = False
+    ) -> Image | None:
         """Give a record the next revision above ``above``, with debt, so that its present content wins.
 
         None: the record is gone, its delete is decided, or another write holds it; each brings its own.
-        Normalised keys are stamped anew where a foreign writer changed the name.
+        Normalised keys are stamped anew where a foreign writer changed the name. ``yields``: None, too, where another
+        record has the plain key; else that is looked at.
         """
         pair = self.pair
         timeout = pair.options.primary_deadline
@@ -335,7 +338,9 @@ class Settler:
                         timeout=timeout,
                     )
                 except RuleBroken:
-                    if not await self.name_is_freed(entity, image.document, id_):
+                    if yields:
+                        return None
+                    if not await self.name_is_freed(entity, image.document, id_, control):
                         # An older record has the plain key: this one keeps its name, and gets a key of its own.
                         suffixed |= set(stale)
                     continue
@@ -343,11 +348,14 @@ class Settler:
                     return lifted
             return None
 
-    async def name_is_freed(self, entity: Entity, fields: Mapping[str, Any], id_: Any) -> bool:
+    async def name_is_freed(
+        self, entity: Entity, fields: Mapping[str, Any], id_: Any, control: Control | None
+    ) -> bool:
         """Whether a name of these fields was held by nobody that has it, and no longer is.
 
         By an insert repeated, which nobody sees: that is removed. Or by a record that a foreign writer has renamed: it
-        gets the key of its present name, or none where another record has that, until it is lifted.
+        gets the key of its present name, or none where another record has that, until it is lifted. ``control``: None
+        before there is one.
         """
         mongo, timeout = self.pair.mongo, self.pair.options.primary_deadline
         wanted = entity.keys(fields)
@@ -367,7 +375,19 @@ class Settler:
                     key = wanted.get(rule.rule)
                     if key is None or rival.keys.get(rule.rule) != key or named.get(rule.rule) == key:
                         continue
-                    if await mongo.restamp(entity, rival, rule, named.get(rule.rule), timeout=timeout):
+                    own = named.get(rule.rule)
+                    if (
+                        control is not None
+                        and control.phase.rules.dual
+                        and control.phase.rules.primary == "mongo"
+                    ):
+                        # PostgreSQL may hold the other key beside this very content: only a revision brings it the
+                        # record's own. Else it gets none, which a sweep sees.
+                        own = None
+                        with contextlib.suppress(errors.CrossfadeError):
+                            if await self.lift(entity, rival.id, above=0, control=control, yields=True):
+                                return True
+                    if await mongo.restamp(entity, rival, rule, own, timeout=timeout):
                         return True
         return False
 

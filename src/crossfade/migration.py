@@ -436,7 +436,7 @@ class Migration:
                 # Two entities may call a rule by one name.
                 colliding = prepared.colliding.setdefault(rule.rule, [])
                 no_room = prepared.no_room.setdefault(rule.rule, [])
-                await self._stamp(entity, rule, colliding, no_room)
+                await self._stamp(entity, rule, control, colliding, no_room)
         return prepared
 
     async def _prepare_postgres(self) -> None:
@@ -454,6 +454,7 @@ class Migration:
         self,
         entity: Entity,
         rule: UniqueRule,
+        control: Control | None,
         colliding: list[tuple[str, Any]],
         no_room: list[tuple[str, Any]],
     ) -> None:
@@ -469,7 +470,7 @@ class Migration:
             found = await mongo.stamp(entity, path, name, keys, timeout=timeout)
             too_large = [id_ for id_, _, _ in found.no_room]
             for id_, value, key in found.taken:
-                if await self.settler.name_is_freed(entity, {path: value}, id_):
+                if await self.settler.name_is_freed(entity, {path: value}, id_, control):
                     again = await mongo.stamp(entity, path, name, [(id_, value, key)], timeout=timeout)
                     if not again.taken:
                         too_large += [id_ for id_, _, _ in again.no_room]

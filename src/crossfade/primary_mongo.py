@@ -300,7 +300,9 @@ class MongoPrimary:
                         raise written_since(entity, o) from cause
                     if mine is not None and await self._roll_delete_forward(entity, mine, o):
                         return None
-                    if mine is None and await self.settler.name_is_freed(entity, stored, stored["_id"]):
+                    if mine is None and await self.settler.name_is_freed(
+                        entity, stored, stored["_id"], o.control
+                    ):
                         continue
                     rule = (
                         "_id"
@@ -554,7 +556,7 @@ class MongoPrimary:
                 if unknown is not None:
                     # The request that was not answered may yet arrive, once the value is free.
                     raise written_since(entity, o) from cause
-                if await self.settler.name_is_freed(entity, fields, id_):
+                if await self.settler.name_is_freed(entity, fields, id_, o.control):
                     continue
                 rule = await self._broken_rule(entity, fields, id_, cause)
                 o.say(f"MongoDB write refused: the rule {rule!r} is broken")

@@ -551,3 +551,33 @@ async def test_init_gives_a_name_that_another_application_moved_on_to_who_has_it
     assert [w.notes(id_)["keys"]["username"] for id_ in (x, y)] == ["xavier", "bob"]
     with pytest.raises(DuplicateKey):
         await w.users.insert({"username": "BOB"})
+
+
+async def test_a_key_that_was_stamped_anew_for_another_who_then_died_is_brought_to_postgres(
+    open_world, monkeypatch
+):
+    w = await open_world("mongo_only", foreign_writers=True)
+    bob = w.documents.insert_one({"username": "Bob"}).inserted_id
+    await w.m.prepare()
+    w.documents.update_one({"_id": bob}, {"$set": {"username": "Robert"}})
+    await w.set_phase("postgres_read")
+    image = await w.image(bob)  # as a backfill copies it
+    rows = w.entity.to_rows(image.document, image.keys)
+    await w.postgres.apply(
+        [(w.entity, image, rows)], migration="accounts", epoch=w.control.epoch, timeout=PATIENCE
+    )
+    insert, dying = w.mongo.insert, []
+
+    async def dies(*of, **how):
+        if dying:
+            raise asyncio.CancelledError
+        dying.append(True)
+        await insert(*of, **how)
+
+    monkeypatch.setattr(w.mongo, "insert", dies)
+    with pytest.raises(asyncio.CancelledError):
+        await w.users.insert({"username": "BOB"})
+    monkeypatch.undo()
+    await swept(w)
+    assert w.notes(bob)["keys"] == {"username": "robert"}
+    assert (await w.row(bob)).keys == {"username": "robert"}
