@@ -142,6 +142,8 @@ class MongoPrimary:
                 also |= _same_birth(cf) | {
                     name: just(notes[name]) if name in notes else {"$exists": False} for name in names
                 }
+                # One that it has already may go to another meanwhile: see `Settler.name_is_freed`.
+                also |= {f"{CF}.keys.{rule}": just(stamped[rule]) for rule in plain if rule not in keys}
             if o.rollback:
                 changed = (*wrote, *removed)
                 before = {name: notes[name] for name in changed if name in notes}

@@ -553,6 +553,30 @@ async def test_init_gives_a_name_that_another_application_moved_on_to_who_has_it
         await w.users.insert({"username": "BOB"})
 
 
+@pytest.mark.parametrize("phase", ["mongo_only", "postgres_read"])
+async def test_a_name_that_is_given_away_before_its_holder_takes_it_back_is_the_others(
+    open_world, monkeypatch, phase
+):
+    w = await open_world(phase, foreign_writers=True)
+    bob = (await inserted(w, {"username": "Bob"})).id
+    w.documents.update_one({"_id": bob}, {"$set": {"username": "Robert"}})
+    set_ = w.mongo.compare_and_set
+
+    async def given_away_before(entity, id_, **how):
+        monkeypatch.setattr(w.mongo, "compare_and_set", set_)
+        await w.users.insert({"username": "BOB"})
+        return await set_(entity, id_, **how)
+
+    monkeypatch.setattr(w.mongo, "compare_and_set", given_away_before)
+    with pytest.raises(DuplicateKey):
+        await w.users.update(bob, {"username": "bob"})
+    assert w.document(bob)["username"] == "Robert"
+    assert w.notes(bob)["keys"] == {"username": "robert"}
+    if phase != "mongo_only":
+        await w.settle()
+        await swept(w)
+
+
 async def test_a_key_that_was_stamped_anew_for_another_who_then_died_is_brought_to_postgres(
     open_world, monkeypatch
 ):
