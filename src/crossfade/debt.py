@@ -373,9 +373,11 @@ class Settler:
                 named = entity.keys(rival.document)
                 for rule in entity.unique:
                     key = wanted.get(rule.rule)
-                    if key is None or rival.keys.get(rule.rule) != key or named.get(rule.rule) == key:
-                        continue
                     own = named.get(rule.rule)
+                    if key is None or rival.keys.get(rule.rule) != key:
+                        continue
+                    if own is not None and acceptable_key(key, own, rival.id):
+                        continue  # its own, if only made unique by its id
                     if (
                         control is not None
                         and control.phase.rules.dual

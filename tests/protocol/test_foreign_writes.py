@@ -605,3 +605,20 @@ async def test_a_key_that_was_stamped_anew_for_another_who_then_died_is_brought_
     await swept(w)
     assert w.notes(bob)["keys"] == {"username": "robert"}
     assert (await w.row(bob)).keys == {"username": "robert"}
+
+
+@pytest.mark.parametrize("phase", ["mongo_only", "postgres_read"])
+async def test_a_key_that_was_made_unique_is_not_free_to_a_name_that_is_spelt_like_it(open_world, phase):
+    w = await open_world(phase, foreign_writers=True)
+    await inserted(w, {"username": "Bob"})
+    other = w.documents.insert_one({"username": "BOB"}).inserted_id
+    await w.users.update(other, {"n": 1})
+    own = {"username": f"bob#{other}"}
+    assert w.notes(other)["keys"] == own
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(DuplicateKey):
+            await w.users.insert(own)
+    assert w.notes(other)["keys"] == own
+    if phase != "mongo_only":
+        await w.settle()
+        await swept(w)
