@@ -40,9 +40,10 @@ def is_misnamed(entity: Entity, image: Image) -> bool:
     """Whether its keys are another name's: a foreign writer renamed it, and no sweep sees that in what is settled."""
     with contextlib.suppress(Unmappable):
         named = entity.keys(image.document)
-        return named.keys() != image.keys.keys() or any(
-            not acceptable_key(image.keys[rule], key, image.id) for rule, key in named.items()
-        )
+        for rule in entity.unique:  # what another release calls a rule is that one's to see to
+            key, stamped = named.get(rule.rule), image.keys.get(rule.rule)
+            if not (stamped is None if key is None else acceptable_key(stamped, key, image.id)):
+                return True
     return False  # it goes to quarantine
 
 

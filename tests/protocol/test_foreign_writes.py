@@ -541,6 +541,15 @@ async def test_a_sweep_stamps_what_another_application_named_before_a_backfill_c
     await inserted(w, {"username": "BOB"})
 
 
+async def test_a_sweep_leaves_the_key_of_a_rule_that_only_another_release_has(open_world):
+    """Else workers of two releases would lift the same records against each other."""
+    w = await open_world()
+    made = await inserted(w, {"username": "Bob"})
+    w.documents.update_one({"_id": made.id}, {"$set": {f"{CF}.keys.email": "bob@example.org"}})
+    assert await swept(w) == 0
+    assert w.notes(made.id)["keys"] == {"username": "bob", "email": "bob@example.org"}
+
+
 async def test_init_gives_a_name_that_another_application_moved_on_to_who_has_it(open_world):
     w = await open_world("mongo_only", foreign_writers=True)
     x = w.documents.insert_one({"username": "Bob"}).inserted_id
