@@ -521,9 +521,8 @@ class Reconciler:
                     await self.pair.board.refresh()  # written, or delivered, between the two stores' answers
                     unlike = await self.unlike([(entity, id_) for _, id_ in unlike])
                 for _, id_ in unlike:
-                    with contextlib.suppress(
-                        errors.Busy
-                    ):  # written just now: it is owed, as it was or as it will be
+                    # Busy: written just now, so it is owed, as it was or as it will be.
+                    with contextlib.suppress(errors.Busy):
                         await self.settler.deliverer.deliver_anew(entity, id_, pair.board.control)
                         delivered += 1
         return delivered
