@@ -192,12 +192,14 @@ class Deliverer:
                 there = Image.from_raw(raw, entity.parts)
             except Unmappable:
                 there, broken = Image(owed.id, {"_id": owed.id}, 0, None, {}, digest_of_bytes(raw)), raw
-            if there.rev > now.rev:
+            expected = {now.base_digest, there.delivered, None if row is None else row.digest}
+            is_foreign = there.digest not in expected
+            if is_foreign or there.rev >= now.rev:
                 latest = await pair.postgres.outbox_row(entity, owed.id, timeout=primary)
                 if latest is None or latest.op != now.op:
-                    return None  # it is a later delivery's: look again
-            expected = {now.base_digest, there.delivered, None if row is None else row.digest}
-            if there.digest not in expected:
+                    # A later delivery's; or this one was made by another, and MongoDB may decide again: look again.
+                    return None
+            if is_foreign:
                 await pair.postgres.note_conflict(
                     entity, there, cause="written in MongoDB while PostgreSQL was primary",
                     store="mongo", timeout=primary, document=broken,
@@ -251,7 +253,9 @@ class Deliverer:
         """Bring a row without its parts; None: the document does not hold just these, or is not as it was left."""
         mongo = self.pair.mongo
         raw = await mongo.read_raw(entity, row.id, timeout=timeout, without=entity.parts)
-        if raw is None or _as_left(now, row, raw, entity, entity.parts) is None:
+        there = None if raw is None else _as_left(now, row, raw, entity, entity.parts)
+        # One that was made already stands as it was left only if nobody has written since: seen to whole.
+        if raw is None or there is None or there.op == row.op:
             return None
         values = {name: value for name, value in row.document.items() if name not in row.parts}
         return await mongo.deliver_small(

@@ -27,7 +27,7 @@ from crossfade.primary_mongo import MongoPrimary
 from crossfade.primary_postgres import PostgresPrimary
 from crossfade.record import CF, Image, Settled, new_id, new_operation
 from crossfade.stores.errors import Fenced, Unanswered
-from crossfade.stores.postgres import Change
+from crossfade.stores.postgres import Change, Delivery
 from crossfade.switch import Coordinator, abort, resolve, resume
 from crossfade.transition import change_phase
 from crossfade.values import digest, id_to_text
@@ -725,6 +725,44 @@ async def test_a_read_of_what_was_not_the_primary_is_asked_again_although_it_is_
     await go(other)
     released.set()
     assert (await reading)["n"] == 2
+
+
+@pytest.mark.parametrize("foreign", [7, 1], ids=["another value", "the value from before"])
+@pytest.mark.parametrize("entity", [None, users_entity(pictures=True)], ids=["whole", "without its part"])
+async def test_a_delivery_that_wakes_when_mongo_decides_again_writes_over_nothing(
+    open_world, mongo_proxy, monkeypatch, foreign, entity
+):
+    """Another worker has delivered the same since; and in phase 3 other applications may write."""
+    w = await open_world("postgres_primary", lease=0.2, entity=entity)
+    other = await open_world("postgres_primary", mongo=mongo_proxy, entity=entity)
+    picture = {} if entity is None else {"picture": b"p" * 1000}
+    made = await other.users.insert({"username": "Bob", "n": 1, **picture})
+    await other.settle()
+    mongo_proxy.refuse()
+    await other.users.update(made.id, {"n": 2})
+    mongo_proxy.pass_through()
+    asked, released = asyncio.Event(), asyncio.Event()
+    read = w.postgres.read
+
+    async def read_and_sleep(*of: Any, **how: Any) -> Any:
+        answer = await read(*of, **how)
+        asked.set()
+        await released.wait()
+        return answer
+
+    monkeypatch.setattr(w.postgres, "read", read_and_sleep)
+    owed = Delivery("users", made.id, 0, "", None, None, None)
+    delivering = asyncio.create_task(w.settler.deliverer.deliver(owed, w.control, timeout=PATIENCE))
+    await asked.wait()
+    await other.reconcile()
+    await go(other)
+    w.documents.update_one({"_id": made.id}, {"$set": {"n": foreign}})
+    released.set()
+    assert await delivering is Settled.CONFIRMED
+    await other.m.reconciler.full_sweep()
+    assert (await other.users.get(made.id))["n"] == foreign
+    assert other.conflicts() == []
+    await other.assert_equal()
 
 
 async def test_a_late_write_that_two_workers_find_is_no_conflict(open_world, monkeypatch):
