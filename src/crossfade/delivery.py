@@ -34,6 +34,11 @@ ATTEMPTS = 8
 MOST_TOGETHER = 8 * 2**20
 #: Bytes of a value that is brought to MongoDB ahead of the large ones of its record.
 SMALL = 4096
+#: Why a delivery is parked that nothing in PostgreSQL says anything of.
+_DELETED_BY_HAND = (
+    "its row was deleted in PostgreSQL past Crossfade, so nothing says what MongoDB is to hold: make a record with this"
+    " id again, and delete that if it is to go"
+)
 
 
 @dataclass
@@ -179,6 +184,8 @@ class Deliverer:
             row = await pair.postgres.read(entity, owed.id, timeout=primary)
         if row is None:
             gone = await pair.postgres.tombstone(entity, owed.id, timeout=primary)
+            if gone is None and last:
+                return await self._park_delivery(entity, owed.id, now, _DELETED_BY_HAND)
             if gone is None or gone[0] != now.rev:
                 return None  # made again between the statements: look again
             # Before the document is looked for: who inserts one after that look finds the tombstone.
@@ -222,7 +229,7 @@ class Deliverer:
             except RuleBroken as cause:
                 return await self._refused(entity, row, now, cause, last=last, timeout=timeout)
             except errors.Quarantined as cause:
-                return await self._park_delivery(entity, row, now, cause)
+                return await self._park_delivery(entity, row.id, now, cause)
         return await self._delivered(entity, now)
 
     async def _delivered(self, entity: Entity, now: Delivery) -> Settled | None:
@@ -238,15 +245,15 @@ class Deliverer:
     ) -> Settled | None:
         if await self._make_way(entity, row, timeout=timeout) and not last:
             return None
-        return await self._park_delivery(entity, row, now, cause)
+        return await self._park_delivery(entity, row.id, now, cause)
 
     async def _park_delivery(
-        self, entity: Entity, row: Image, now: Delivery, cause: errors.CrossfadeError
+        self, entity: Entity, id_: Any, now: Delivery, cause: errors.CrossfadeError | str
     ) -> Settled:
         await self.pair.postgres.park(
-            entity, row.id, now.rev, now.op, str(cause), timeout=self.pair.options.primary_deadline
+            entity, id_, now.rev, now.op, str(cause), timeout=self.pair.options.primary_deadline
         )
-        observe.log().warning(f"Parked: {cause}", context="Reconcile", entity=entity.name, id=str(row.id))
+        observe.log().warning(f"Parked: {cause}", context="Reconcile", entity=entity.name, id=str(id_))
         return Settled.PARKED
 
     async def _put_small(self, entity: Entity, now: Delivery, row: Image, *, timeout: float) -> bool | None:

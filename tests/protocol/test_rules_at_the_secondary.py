@@ -217,6 +217,29 @@ async def test_a_rule_that_only_mongo_has_parks_the_delivery_with_its_cause(open
     await w.assert_equal()
 
 
+async def test_what_is_owed_of_a_row_that_somebody_deleted_by_hand_is_parked_with_its_cause(
+    open_world, mongo_proxy
+):
+    w = await open_world("postgres_primary", mongo=mongo_proxy)
+    made = await w.users.insert({"username": "Bob", "n": 1})
+    mongo_proxy.refuse()
+    await w.users.update(made.id, {"n": 2})
+    mongo_proxy.pass_through()
+    w.sql("DELETE FROM users")
+    assert (await w.m.reconciler.reconcile(wait_for_open=False)).parked == 1
+    [(_, _, _, parked)] = w.outbox()
+    assert "deleted" in parked
+    assert w.document(made.id)["n"] == 1, "a person decides what becomes of it"
+    for _ in range(2):
+        assert (await w.m.reconciler.reconcile(retry_parked=False)).parked == 1
+    # What the cause tells a person to do.
+    await w.users.insert({"_id": made.id, "username": "Bob"})
+    await w.users.delete(made.id)
+    await w.reconcile()
+    assert w.document(made.id) is None
+    await w.assert_equal()
+
+
 @pytest.mark.parametrize("phase", BOTH_PRIMARIES)
 async def test_a_name_freed_by_an_unsent_rename_can_be_found_under_both_names(open_world, phase):
     w = await open_world(phase)
