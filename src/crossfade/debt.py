@@ -823,6 +823,7 @@ class Settler:
             also: dict[str, Any] = {f"{CF}.op": image.op, f"{CF}.debt.tentative": {"$exists": True}}
             decider = image.steps is not None and image.steps.op == image.op
             unset: list[str] = [f"{CF}.steps"] if decider else []
+            future = dict(image.document)
             if note["kind"] == "insert":
                 marks[f"{CF}.deleted"] = True
                 unset.append(f"{CF}.keys")
@@ -830,7 +831,6 @@ class Settler:
                 unset.append(f"{CF}.deleted")
             else:
                 wrote, before = note["wrote"], note["before"]
-                future = dict(image.document)
                 for name in (*wrote, *note["removed"]):
                     mine = (
                         name in image.document and _same(image.document[name], wrote[name])
@@ -868,8 +868,8 @@ class Settler:
             except RuleBroken as cause:
                 if suffixed:
                     return await self._park(entity, image, f"the undo breaks a rule: {cause}")
-                # A foreign writer has given it a name that another record has: as in `lift`.
-                suffixed = True
+                # A foreign writer has given it a name that another record has, or is stamped with: as in `lift`.
+                suffixed = not await self.name_is_freed(entity, future, image.id, control)
                 continue
             if undone is not None:
                 others = not decider or await self._undo_steps(image, control)

@@ -492,6 +492,24 @@ async def test_a_foreign_rename_to_a_taken_name_does_not_keep_a_write_open(open_
     await w.assert_equal()
 
 
+async def test_an_undo_leaves_the_key_of_a_name_to_who_has_it_by_now(open_world):
+    """Another application has renamed its holder, and given the name to the record whose write is taken back."""
+    w = await open_world("dual_write", foreign_writers=True)
+    id_ = await prepared(w, "update")
+    eve = await w.users.insert({"username": "Eve"})
+    await w.settle()
+    await leave_open(w, "update", id_)
+    w.documents.update_one({"_id": eve.id}, {"$set": {"username": "Eva"}})
+    w.documents.update_one({"_id": id_}, {"$set": {"username": "EVE"}})
+    await w.reconcile()
+    await w.m.reconciler.full_sweep()
+    assert (w.document(id_)["username"], w.document(id_)["n"]) == ("EVE", 1)
+    assert w.notes(eve.id)["keys"] == {"username": "eva"}
+    with pytest.raises(DuplicateKey):
+        await w.users.insert({"username": "eve"})
+    await w.assert_equal()
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 async def test_an_open_write_is_taken_back_although_the_secondary_is_away(
     open_world, postgres_proxy, operation
