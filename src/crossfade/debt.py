@@ -527,27 +527,28 @@ class Settler:
         Raises:
             crossfade.errors.StoreUnavailable, Fenced: the debt stays.
         """
+        try:
+            return await self._settle_one(entity, id_, control, undo_tentative=undo_tentative, owed=owed)
+        except Unmappable:
+            # Wherever that came to light: what a foreign writer did to a part, only the whole document tells.
+            try:
+                await self.pair.mongo.read(entity, id_, timeout=self.pair.options.primary_deadline)
+            except Unmappable as cause:
+                return await self._quarantine_unreadable(entity, id_, control, cause)
+            raise  # it is another record's
+
+    async def _settle_one(
+        self, entity: Entity, id_: Any, control: Control, *, undo_tentative: bool, owed: bool
+    ) -> Settled:
         pair = self.pair
         timeout = pair.options.primary_deadline
         if "postgres" in (control.phase.rules.primary, pair.board.control.phase.rules.primary):
             raise _no_longer(entity)
-        try:
-            image = await pair.mongo.read_owed(entity, id_, timeout=timeout)
-            doubted = image is not None and (not owed if image.debt is None else image.debt.parked)
-            if image is not None and image.left_out and doubted:
-                # What a foreign writer did to a part, only the whole document tells.
-                image = await pair.mongo.read(entity, id_, timeout=timeout)
-        except Unmappable as cause:
-            raw = await pair.mongo.read_raw(entity, id_, timeout=timeout)
-            await self._quarantine_bytes(entity, id_, raw or b"", cause)
-            notes = (await pair.mongo.notes(entity, id_, (), timeout=timeout) or {}).get(CF) or {}
-            rev, why = int(notes.get("rev", 0)), f"quarantined: {cause.reason}"
-            if "debt" not in notes:
-                # On no board, readers would go on getting what PostgreSQL holds of it.
-                await pair.mongo.owe(entity, id_, rev, Debt(control.epoch, parked=why), timeout=timeout)
-            elif notes["debt"].get("parked") != why:
-                await pair.mongo.park(entity, id_, rev, notes.get("op"), why, timeout=timeout)
-            return Settled.PARKED
+        image = await pair.mongo.read_owed(entity, id_, timeout=timeout)
+        doubted = image is not None and (not owed if image.debt is None else image.debt.parked)
+        if image is not None and image.left_out and doubted:
+            # What a foreign writer did to a part, only the whole document tells.
+            image = await pair.mongo.read(entity, id_, timeout=timeout)
         if image is None:
             return await self.settle_tombstone(entity, id_, control, timeout=timeout)
         if await self.is_echo(entity, image):
@@ -1026,6 +1027,21 @@ class Settler:
                 entity, image, reason=reason, field=getattr(cause, "field", None), timeout=timeout
             )
         return await self._park(entity, image, f"quarantined: {reason}")
+
+    async def _quarantine_unreadable(
+        self, entity: Entity, id_: Any, control: Control, cause: Unmappable
+    ) -> Settled:
+        pair, timeout = self.pair, self.pair.options.primary_deadline
+        raw = await pair.mongo.read_raw(entity, id_, timeout=timeout)
+        await self._quarantine_bytes(entity, id_, raw or b"", cause)
+        notes = (await pair.mongo.notes(entity, id_, (), timeout=timeout) or {}).get(CF) or {}
+        rev, why = int(notes.get("rev", 0)), f"quarantined: {cause.reason}"
+        if "debt" not in notes:
+            # On no board, readers would go on getting what PostgreSQL holds of it.
+            await pair.mongo.owe(entity, id_, rev, Debt(control.epoch, parked=why), timeout=timeout)
+        elif notes["debt"].get("parked") != why:
+            await pair.mongo.park(entity, id_, rev, notes.get("op"), why, timeout=timeout)
+        return Settled.PARKED
 
     async def _quarantine_bytes(self, entity: Entity, id_: Any, raw: bytes, cause: Unmappable) -> None:
         image = Image(id_, {"_id": id_}, 0, None, {}, digest_of_stored(raw))

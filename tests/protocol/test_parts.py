@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 
 import pytest
-from bson import ObjectId
+from bson import CodecOptions, ObjectId
 from bson.int64 import Int64
+from bson.raw_bson import RawBSONDocument
 
 from crossfade import FailureStrategy, Undone
 from crossfade.bulk.backfill import Backfill
@@ -669,3 +670,37 @@ async def test_many_small_writers_and_painters_of_one_record(open_pictured):
     await w.reconcile()
     await w.assert_equal()
     assert (await w.users.get(made.id)).rev == 33
+
+
+@pytest.mark.parametrize("looked_at", ["for its name", "for its row"])
+async def test_what_is_owed_beside_a_picture_that_cannot_be_read_is_parked_with_its_cause(
+    open_pictured, postgres_proxy, looked_at
+):
+    """Another application broke it, and only who reads the document whole finds that; the others are settled."""
+    w = await open_pictured("postgres_read", foreign_writers=True, postgres=postgres_proxy)
+    made = await with_picture(w)
+    eve = await w.users.insert({"username": "Eve"})
+    postgres_proxy.refuse()
+    for id_ in (made.id, eve.id):
+        await w.users.update(id_, {"n": 2})
+    postgres_proxy.pass_through()
+    await w.postgres_answers()
+    w.documents.update_one({"_id": made.id}, {"$unset": {"picture": ""}})
+    if looked_at == "for its name":
+        w.documents.update_one({"_id": made.id}, {"$set": {"username": "Robert"}})
+    else:
+        w.sql("DELETE FROM user_pictures")
+    whole = w.documents.with_options(codec_options=CodecOptions(document_class=RawBSONDocument))
+    body = whole.find_one({"_id": made.id}).raw[4:-1] + b"\x02picture\x00\x03\x00\x00\x00\xff\xfe\x00\x00"
+    w.documents.delete_one({"_id": made.id})
+    w.documents.insert_one(RawBSONDocument((len(body) + 4).to_bytes(4, "little") + body))
+    await w.m.reconciler.reconcile()
+    [debt] = await w.owed()
+    assert debt.id == made.id
+    assert "UTF-8" in debt.parked
+    assert [id_ for id_, _ in w.quarantined()] == [id_to_text(made.id)]
+    w.documents.update_one({"_id": made.id}, {"$set": {"picture": FOREIGN}})
+    await w.reconcile(retry_parked=True)
+    assert w.notes(made.id)["keys"] == {"username": w.document(made.id)["username"].lower()}
+    assert w.quarantined() == []
+    await w.assert_equal()
