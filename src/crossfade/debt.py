@@ -454,6 +454,7 @@ class Settler:
             # In phase 0 too: once PostgreSQL decides, it must not make the id anew at or under this revision.
             owed=True,
             born=image.born,
+            done=image.done,
             group=_owed_with(image),
             timeout=timeout,
         )

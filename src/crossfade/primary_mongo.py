@@ -75,6 +75,8 @@ class MongoPrimary:
             )
             if "debt" in marks:
                 marks["debt"]["sending"] = new_operation()
+            if buried is not None and buried.done:
+                marks["done"] = list(buried.done)  # steps that the record before it has taken
             stored = {**document, CF: marks | {"born": o.op}}
             image = _meanwhile(functools.partial(Image.from_document, dict(stored), entity.parts))
             with self._ahead(entity, None if group else image, o) as ahead:

@@ -388,6 +388,31 @@ async def test_who_comes_late_does_not_take_a_step_again(open_friends):
     await assert_all_equal(other)
 
 
+async def test_a_record_that_is_made_anew_does_not_take_again_a_step_that_the_deleted_one_had_taken(
+    open_friends,
+):
+    """The steps still stand, because another record refuses its own."""
+    w = await open_friends()
+    request, ann, bob = await asked(w)
+    await w.users.insert({"username": "Eve", "n": 1})
+    w.documents.create_index("n", unique=True, sparse=True)
+    op = w.m.operation("Friend Accept")
+    op.update("friend_requests", request, {"status": "accepted"})
+    op.also("users", bob, add={"friends": [ann]})
+    op.also("users", ann, {"n": 1}, add={"friends": [bob]})
+    with pytest.raises(OutcomeUnknown, match="carried out"):
+        await op.__aexit__(None, None, None)
+    assert ann in w.document(bob)["friends"]
+    for _ in range(2):
+        await w.users.delete(bob)
+        await w.users.insert({"_id": bob, "username": "Bob", "friends": []})
+    w.documents.drop_index("n_1")
+    await w.reconcile(retry_parked=True)
+    assert bob in (await w.users.get(ann))["friends"]
+    assert (await w.users.get(bob))["friends"] == []
+    await assert_all_equal(w)
+
+
 @pytest.mark.parametrize("phase", BOTH_PRIMARIES)
 async def test_both_stores_or_neither(open_friends, postgres_proxy, mongo_proxy, phase):
     broken = {"postgres_primary": {"mongo": mongo_proxy}}.get(phase, {"postgres": postgres_proxy})

@@ -149,6 +149,7 @@ class Tombstone:
         born: operation ids of the inserts that had made it, the last ones: a repetition of one of them that arrives
             late must not bring it back.
         group: the other records of the operation that deleted it, while it is owed; see `Debt`.
+        done: the operations whose step it had taken, as in `Image`: a record made anew must not take it again.
     """
 
     entity: str
@@ -158,6 +159,7 @@ class Tombstone:
     owed: bool
     born: tuple[str, ...] = ()
     group: tuple[tuple[str, str], ...] = ()
+    done: tuple[Mapping[str, str], ...] = ()
 
     def as_image(self) -> Image:
         """What it is to whoever brings it, together with others of its operation."""
@@ -182,7 +184,7 @@ def _owed(note: Mapping[str, Any]) -> Owed:
 def _tombstone(note: Mapping[str, Any], id_: Any) -> Tombstone:
     return Tombstone(
         note["_id"]["entity"], id_, int(note["rev"]), note["op"], "debt" in note, tuple(note.get("born", ())),
-        tuple((name, text) for name, text in note.get("group", ())),
+        tuple((name, text) for name, text in note.get("group", ())), tuple(note.get("done", ())),
     )  # fmt: skip
 
 
@@ -819,12 +821,15 @@ class MongoStore:
         op: str,
         owed: bool,
         born: str | None = None,
+        done: Sequence[Mapping[str, str]] = (),
         group: tuple[tuple[str, str], ...] = (),
         timeout: float,
     ) -> None:
         """Keep a tombstone at this revision; one at a higher revision stays as it is."""
         key = {"entity": entity.name, "id": id_to_text(id_)}
         note: dict[str, Any] = {"rev": Int64(rev), "op": op}
+        if done:
+            note["done"] = [dict(mark) for mark in done]
         if owed:
             note["debt"] = True
             if group:
@@ -836,7 +841,7 @@ class MongoStore:
                 )
             except DuplicateKeyError:
                 update: dict[str, Any] = {"$set": note}
-                if gone := {"debt", "group"} - note.keys():
+                if gone := {"debt", "group", "done"} - note.keys():
                     update["$unset"] = dict.fromkeys(gone, "")
                 if born:
                     update["$push"] = {"born": {"$each": [born], "$slice": -BORN}}
