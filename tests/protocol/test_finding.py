@@ -248,6 +248,9 @@ async def test_a_list_in_the_place_of_a_single_value_is_none_of_its_elements(wor
     assert found > 4  # everything, and what is set
     # As in MongoDB's own words where the list itself is asked for: PostgreSQL has no column for it.
     assert [r.id for r in await world.m["players"].find({"n": [2]})] == ["list 0"]
+    # And beside others, which are still nobody's elements: "b" is one of the second's.
+    named = {r.id for r in await world.m["players"].find({"name": any_of([["ann", "x"], "zoe", "b"])})}
+    assert named == {"list 0", "another"}
 
 
 def place_of(document: dict[str, Any], order_by: str) -> tuple[Any, ...]:

@@ -59,10 +59,6 @@ def _values(condition: Any) -> tuple[Any, ...]:
     return condition.values if isinstance(condition, AnyOf) else (condition,)
 
 
-def _has_list(values: Sequence[Any]) -> bool:
-    return any(isinstance(value, list) for value in values)
-
-
 def _declared(entity: Entity, field: str) -> FieldColumn | None:
     return next((column for column in entity.columns if column.field == field), None)
 
@@ -86,8 +82,12 @@ def _filter(entity: Entity, key: str, condition: Any) -> Filter:
     declared = _declared(entity, key)
     values = () if isinstance(condition, Contains | IsSet) else _values(condition)
     single = declared is not None and not isinstance(entity.table.c[declared.to].type, JSONB)
+    lists = tuple(value for value in values if isinstance(value, list))
+    if single and 0 < len(lists) < len(values):
+        others = AnyOf(tuple(value for value in values if not isinstance(value, list)))
+        return {"$or": [_filter(entity, key, AnyOf(lists)), _filter(entity, key, others)]}
     # To a filter a list is each of its elements, too; to a column of single values it is something else.
-    itself: Filter = {"$not": {"$type": "array"}} if single and not _has_list(values) else {}
+    itself: Filter = {"$not": {"$type": "array"}} if single and not lists else {}
     if isinstance(condition, Contains):
         if "\0" in condition.text:
             return {"_id": {"$in": []}}  # neither store can be asked for it
