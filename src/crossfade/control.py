@@ -326,16 +326,18 @@ class ControlRecord:
         """Write the first record, or return the one that another worker wrote first.
 
         Raises:
-            crossfade.errors.StoreUnavailable: the primary of ``control`` cannot be reached.
+            crossfade.errors.StoreUnavailable: MongoDB cannot be reached.
         """
         seen = await self.look(timeout=timeout)
         if seen.control is not None:
             return seen.control
-        primary = self.stores[control.phase.rules.primary]
-        await primary.change_control(self.migration, control.to_document(), expected=None, timeout=timeout)
+        # One store says who was first, whichever is primary: workers may be told different phases to begin in.
+        await self.stores["mongo"].change_control(
+            self.migration, control.to_document(), expected=None, timeout=timeout
+        )
         seen = await self.look(timeout=timeout)
         if seen.control is None:
-            raise errors.StoreUnavailable(control.phase.rules.primary, "the control record cannot be read")
+            raise errors.StoreUnavailable("mongo", "the control record cannot be read")
         await self.spread_history(await self.spread(seen, timeout=timeout), timeout=timeout)
         return seen.control
 

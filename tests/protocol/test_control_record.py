@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+from typing import Any
 
 import psycopg
 import pytest
 
 from crossfade import OutcomeUnknown, Phase, StoreUnavailable
+from crossfade.control import Control, ControlRecord
 from crossfade.stores.errors import Fenced
 from crossfade.transition import change_phase
 
@@ -33,6 +35,38 @@ async def test_workers_that_begin_together_agree(open_world, phase):
     worlds = await asyncio.gather(*(open_world(phase) for _ in range(3)))
     assert len({w.control for w in worlds}) == 1
     assert worlds[0].control.phase is Phase(phase)
+
+
+@pytest.mark.parametrize("phases", [("mongo_only", "postgres_primary"), ("postgres_primary", "mongo_only")])
+async def test_workers_that_are_told_different_phases_and_begin_together_agree(
+    open_world, monkeypatch, phases
+):
+    w = await open_world("dual_write")
+    one, other = (ControlRecord("games", w.mongo, w.postgres) for _ in range(2))
+    mine, theirs = (Control("games", phase=Phase(phase)) for phase in phases)
+    look, spread = one.look, other.spread
+    written, released = asyncio.Event(), asyncio.Event()
+    beginning: list[asyncio.Task[Control]] = []
+
+    async def look_before_the_other_begins(**how: Any) -> Any:
+        seen = await look(**how)
+        if not beginning:
+            beginning.append(asyncio.create_task(other.begin(theirs, timeout=PATIENCE)))
+            await written.wait()
+        return seen
+
+    async def spread_late(*of: Any, **how: Any) -> Any:
+        written.set()
+        await released.wait()
+        return await spread(*of, **how)
+
+    monkeypatch.setattr(one, "look", look_before_the_other_begins)
+    monkeypatch.setattr(other, "spread", spread_late)
+    begun = await one.begin(mine, timeout=PATIENCE)
+    released.set()
+    assert await beginning[0] == begun == theirs
+    copies = (await look(timeout=PATIENCE)).copies
+    assert copies == {"mongo": theirs, "postgres": theirs}
 
 
 async def test_the_phase_lives_in_the_stores_not_in_a_setting(open_world):
