@@ -363,14 +363,15 @@ class Deliverer:
         Raises:
             crossfade.errors.StoreUnavailable: one of the stores does not answer.
         """
-        found = await self.pair.mongo.debts(
-            self.pair.entities.values(), limit=MOST_DELIVERIES, parked=False,
-            timeout=self.pair.options.primary_deadline,
-        )  # fmt: skip
-        marked = [owed for owed in found if owed.delivery]
-        for owed in marked:
-            await self.end_delivery(self.pair.entities[owed.entity], owed.id)
-        return len(marked)
+        number = 0
+        found = self.pair.mongo.each_debt(
+            self.pair.entities.values(), page=MOST_DELIVERIES, timeout=self.pair.options.primary_deadline
+        )
+        async for owed in found:
+            if owed.delivery:
+                await self.end_delivery(self.pair.entities[owed.entity], owed.id)
+                number += 1
+        return number
 
     async def end_delivery(self, entity: Entity, id_: Any) -> Settled:
         """Remove a document that was delivered late, after the delete of its record; or its mark, where it stands.

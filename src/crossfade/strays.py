@@ -64,12 +64,11 @@ class Strays:
         counts = dict.fromkeys(Merged, 0)
         if control.phase.rules.primary != "postgres":
             return counts
-        found = await self.pair.mongo.debts(
-            # What was parked before the switch is known, and was waived by a person.
-            self.pair.entities.values(), limit=MOST_DELIVERIES, parked=False,
-            timeout=self.pair.options.primary_deadline,
-        )  # fmt: skip
-        for owed in found:
+        # What was parked before the switch is known, and was waived by a person.
+        found = self.pair.mongo.each_debt(
+            self.pair.entities.values(), page=MOST_DELIVERIES, timeout=self.pair.options.primary_deadline
+        )
+        async for owed in found:
             if owed.delivery:
                 continue
             entity = self.pair.entities[owed.entity]

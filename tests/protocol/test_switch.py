@@ -969,6 +969,28 @@ async def test_a_late_write_of_a_record_with_a_part_is_made_and_a_broken_one_is_
     await w.assert_equal()
 
 
+async def test_late_writes_that_cannot_be_ended_hide_no_others_however_many_they_are(open_world, monkeypatch):
+    monkeypatch.setattr("crossfade.strays.MOST_DELIVERIES", 2)
+    w = await open_world("postgres_read", entity=users_entity(pictures=True))
+    names = ["Al", "Bea", "Cem", "Dan", "Eva"]
+    made = [await w.users.insert({"username": name, "n": 1}) for name in names]
+    await w.settle()
+    epoch = w.control.epoch
+    await go(w)
+    for each in made:
+        await late_write(w, each.id, 1, epoch, n=2)
+    # The last one made, and touched, is the last one found, whether by an index or as documents lie.
+    sound, mended = made[-1].id, {"$unset": {f"{CF}.parts": 1}}
+    w.documents.update_many({}, {"$set": {f"{CF}.parts": 1}})
+    w.documents.update_one({"_id": sound}, mended)
+    counts = await w.m.reconciler.strays.merge_all(w.control)
+    assert counts["applied"] == 1
+    assert (await w.users.get(sound))["n"] == 2
+    w.documents.update_many({"_id": {"$ne": sound}}, mended)
+    await w.reconcile()
+    await w.assert_equal()
+
+
 async def test_a_late_delete_of_an_unchanged_record_is_made_and_one_of_a_changed_record_is_not(open_world):
     w = await open_world("postgres_read")
     kept, gone = [await w.users.insert({"username": name, "n": 1}) for name in ("Kept", "Gone")]

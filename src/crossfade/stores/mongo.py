@@ -760,6 +760,22 @@ class MongoStore:
                 found.append(_owed(note))
         return found
 
+    async def each_debt(
+        self, entities: Iterable[Entity], *, page: int, timeout: float
+    ) -> AsyncIterator[Owed]:
+        """Every debt that is not parked, once, ``page`` of each at a time: those that stay hide no others."""
+        of, seen = list(entities), set[tuple[str, bool, str]]()
+        while True:
+            found = await self.debts(of, limit=page + len(seen), parked=False, timeout=timeout)
+            fresh = {(owed.entity, owed.tombstone, id_to_text(owed.id)): owed for owed in found}
+            for place in seen & fresh.keys():
+                del fresh[place]
+            if not fresh:
+                return
+            seen |= fresh.keys()
+            for owed in fresh.values():
+                yield owed
+
     async def count_debts(self, entities: Iterable[Entity], *, timeout: float) -> int:
         """How many debts these entities have, those of tombstones among them."""
         of, number = list(entities), 0
