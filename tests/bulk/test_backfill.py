@@ -686,6 +686,16 @@ async def test_missing_tables_are_named(stores, user):
         await stores.backfill()
 
 
+async def test_a_domain_over_a_domain_is_what_it_is_made_of(stores, user):
+    stores.collection.insert_one(user(1))
+    stores.sql.execute("CREATE DOMAIN any_name AS text")
+    stores.sql.execute("CREATE DOMAIN short_name AS any_name")
+    stores.sql.execute("ALTER TABLE users ALTER COLUMN username TYPE short_name")
+    report = await stores.backfill()
+    assert (report.counts.inserted, report.counts.quarantined) == (1, 0)
+    assert (await stores.verify()).counts.equal == 1
+
+
 async def test_a_batch_of_nothing_is_refused(stores, user):
     with pytest.raises(errors.ConfigurationError, match="at least 1"):
         await stores.backfill(batch_size=0)

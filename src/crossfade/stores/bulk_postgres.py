@@ -419,10 +419,11 @@ class BulkPostgres:
 
     async def _column_types(self, table: Table) -> dict[str, ColumnType]:
         cursor = await self._connection.execute(
-            "SELECT a.attname, b.typname, b.oid::int8, b.typtype = 'e' FROM pg_attribute AS a "
-            "JOIN pg_type AS t ON t.oid = a.atttypid "
-            "JOIN pg_type AS b ON b.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END "
-            "WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped",
+            "WITH RECURSIVE base (attname, oid) AS (SELECT attname, atttypid FROM pg_attribute "
+            "WHERE attrelid = to_regclass(%s) AND attnum > 0 AND NOT attisdropped UNION ALL "
+            "SELECT b.attname, t.typbasetype FROM base AS b JOIN pg_type AS t USING (oid) WHERE t.typtype = 'd') "
+            "SELECT b.attname, t.typname, t.oid::int8, t.typtype = 'e' FROM base AS b "
+            "JOIN pg_type AS t USING (oid) WHERE t.typtype <> 'd'",
             [_quoted(table)],
         )
         types = {name: ColumnType(kind, oid, is_enum) for name, kind, oid, is_enum in await cursor.fetchall()}
