@@ -686,6 +686,15 @@ async def test_missing_tables_are_named(stores, user):
         await stores.backfill()
 
 
+async def test_a_column_that_pads_its_text_is_named(stores, user):
+    stores.collection.insert_one(user(1))
+    stores.sql.execute("CREATE DOMAIN padded AS char(40)")
+    stores.sql.execute("CREATE DOMAIN padded_too AS padded")
+    stores.sql.execute("ALTER TABLE users ALTER COLUMN username TYPE padded_too")
+    with pytest.raises(errors.SchemaNotReady, match=r"users\.username.*char\(n\)"):
+        await stores.backfill()
+
+
 async def test_a_domain_over_a_domain_is_what_it_is_made_of(stores, user):
     stores.collection.insert_one(user(1))
     stores.sql.execute("CREATE DOMAIN any_name AS text")

@@ -382,7 +382,7 @@ class BulkPostgres:
         """What the catalogue says about an entity's tables; ``loading``: see `crossfade.stores.loading`.
 
         Raises:
-            crossfade.errors.SchemaNotReady: a table or column is missing.
+            crossfade.errors.SchemaNotReady: a table or column is missing, or one is char(n).
         """
         types = {}
         with translated(self.address):
@@ -397,6 +397,12 @@ class BulkPostgres:
                         f"PostgreSQL at {self.address} has no table or column for "
                         f"{', '.join(f'{_key(table)}.{c}' for c in missing)}. The schema is not at head: run the "
                         "application's migrations (alembic upgrade head)"
+                    )
+                padded = [c for c in wanted if found[c].name == "bpchar"]
+                if padded:
+                    raise errors.SchemaNotReady(
+                        f"PostgreSQL at {self.address} has {', '.join(f'{_key(table)}.{c}' for c in padded)} as "
+                        "char(n), which pads text with blanks: what comes back is not what was written. Make it text"
                     )
             cursor = await self._connection.execute(
                 "SELECT c.relname, array_agg(a.attname ORDER BY k.place) FROM pg_index AS i "
