@@ -29,6 +29,8 @@ BATCH = 50
 SECOND = 50
 #: Fewer points than this in a run without failures: the counting is broken.
 FEWEST = {"accept": 12, "part": 12, "delete": 7}
+#: Runs without failures that may miss a deadline: many workers share a few processors.
+MOST_LATE = 3
 
 
 def cases_of(first):
@@ -63,11 +65,14 @@ def new_ways(outcomes, first):
 
 
 async def count(stage, story, strategy):
-    """A run without failures, of the way that two of them went: a busy machine may make one go by another."""
-    ways = {}
+    """A run without failures, of the way that two of them went: on a busy machine one goes by another, or is late."""
+    ways, late = {}, 0
     while True:
         first = await stage.play(Case(story, strategy))
-        assert first.told == "acknowledged"
+        if first.told != "acknowledged":
+            late += 1
+            assert late <= MOST_LATE, first.told
+            continue
         assert len(first.points) >= FEWEST.get(story, 3)
         way = frozenset(point.place for point in first.points)
         if way in ways:
