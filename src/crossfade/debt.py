@@ -331,7 +331,11 @@ class Settler:
                             **{f"{CF}.keys.{rule}": key for rule, key in keys.items()},
                         },
                         unset=[
-                            *(f"{CF}.keys.{rule}" for rule in image.keys if rule not in named),
+                            *(
+                                f"{CF}.keys.{u.rule}"
+                                for u in entity.unique
+                                if u.rule in image.keys.keys() - named
+                            ),
                             *(f"{CF}.parts.{name}" for name in changed),
                         ],
                         also={f"{CF}.debt.tentative": {"$exists": False}, f"{CF}.deleted": {"$ne": True}},
@@ -853,7 +857,7 @@ class Settler:
                     own = unique_key(key, image.id) if suffixed else key
                     marks[f"{CF}.keys.{rule}"] = kept if acceptable_key(kept, key, image.id) else own
                 held = {**image.keys, **note["keys"]}
-                unset += [f"{CF}.keys.{rule}" for rule in held if rule not in plain]
+                unset += [f"{CF}.keys.{u.rule}" for u in entity.unique if u.rule in held.keys() - plain]
             carried = carried_by(entity.parts, image.noted, wrote=set_back, removed=taken_away)
             owed = tuple(dict.fromkeys((*image.debt.parts, *carried.owed)))
             # An operation that was finished before this write began is still owed together.

@@ -133,7 +133,8 @@ class MongoPrimary:
                 for rule, key in plain.items()
                 if not acceptable_key(stamped.get(rule), key, id_)
             }
-            nameless = [rule for rule in stamped if rule not in plain]
+            # What another release calls a rule is that one's to see to.
+            nameless = [u.rule for u in entity.unique if u.rule in stamped and u.rule not in plain]
             tentative = None
             also: dict[str, Any] = {name: just(value) for name, value in where.items()}
             if seen is not None:
