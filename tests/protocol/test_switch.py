@@ -18,6 +18,7 @@ from crossfade import (
     FailureStrategy,
     NotAllowedInPhase,
     Phase,
+    Record,
     StoreUnavailable,
     Undone,
     UndoPending,
@@ -765,14 +766,20 @@ async def test_a_delivery_that_wakes_when_mongo_decides_again_writes_over_nothin
     await other.assert_equal()
 
 
-async def test_a_late_write_that_two_workers_find_is_no_conflict(open_world, monkeypatch):
+async def two_who_may_find_a_late_write(open_world: Any, **fields: Any) -> tuple[World, World, Record]:
+    """Two workers behind a switch to PostgreSQL, and a record that a late write has changed since."""
     w, other = await open_world("postgres_read"), await open_world("postgres_read", enlisted=False)
     made = await w.users.insert({"username": "Bob", "n": 1})
     await w.settle()
     epoch = w.control.epoch
     await go(w)
     await other.m.board.refresh()
-    await late_write(w, made.id, 1, epoch, n=2)
+    await late_write(w, made.id, 1, epoch, **fields)
+    return w, other, made
+
+
+async def test_a_late_write_that_two_workers_find_is_no_conflict(open_world, monkeypatch):
+    w, other, made = await two_who_may_find_a_late_write(open_world, n=2)
     strays = w.m.reconciler.strays
     applied, released, bring = asyncio.Event(), asyncio.Event(), strays._bring
 
@@ -795,13 +802,7 @@ async def test_a_late_write_that_two_workers_find_is_no_conflict(open_world, mon
 
 @pytest.mark.parametrize("buried", [False, True], ids=["document", "tombstone"])
 async def test_a_late_delete_that_two_workers_find_is_no_conflict(open_world, monkeypatch, buried):
-    w, other = await open_world("postgres_read"), await open_world("postgres_read", enlisted=False)
-    made = await w.users.insert({"username": "Bob", "n": 1})
-    await w.settle()
-    epoch = w.control.epoch
-    await go(w)
-    await other.m.board.refresh()
-    await late_write(w, made.id, 1, epoch, **{f"{CF}.deleted": True})
+    w, other, made = await two_who_may_find_a_late_write(open_world, **{f"{CF}.deleted": True})
     if buried:
         await w.settler.bury(w.entity, await w.image(made.id))
     strays = w.m.reconciler.strays
