@@ -12,7 +12,7 @@ import pytest
 from bson import Decimal128, Int64, MinKey, ObjectId, Regex
 from sqlalchemy import Boolean, Column, DateTime, ForeignKey, Integer, MetaData, Table, Text
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import CITEXT, JSONB
 from sqlalchemy.schema import CreateTable
 
 from crossfade import (
@@ -481,3 +481,53 @@ async def test_an_insert_that_a_delete_overtook_takes_nobodys_place_in_a_list(
     await w.users.insert({"_id": id_, "username": "Alice", "n": 5})
     assert seen["_id"] == seen["-_id"] == [later]
     assert seen["one"].id == later
+
+
+#: As the extension makes it, which not every server has.
+IGNORING_CASE = """
+CREATE TYPE citext;
+CREATE FUNCTION citextin(cstring) RETURNS citext AS 'textin' LANGUAGE internal IMMUTABLE STRICT;
+CREATE FUNCTION citextout(citext) RETURNS cstring AS 'textout' LANGUAGE internal IMMUTABLE STRICT;
+CREATE TYPE citext (INPUT = citextin, OUTPUT = citextout, LIKE = text, CATEGORY = 'S', COLLATABLE = true);
+CREATE CAST (citext AS text) WITHOUT FUNCTION AS IMPLICIT;
+CREATE CAST (text AS citext) WITHOUT FUNCTION AS ASSIGNMENT;
+CREATE FUNCTION citext_eq(citext, citext) RETURNS bool LANGUAGE sql IMMUTABLE
+    AS 'SELECT lower($1::text) = lower($2::text)';
+CREATE FUNCTION citext_like(citext, text) RETURNS bool LANGUAGE sql IMMUTABLE
+    AS 'SELECT lower($1::text) LIKE lower($2)';
+CREATE OPERATOR = (LEFTARG = citext, RIGHTARG = citext, PROCEDURE = citext_eq);
+CREATE OPERATOR ~~ (LEFTARG = citext, RIGHTARG = text, PROCEDURE = citext_like)
+"""
+
+
+async def test_a_column_that_ignores_letter_case_is_taken_for_the_text_that_it_holds(
+    open_world: OpenWorld, database_url: str
+) -> None:
+    tagged = Table(
+        "tagged", MetaData(), Column("id", DocumentId, primary_key=True), Column("tag", CITEXT), *record_columns()
+    )  # fmt: skip
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(IGNORING_CASE)
+        connection.execute(str(CreateTable(tagged).compile(dialect=postgresql.dialect())))
+    entity = Entity("tagged", collection="tagged", table=tagged, columns=[column("tag")])
+    w = await open_world("postgres_read", others=[entity])
+    w.documents.database["tagged"].insert_many(
+        {"_id": f"{n}", "tag": tag}
+        for n, tag in enumerate(["bob", "Bob", "BOB", "ann", "Ann", "bobby", None])
+    )
+    await w.m.reconciler.full_sweep()
+
+    async def found(where: Any, **how: Any) -> list[list[Any]]:
+        asked = query("tagged", where, limit=how.pop("limit", 100), skip=0, **{"after": None} | how)
+        answers = [await store.find(entity, asked, timeout=5.0) for store in (w.mongo, w.postgres)]
+        return [[image.document["tag"] for image in images] for images in answers]
+
+    for where, tags in (
+        ({"tag": "Bob"}, ["Bob"]),
+        ({"tag": any_of(["bob", "Ann"])}, ["bob", "Ann"]),
+        ({"tag": contains("ob")}, ["bob", "Bob", "bobby"]),
+    ):
+        assert await found(where, order_by="_id") == [tags, tags], where
+    in_order = [None, "Ann", "BOB", "Bob", "ann", "bob", "bobby"]
+    assert await found(None, order_by="tag") == [in_order] * 2
+    assert await found(None, order_by="tag", after=("Bob", "1")) == [in_order[4:]] * 2

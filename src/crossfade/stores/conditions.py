@@ -7,7 +7,8 @@ What they differ in, and what is done about it:
 - A field declared with a `missing` value has it in the column; the filter says "or does not exist".
 - MongoDB compares values of one type only (``$lt`` of a date finds no text, and no null), but sorts all types together.
   So whatever comes behind a place in an order is asked for by type, too.
-- PostgreSQL sorts text by the database's rules unless told: it is told to go by bytes, as MongoDB does.
+- PostgreSQL sorts text by the database's rules unless told: it is told to go by bytes, as MongoDB does. A column that
+  ignores letter case (CITEXT) is taken for the text that it holds; an index that serves it is on the column as text.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import orjson
 from bson import Binary, DatetimeMS, Decimal128, ObjectId, Timestamp
 from psycopg import sql
 from sqlalchemy import Column, Enum, String
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import CITEXT, JSONB
 
 from crossfade.entity import MISSING, DocumentId, Entity, FieldColumn, NestedIds
 from crossfade.errors import ConfigurationError
@@ -282,12 +283,18 @@ def _among_ids(nested: NestedIds, values: Sequence[Any]) -> Clause:
     return sql.SQL("p.{} ?| %s::text[]").format(sql.Identifier(nested.to)), [_id_texts(values)]
 
 
+def _spelt(column: Column[Any]) -> sql.Composable:
+    """A column's value, letter case and all."""
+    value = sql.SQL("p.{}").format(sql.Identifier(column.name))
+    return sql.SQL("{}::text").format(value) if isinstance(column.type, CITEXT) else value
+
+
 def _containing(column: Column[Any], text: str) -> Clause | None:
     if not isinstance(column.type, String) or isinstance(column.type, Enum | DocumentId):
         return None
     if "\0" in text:
         return _NOTHING
-    return sql.SQL("p.{} LIKE %s").format(sql.Identifier(column.name)), [_pattern(text)]
+    return sql.SQL("{} LIKE %s").format(_spelt(column)), [_pattern(text)]
 
 
 def _pattern(text: str) -> str:
@@ -331,7 +338,7 @@ def _equal(
             said = dump_json({declared.field: value}).decode()
             ways.append((sql.SQL("p.extra @> %s::jsonb"), [said]))
     if held:
-        equal = sql.SQL("p.{} = %s" if len(held) == 1 else "p.{} = ANY(%s)").format(name)
+        equal = sql.SQL("{} = %s" if len(held) == 1 else "{} = ANY(%s)").format(_spelt(column))
         # A number in `extra` is found by its column (any width); for what else is there, it holds no equal value.
         numbers = all(isinstance(v, int | float | Decimal) and not isinstance(v, bool) for v in held)
         if declared.stand_in is not None or not numbers:
@@ -402,10 +409,10 @@ def _ordered_by(entity: Entity, order: Order) -> tuple[sql.Composable, bool]:
     if declared is None:
         raise ConfigurationError(f"entity {entity.name!r} cannot be ordered by {order.field!r}")
     column = entity.table.c[declared.to]
-    name = sql.SQL("p.") + sql.Identifier(column.name)
+    value = _spelt(column)
     if isinstance(column.type, String) and not isinstance(column.type, Enum):
-        return sql.SQL('{} COLLATE "C"').format(name), bool(column.nullable)
-    return name, bool(column.nullable)
+        value = sql.SQL('{} COLLATE "C"').format(value)
+    return value, bool(column.nullable)
 
 
 def as_order(entity: Entity, order: Order) -> sql.Composable:
